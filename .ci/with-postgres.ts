@@ -1,0 +1,17 @@
+/** Runs a command with a Postgres of its own at DATABASE_URL, as a team's would be. */
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+
+import { openCluster } from "../lib/cluster.ts";
+
+const dir = mkdtempSync(join(tmpdir(), "daybook-ci-"));
+const cluster = await openCluster(join(dir, "postgres"), () => {});
+const child = Bun.spawn(process.argv.slice(2), {
+  env: { ...process.env, DATABASE_URL: cluster.url() },
+  stdio: ["ignore", "inherit", "inherit"],
+});
+process.exitCode = await child.exited;
+await cluster.close();
+rmSync(dir, { recursive: true, force: true });
+process.exit();
