@@ -1,0 +1,222 @@
+/** Request bodies: the right type, within bounds before and after decompression, good lines out. */
+import { promisify } from "node:util";
+import { gunzip, zstdDecompress } from "node:zlib";
+
+import { t } from "elysia";
+
+import {
+  decodeEvent,
+  type Event,
+  EventSchema,
+  isEventId,
+  MAX_EVENT_BYTES,
+  MAX_ID_BYTES,
+  Refusal,
+} from "./event.ts";
+import { eachLine, withoutBom } from "./lines.ts";
+import { Problem } from "./problem.ts";
+import type { Hold } from "./room.ts";
+import { isWholeZstd } from "./zstd.ts";
+
+/** A body of many events, compressed and decompressed. */
+export const MAX_EVENTS_BYTES = 16 * 1024 * 1024;
+
+/**
+ * The bodies as Elysia knows them: typed for clients, described in OpenAPI, and checked by nothing
+ * but `decodeEvent`, which sees the digits as written.
+ */
+export const EventBody = t.Unsafe<Event>(t.Any({ ...EventSchema }));
+export const EventsBody = t.Unsafe<string>(t.Any({ type: "string" }));
+
+/** OpenAPI's words for a body that Elysia does not parse. */
+export function describeBody(type: string, schema: object) {
+  return { required: true, content: { [type]: { schema } } };
+}
+
+/** Read in one go: a chunk costs more than such a body. */
+const SMALL_BYTES = 64 * 1024;
+/** However slowly a sender sends, its body is here by then, or refused. */
+const BODY_MS = 30_000;
+
+const LF = 10;
+const CR = 13;
+const SPACE = 32;
+
+const DECOMPRESS: Record<
+  string,
+  (bytes: Uint8Array, limit: { maxOutputLength: number }) => Promise<Buffer>
+> = {
+  gzip: promisify(gunzip) as never,
+  zstd: promisify(zstdDecompress) as never,
+};
+
+/** The body of `POST /liveEvent` as a line of the journal, with the `Idempotency-Key` as its id. */
+export async function readEvent(request: Request, hold: Hold): Promise<Uint8Array> {
+  requireType(request, "application/json");
+  const coding = request.headers.get("content-encoding") ?? "identity";
+  if (coding !== "identity")
+    throw new Problem(415, "Content-Encoding: one event comes uncompressed");
+  const body = withoutBom(await readBytes(request, MAX_EVENT_BYTES, hold));
+  const decoded = decodeEvent(body);
+  if (decoded instanceof Refusal) {
+    const { kind, faults, reason } = decoded;
+    if (kind === "json") throw new Problem(400, `the body is ${reason}`);
+    throw new Problem(422, "the body is not an event", { errors: faults });
+  }
+  const line = oneLine(body);
+  const header = request.headers.get("idempotency-key");
+  if (header === null) return line;
+  // HTTP hands over bytes as Latin-1; senders mean UTF-8, as in an event's own id.
+  const key = Buffer.from(header, "latin1").toString();
+  return key === decoded.id ? line : withId(line, key, decoded.id);
+}
+
+/**
+ * In JSON a line break can only stand between tokens: a space says the same on one line. The bytes
+ * are otherwise kept, for parsing and writing them again would round their numbers.
+ */
+function oneLine(json: Uint8Array): Uint8Array {
+  const line = new Uint8Array(json.length + 1);
+  line.set(json);
+  for (let at = 0; at < json.length; at++) if (line[at] === LF || line[at] === CR) line[at] = SPACE;
+  line[json.length] = LF;
+  return line;
+}
+
+function withId(line: Uint8Array, id: string, own: string | undefined): Uint8Array {
+  const fault = (message: string) =>
+    new Problem(422, "the event cannot have this id", { errors: [{ path: "/id", message }] });
+  if (own !== undefined) throw fault("differs from the Idempotency-Key");
+  if (!isEventId(id) || id.includes("\ufffd"))
+    throw fault(`the Idempotency-Key must have 1 to ${MAX_ID_BYTES} bytes`);
+  const end = line.lastIndexOf(0x7d);
+  const field = Buffer.from(`,"id":${JSON.stringify(id)}`);
+  // The processor takes no longer line than a body may be.
+  if (line.length - 1 + field.length > MAX_EVENT_BYTES)
+    throw tooLarge(MAX_EVENT_BYTES - field.length);
+  return Buffer.concat([line.subarray(0, end), field, line.subarray(end)]);
+}
+
+/** A body of many events, its good lines apart from the bad ones. */
+export interface Lines {
+  /** The length of the body as it was before compression. */
+  bytes: number;
+  /** The good lines, each with its newline. */
+  good: Uint8Array;
+  accepted: number;
+  rejected: number;
+  /** The first bad lines, by their number in the body. */
+  errors: { line: number; message: string }[];
+  /** Where each good line ends in the body, before its newline, if not plain from their lengths. */
+  ends: number[] | undefined;
+}
+
+export async function readEvents(
+  request: Request,
+  hold: Hold,
+  listed: number,
+  from = 0,
+): Promise<Lines> {
+  requireType(request, "application/x-ndjson");
+  const whole = await decompressed(request, hold);
+  hold.takeLarge(whole.length);
+  const body = from === 0 ? withoutBom(whole) : whole;
+  const bom = whole.length - body.length;
+  // A good line moves towards the front, if at all, so its place is free: no second buffer. Only a
+  // last line without newline needs a byte more.
+  const good = body.at(-1) === LF ? body : new Uint8Array(body.length + 1);
+  const errors: Lines["errors"] = [];
+  const ends: number[] = [];
+  let rejected = 0;
+  let plain = true;
+  let end = 0;
+  eachLine(body, (line, at, number) => {
+    const decoded = decodeEvent(line);
+    if (decoded instanceof Refusal) {
+      if (rejected++ < listed) errors.push({ line: number, message: decoded.reason });
+      return;
+    }
+    good.set(line, end);
+    end += line.length + 1;
+    good[end - 1] = LF;
+    const lineEnd = bom + at + line.length;
+    ends.push(lineEnd);
+    plain &&= lineEnd === end - 1;
+  });
+  return {
+    bytes: whole.length,
+    good: good.subarray(0, end),
+    accepted: ends.length,
+    rejected,
+    errors,
+    ends: plain ? undefined : ends,
+  };
+}
+
+function requireType(request: Request, wanted: string): void {
+  const [type = ""] = (request.headers.get("content-type") ?? "").split(";");
+  if (type.trim().toLowerCase() !== wanted)
+    throw new Problem(415, `Content-Type must be ${wanted}`);
+}
+
+async function decompressed(request: Request, hold: Hold): Promise<Uint8Array> {
+  const coding = (request.headers.get("content-encoding") ?? "identity").trim().toLowerCase();
+  const decompress = DECOMPRESS[coding];
+  if (!decompress && coding !== "identity")
+    throw new Problem(415, "Content-Encoding must be gzip, zstd or none");
+  // What cannot be compressed becomes a little more.
+  const limit = MAX_EVENTS_BYTES + (decompress ? 64 * 1024 : 0);
+  const bytes = await readBytes(request, limit, hold);
+  if (!decompress) return bytes;
+  if (coding === "zstd" && !isWholeZstd(bytes))
+    throw new Problem(400, "the body is not whole zstd");
+  hold.takeLarge(MAX_EVENTS_BYTES);
+  try {
+    return await decompress(bytes, { maxOutputLength: MAX_EVENTS_BYTES });
+  } catch (error) {
+    if ((error as { code?: string }).code === "ERR_BUFFER_TOO_LARGE")
+      throw tooLarge(MAX_EVENTS_BYTES);
+    throw new Problem(400, `the body is not ${coding}`);
+  }
+}
+
+/** The bytes of the body, read only as far as `limit` and the room allow, and not for ever. */
+async function readBytes(request: Request, limit: number, hold: Hold): Promise<Uint8Array> {
+  const announced = Number(request.headers.get("content-length") ?? Number.NaN);
+  if (announced > limit) throw tooLarge(limit);
+  let timer: Timer | undefined;
+  const late = new Promise<never>((_, reject) => {
+    const slow = () => reject(new Problem(408, `the body took longer than ${BODY_MS / 1000} s`));
+    timer = setTimeout(slow, BODY_MS);
+  });
+  try {
+    return await Promise.race([announced <= SMALL_BYTES ? readSmall() : readChunks(), late]);
+  } catch (error) {
+    // The sender has gone: nobody reads this, but it is no fault of ours either.
+    throw error instanceof Problem ? error : new Problem(400, "the body did not come to its end");
+  } finally {
+    clearTimeout(timer);
+  }
+
+  function readSmall(): Promise<Uint8Array> {
+    hold.take(announced);
+    return request.bytes();
+  }
+
+  /** Room is taken for what has come, not for what is announced: slow senders hold little. */
+  async function readChunks(): Promise<Uint8Array> {
+    const chunks: Uint8Array[] = [];
+    let bytes = 0;
+    for await (const chunk of request.body ?? []) {
+      bytes += chunk.length;
+      if (bytes > limit) throw tooLarge(limit);
+      hold.takeLarge(chunk.length);
+      chunks.push(chunk);
+    }
+    return chunks.length === 1 ? (chunks[0] as Uint8Array) : Buffer.concat(chunks, bytes);
+  }
+}
+
+function tooLarge(limit: number): Problem {
+  return new Problem(413, `the body is larger than ${limit} bytes; send it in smaller pieces`);
+}
