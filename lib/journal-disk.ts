@@ -1,0 +1,93 @@
+/**
+ * What the journal asks of the operating system, and nothing else does. It arrives as a value, so
+ * that a test can hand in a disk that tears, fills up or lies.
+ */
+import { constants, fdatasync, fstatSync, fsync, statSync } from "node:fs";
+import { mkdir, open } from "node:fs/promises";
+import { dirname, resolve } from "node:path";
+import { promisify } from "node:util";
+
+import { type Lock, tryLock } from "./lock.ts";
+
+const syncData = promisify(fdatasync);
+const syncAll = promisify(fsync);
+
+/** A file that is open for appending. Every call but `append` is one system call. */
+export interface JournalFile {
+  /** Writes all of `bytes` at the end; rejects with the `code` of the system (`ENOSPC`, …). */
+  append(bytes: Uint8Array): Promise<void>;
+  /** Returns once the bytes are on the disk (`fdatasync`). */
+  sync(): Promise<void>;
+  truncate(bytes: number): Promise<void>;
+  /** Whether this file still goes by `path`, and is `bytes` long. */
+  is(path: string, bytes: number): boolean;
+  close(): Promise<void>;
+}
+
+export interface Disk {
+  /** Opens `path` for appending; makes it where it is missing. */
+  openForAppend(path: string): Promise<JournalFile>;
+  /** Syncs a directory, so that the names in it are on the disk too. */
+  syncDirectory(path: string): Promise<void>;
+  /** Makes `path` and what is above it, each synced into its parent. */
+  makeDirectory(path: string): Promise<void>;
+  size(path: string): Promise<number>;
+  /** Bytes `from` to `to` of the file, fewer at its end. */
+  read(path: string, from: number, to: number): Promise<Buffer>;
+  /** Syncs bytes that another process may have written. */
+  syncFile(path: string): Promise<void>;
+  /** Takes the lock of `path` for as long as this process lives, or answers `null`. */
+  lock(path: string): Lock | null;
+  /** Milliseconds since 1970. */
+  now(): number;
+}
+
+export const disk: Disk = {
+  async openForAppend(path) {
+    // Bun.file(path).writer() and Bun.write begin at the start of the file: only a descriptor that
+    // is itself open for append appends.
+    const handle = await open(path, constants.O_APPEND | constants.O_CREAT | constants.O_WRONLY);
+    return {
+      async append(bytes) {
+        // ENOSPC comes from write() for large pieces and from flush() for small ones; who awaits
+        // only one of them hears that all is well. A writer is used once: what a failed one may
+        // still hold must not come out later.
+        const writer = Bun.file(handle.fd).writer();
+        await writer.write(bytes);
+        await writer.flush();
+      },
+      // The asynchronous call: a disk that stalls must not keep GET and /healthz waiting.
+      sync: () => syncData(handle.fd),
+      truncate: (bytes) => handle.truncate(bytes),
+      is(path, bytes) {
+        const here = fstatSync(handle.fd);
+        const there = statSync(path, { throwIfNoEntry: false });
+        return there?.ino === here.ino && there.dev === here.dev && there.size === bytes;
+      },
+      close: () => handle.close(),
+    };
+  },
+  syncDirectory: (path) => withHandle(path, (fd) => syncAll(fd)),
+  async makeDirectory(path) {
+    const made = await mkdir(path, { recursive: true });
+    if (!made) return;
+    for (let at = resolve(path); ; at = dirname(at)) {
+      await disk.syncDirectory(dirname(at));
+      if (at === resolve(made)) return;
+    }
+  },
+  size: async (path) => (await Bun.file(path).stat()).size,
+  read: async (path, from, to) => Buffer.from(await Bun.file(path).slice(from, to).arrayBuffer()),
+  syncFile: (path) => withHandle(path, (fd) => syncData(fd)),
+  lock: tryLock,
+  now: () => Date.now(),
+};
+
+async function withHandle<T>(path: string, use: (fd: number) => Promise<T>): Promise<T> {
+  const handle = await open(path, "r");
+  try {
+    return await use(handle.fd);
+  } finally {
+    await handle.close();
+  }
+}

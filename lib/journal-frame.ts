@@ -1,0 +1,134 @@
+/**
+ * The journal's format. A journal file is text, one JSON value a line:
+ *
+ *     {"journal":"<uuid>","base":0,"version":1}            header: which journal, and the position
+ *                                                          of this file's first byte in it
+ *     {"frame":{"bytes":N,"crc32":"0123abcd","at":<ms>}}   frame: N bytes of event lines follow,
+ *     {"userId":…}                                         with their CRC-32 (zlib's, 8 hex digits)
+ *     …                                                    and when they were written
+ *
+ * A frame is what one commit wrote; the next is written only when it is synced. Hence:
+ * - at most one frame, the last, can be torn: short, or with a checksum that does not fit. It was
+ *   never acknowledged. A reader takes it for the end of the journal, a writer cuts it off;
+ * - anything unreadable that has more behind it is damage to what was acknowledged.
+ * An event line is never taken for a header: events have a `userId`, headers have the exact form.
+ */
+import { crc32 } from "node:zlib";
+
+/** One frame holds at most this much: the largest body that is taken (16 MiB), its mark, some room. */
+export const MAX_FRAME_BYTES = 24 * 1024 * 1024;
+/** No header line is longer. */
+export const MAX_HEADER_BYTES = 128;
+
+const LF = 10;
+const JOURNAL =
+  /^\{"journal":"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})","base":(\d{1,15}),"version":1\}$/;
+const FRAME = /^\{"frame":\{"bytes":(\d{1,9}),"crc32":"([0-9a-f]{8})","at":(\d{1,15})\}\}$/;
+const FRAME_BEGIN = '{"frame":{"bytes":';
+
+export interface JournalHeader {
+  id: string;
+  base: number;
+  /** Length of the header line itself, its newline included. */
+  bytes: number;
+}
+
+/**
+ * A whole frame: `header` is its first line, without the newline, `payload` holds its event lines;
+ * `from` and `to` are offsets in what was read.
+ */
+export interface Frame {
+  from: number;
+  to: number;
+  header: string;
+  payload: Buffer;
+}
+
+/** Bytes that were acknowledged cannot be read. Says where, and what a person can do. */
+export class JournalDamage extends Error {
+  constructor(path: string, at: number, what: string) {
+    super(
+      `${path} is damaged at byte ${at}: ${what}; restore all of it from a copy, or move it away to begin a new journal`,
+    );
+  }
+}
+
+export function encodeJournalHeader(id: string, base: number): Buffer {
+  return Buffer.from(`{"journal":"${id}","base":${base},"version":1}\n`);
+}
+
+/** Reads the header line that `bytes` begins with, or `null` when there is none. */
+export function parseJournalHeader(bytes: Buffer): JournalHeader | null {
+  const match = JOURNAL.exec(firstLine(bytes, 0) ?? "");
+  if (!match) return null;
+  return { id: match[1] as string, base: Number(match[2]), bytes: match[0].length + 1 };
+}
+
+/** One frame of event lines, ready to be written by one call. */
+export function encodeFrame(payloads: Uint8Array[], payloadBytes: number, at: number): Buffer {
+  let sum = 0;
+  for (const payload of payloads) sum = crc32(payload, sum);
+  const header = `{"frame":{"bytes":${payloadBytes},"crc32":"${hex(sum)}","at":${at}}}\n`;
+  return Buffer.concat([Buffer.from(header), ...payloads], header.length + payloadBytes);
+}
+
+/**
+ * Reads the whole frames that `bytes` begins with. `end` is where the last of them ends; `rest`
+ * says what follows: nothing, a frame that is not all there (yet), or something unreadable, in
+ * words. `behind` tells whether bytes follow that an unreadable last frame cannot explain.
+ */
+export function parseFrames(bytes: Buffer): {
+  frames: Frame[];
+  end: number;
+  rest: "nothing" | "short" | { fault: string; behind: boolean };
+} {
+  const frames: Frame[] = [];
+  let end = 0;
+  for (;;) {
+    if (end === bytes.length) return { frames, end, rest: "nothing" };
+    const line = firstLine(bytes, end);
+    if (line === null && bytes.length - end < MAX_HEADER_BYTES)
+      return { frames, end, rest: "short" };
+    const match = FRAME.exec(line ?? "");
+    const payloadBytes = Number(match?.[1]);
+    if (!match || payloadBytes > MAX_FRAME_BYTES)
+      return fault("no frame begins here", frameBeginsAfter(bytes, end));
+    const from = end + match[0].length + 1;
+    const to = from + payloadBytes;
+    if (to > bytes.length)
+      return frameBeginsAfter(bytes, from) ? fault("a frame is cut short", true) : short();
+    const payload = bytes.subarray(from, to);
+    const sum = hex(crc32(payload));
+    if (sum !== match[2])
+      return fault(`the checksum of a frame is ${sum}, not ${match[2]}`, to < bytes.length);
+    frames.push({ from: end, to, header: match[0], payload });
+    end = to;
+  }
+  function short() {
+    return { frames, end, rest: "short" as const };
+  }
+  function fault(what: string, behind: boolean) {
+    return { frames, end, rest: { fault: what, behind } };
+  }
+}
+
+/** Where the first frame header in `bytes` begins, at the start or after a newline; -1: nowhere. */
+export function findFrame(bytes: Buffer): number {
+  for (let at = bytes.indexOf(FRAME_BEGIN); at >= 0; at = bytes.indexOf(FRAME_BEGIN, at + 1)) {
+    if ((at === 0 || bytes[at - 1] === LF) && FRAME.test(firstLine(bytes, at) ?? "")) return at;
+  }
+  return -1;
+}
+
+function frameBeginsAfter(bytes: Buffer, at: number): boolean {
+  return findFrame(bytes.subarray(at + 1)) >= 0;
+}
+
+function firstLine(bytes: Buffer, from: number): string | null {
+  const newline = bytes.subarray(from, from + MAX_HEADER_BYTES).indexOf(LF);
+  return newline < 0 ? null : bytes.toString("latin1", from, from + newline);
+}
+
+function hex(sum: number): string {
+  return sum.toString(16).padStart(8, "0");
+}

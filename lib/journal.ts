@@ -1,0 +1,250 @@
+/**
+ * The writer of the journal. Its promise: when `append` returns, the lines are on the disk, and a
+ * start after any kind of death finds them.
+ *
+ * Group commit: while one frame is written and synced, all that arrives waits together and shares
+ * the next. The order in `commit` is the promise: write, sync, answer.
+ *
+ * States: open → full (no room: nothing acknowledged, tries again with each append) → open;
+ * open → failed (a sync failed: what is on the disk is unknown from here on, so it never syncs
+ * again and takes nothing more until the program starts anew and reads the tail).
+ */
+import { dirname, join } from "node:path";
+
+import { disk as realDisk, type Disk, type JournalFile } from "./journal-disk.ts";
+import {
+  encodeFrame,
+  encodeJournalHeader,
+  findFrame,
+  JournalDamage,
+  MAX_FRAME_BYTES,
+  MAX_HEADER_BYTES,
+  parseFrames,
+  parseJournalHeader,
+} from "./journal-frame.ts";
+import type { Lock } from "./lock.ts";
+
+export const JOURNAL_FILE = "eventsPost.jsonl";
+
+/** Appends that wait are put together up to this size: one write stays well under a second. */
+const GROUP_BYTES = 8 * 1024 * 1024;
+/** A full disk is believed to be full for so long. */
+const FULL_MS = 5_000;
+const NO_ROOM = new Set(["ENOSPC", "EDQUOT", "EFBIG"]);
+
+/** There is no room for the lines; none is kept. Room makes it work again, without a restart. */
+export class JournalFull extends Error {}
+/** The journal takes nothing more until the program is started again. */
+export class JournalFailed extends Error {}
+/** The journal belongs to another process that lives. */
+export class JournalHeld extends Error {}
+
+export interface Journal {
+  /** Names this journal among all that post to one ledger. */
+  readonly id: string;
+  /** The position behind all that is acknowledged. */
+  end(): number;
+  /** Why nothing can be appended now, or `null`. */
+  trouble(): string | null;
+  /**
+   * Puts whole event lines, each with its newline, on the disk together; returns the position
+   * behind them. Rejects with JournalFull or JournalFailed: then none of them is acknowledged.
+   */
+  append(lines: Uint8Array): Promise<number>;
+  /** Finishes what waits, lets go of the file and of the lock. */
+  close(): Promise<void>;
+}
+
+interface Waiting {
+  lines: Uint8Array;
+  resolve(position: number): void;
+  reject(error: Error): void;
+}
+
+/**
+ * Opens the journal in `directory`, making what is missing, cutting off a torn last frame. Throws
+ * JournalHeld, JournalDamage, or what the disk says.
+ */
+export async function openJournal(
+  directory: string,
+  say: (line: string) => void,
+  disk: Disk = realDisk,
+): Promise<Journal> {
+  await disk.makeDirectory(directory);
+  const path = join(directory, JOURNAL_FILE);
+  const lock = disk.lock(join(directory, "eventsPost.lock"));
+  if (!lock) throw new JournalHeld(`${path} is being written by another process; stop it first`);
+  let file: JournalFile | null = null;
+  try {
+    file = await disk.openForAppend(path);
+    const { id, base, end } = await recover(path, file, disk, say);
+    return writer({ path, id, base, end, file, lock, disk });
+  } catch (error) {
+    await file?.close();
+    lock.release();
+    throw error;
+  }
+}
+
+/** Makes the file end behind its last whole frame, all of it synced. */
+async function recover(path: string, file: JournalFile, disk: Disk, say: (line: string) => void) {
+  const size = await disk.size(path);
+  const head = await disk.read(path, 0, MAX_HEADER_BYTES);
+  let header = parseJournalHeader(head);
+  let end = size;
+  if (!header) {
+    // A start that died while it wrote the header leaves a piece of it, or zeros.
+    const begun = size < MAX_HEADER_BYTES && !head.includes("\n");
+    if (size > 0 && !begun)
+      throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
+    await file.truncate(0);
+    const id = crypto.randomUUID();
+    const bytes = encodeJournalHeader(id, 0);
+    await file.append(bytes);
+    header = { id, base: 0, bytes: bytes.length };
+    end = bytes.length;
+  } else {
+    end = await findEnd(path, header.bytes, size, disk);
+    if (end < size) {
+      say(`${path}: cut off ${size - end} bytes of a frame that was never acknowledged`);
+      await file.truncate(end);
+    }
+  }
+  // Also what a killed process wrote but did not sync is about to be built upon.
+  await file.sync();
+  await disk.syncDirectory(dirname(path));
+  return { id: header.id, base: header.base, end };
+}
+
+/** Reads the frames at the end of the file and returns where the last whole one ends. */
+async function findEnd(path: string, first: number, size: number, disk: Disk): Promise<number> {
+  // Two of the largest frames: however they lie, a whole frame's header is in here.
+  const window = 2 * (MAX_FRAME_BYTES + MAX_HEADER_BYTES);
+  let from = Math.max(first, size - window);
+  let bytes = await disk.read(path, from, size);
+  if (from > first) {
+    const skip = findFrame(bytes);
+    if (skip < 0) throw new JournalDamage(path, from, "no frame begins in what follows");
+    bytes = bytes.subarray(skip);
+    from += skip;
+  }
+  const { end, rest } = parseFrames(bytes);
+  if (typeof rest === "object" && rest.behind)
+    throw new JournalDamage(path, from + end, rest.fault);
+  return from + end;
+}
+
+function writer(opened: {
+  path: string;
+  id: string;
+  base: number;
+  end: number;
+  file: JournalFile;
+  lock: Lock;
+  disk: Disk;
+}): Journal {
+  const { path, id, base, file, lock, disk } = opened;
+  let end = opened.end;
+  let waiting: Waiting[] = [];
+  let committing: Promise<void> | null = null;
+  let failed: JournalFailed | null = null;
+  let full: JournalFull | null = null;
+  let fullAtMs = 0;
+
+  return {
+    id,
+    end: () => base + end,
+    trouble() {
+      // Whoever asks before it sends would never send again, and so never learn that there is room.
+      if (disk.now() - fullAtMs > FULL_MS) full = null;
+      return (failed ?? full)?.message ?? null;
+    },
+    append(lines) {
+      if (failed) return Promise.reject(failed);
+      if (lines.length === 0) return Promise.resolve(base + end);
+      if (lines.length > MAX_FRAME_BYTES) return Promise.reject(new RangeError("too much at once"));
+      return new Promise((resolve, reject) => {
+        waiting.push({ lines, resolve, reject });
+        committing ??= commitAll();
+      });
+    },
+    async close() {
+      // A request that was waiting may append again before this goes on: the file must not be
+      // closed under a commit.
+      while (committing) await committing;
+      failed ??= new JournalFailed(`${path} is closed`);
+      await file.close();
+      lock.release();
+    },
+  };
+
+  async function commitAll() {
+    while (waiting.length > 0) await commit(takeGroup());
+    committing = null;
+  }
+
+  function takeGroup(): Waiting[] {
+    let bytes = 0;
+    let count = 0;
+    for (const { lines } of waiting) {
+      if (count > 0 && bytes + lines.length > GROUP_BYTES) break;
+      bytes += lines.length;
+      count++;
+    }
+    const group = waiting.slice(0, count);
+    waiting = waiting.slice(count);
+    return group;
+  }
+
+  async function commit(group: Waiting[]) {
+    try {
+      if (failed) throw failed;
+      const payloads = group.map(({ lines }) => lines);
+      const payloadBytes = payloads.reduce((sum, { length }) => sum + length, 0);
+      const frame = encodeFrame(payloads, payloadBytes, disk.now());
+      // Removed, replaced or cut by somebody, it would take events that nobody finds again.
+      if (!file.is(path, end)) throw fail("go on with", "somebody changed the file");
+      await write(frame);
+      await sync();
+      if (!file.is(path, end + frame.length)) throw fail("go on with", "somebody changed the file");
+      end += frame.length;
+      full = null;
+      for (const { resolve } of group) resolve(base + end);
+    } catch (error) {
+      for (const { reject } of group) reject(error as Error);
+    }
+  }
+
+  async function write(frame: Buffer) {
+    try {
+      await file.append(frame);
+    } catch (error) {
+      const code = (error as { code?: string }).code ?? String(error);
+      if (!NO_ROOM.has(code)) throw fail("append to", code);
+      // Take back the piece that found room: the next frame must begin where the last one ended.
+      await file.truncate(end).catch((error) => {
+        throw fail("truncate", String(error));
+      });
+      full = new JournalFull(
+        `cannot append to ${path}: no room (${code}); free some space and it goes on by itself`,
+      );
+      fullAtMs = disk.now();
+      throw full;
+    }
+  }
+
+  async function sync() {
+    // After a failed sync the kernel may have dropped the dirty pages and answer the next one with
+    // success (the fsync trouble that databases met in 2018): there is no second try.
+    await file.sync().catch((error) => {
+      throw fail("sync", (error as { code?: string }).code ?? String(error));
+    });
+  }
+
+  function fail(what: string, code: string): JournalFailed {
+    failed = new JournalFailed(
+      `cannot ${what} ${path} (${code}); nothing more is taken: check the disk, then start again`,
+    );
+    return failed;
+  }
+}
