@@ -1,0 +1,111 @@
+/**
+ * Folding: many event lines become one change for each user. Bounded by what one transaction
+ * should hold, whatever the size of the source.
+ */
+import { formatAmount } from "./amount.ts";
+import { type Change, decodeEvent, Refusal } from "./event.ts";
+import type { Batch, Claim, Quarantined, SourceMove } from "./ledger.ts";
+import { eachLine, SHOWN_BYTES } from "./lines.ts";
+import { parseSourceMark, type SourceMark } from "./source-mark.ts";
+
+/** A claim is about as much work as this many users. */
+const CLAIM_USERS = 2.5;
+const MAX_QUARANTINED = 1_000;
+/** The bytes of a source that are folded into one transaction: what a restart may do again. */
+export const BATCH_BYTES = 32 * 1024 * 1024;
+
+export class Fold {
+  /** By how much each user's balance changes, in units of 10^-9. A Map: `__proto__` is a user. */
+  readonly changes = new Map<string, bigint>();
+  /** Events with an id: whether they count is for the ledger to say. */
+  readonly claims = new Map<string, Claim>();
+  /** Other events under these ids: one of them may be the one that came before. */
+  readonly rivals: Claim[] = [];
+  readonly quarantined: Quarantined[] = [];
+  /** The sources of the journal that move, by their names in the ledger. */
+  readonly sources = new Map<string, SourceMove>();
+  events = 0;
+
+  /**
+   * `mostUsers`: about so many balances change in one transaction. `posted` says how far sources of the journal are already posted, where that is known to be
+   * further than the journal expects: a source that has moved from one server to another.
+   */
+  constructor(
+    private readonly mostUsers: number,
+    private readonly posted: ReadonlyMap<string, number> = new Map(),
+  ) {}
+
+  /** Whether it is time to post. */
+  get full(): boolean {
+    return (
+      this.changes.size >= this.mostUsers ||
+      this.claims.size >= this.mostUsers / CLAIM_USERS ||
+      this.quarantined.length + this.rivals.length >= MAX_QUARANTINED
+    );
+  }
+
+  /** Adds the lines of a frame, whose first byte is at `position` of the journal. */
+  addFrame(payload: Uint8Array, position: number): void {
+    let mark: SourceMark | null = null;
+    let postedTo = 0;
+    let end = 0;
+    let index = 0;
+    eachLine(payload, (line, at) => {
+      const next = parseSourceMark(line);
+      if (next) {
+        mark = next;
+        postedTo = this.moveSource(next);
+        end = next.from;
+        index = 0;
+      } else if (mark && index < mark.events) {
+        // `ends` counts from the mark's own beginning.
+        const ends = mark.ends ? mark.from + (mark.ends[index] ?? 0) : end + line.length;
+        end = ends + 1;
+        index++;
+        if (ends > postedTo) this.add(line, position + at);
+      } else this.add(line, position + at);
+    });
+  }
+
+  /** Moves a source, and returns how far it was before: what ends there or earlier has counted. */
+  private moveSource({ name, from, to, digest }: SourceMark): number {
+    const source = `sent:${name}`;
+    const begin = this.posted.get(source) ?? from;
+    const move = this.sources.get(source) ?? { source, from: begin, to: begin, digest: null };
+    this.sources.set(source, to >= move.to ? { ...move, to, digest } : move);
+    return move.to;
+  }
+
+  /** Adds the line that begins at `position` of its source; quarantines what is not an event. */
+  add(line: Uint8Array, position: number): void {
+    const decoded = decodeEvent(line);
+    if (decoded instanceof Refusal) return this.quarantine(line, position, decoded.reason);
+    const { userId, amount, id } = decoded;
+    if (id !== undefined) return this.claim(position, { ...decoded, id });
+    this.changes.set(userId, (this.changes.get(userId) ?? 0n) + amount);
+    this.events++;
+  }
+
+  private claim(position: number, change: Change & { id: string }): void {
+    const { id, userId, name, amount } = change;
+    const value = formatAmount(name === "add_revenue" ? amount : -amount);
+    const event = JSON.stringify({ id, userId, name, value });
+    const claim = { id, userId, amount, event, position };
+    const first = this.claims.get(id);
+    if (!first) this.claims.set(id, claim);
+    else if (first.event !== event) this.rivals.push(claim);
+    this.events++;
+  }
+
+  /** What to post for bytes `from` to `to` of `source`. */
+  batch(source: string, from: number, to: number, digest: string | null): Batch {
+    const { changes, claims, rivals, quarantined, sources, events } = this;
+    return { source, from, to, digest, changes, claims, rivals, quarantined, sources, events };
+  }
+
+  quarantine(line: Uint8Array, position: number, reason: string): void {
+    // Postgres' text holds no NUL, and what is not UTF-8 is shown as U+FFFD.
+    const shown = Buffer.from(line.subarray(0, SHOWN_BYTES)).toString().replaceAll("\0", "\ufffd");
+    this.quarantined.push({ position, reason, line: shown });
+  }
+}

@@ -1,0 +1,102 @@
+/**
+ * A file of events as a source: known by its name, without the folder, and by its bytes.
+ *
+ * The checkpoint `file:NAME#GENERATION` says how many bytes are posted and what their SHA-256 is. A
+ * file that begins with exactly those bytes goes on behind them; a file of the same name that
+ * begins otherwise is the next generation, and is posted whole.
+ */
+import { basename } from "node:path";
+
+import type { Database } from "./database.ts";
+import type { Effort } from "./effort.ts";
+import { BATCH_BYTES, Fold } from "./fold.ts";
+import { type Batch, listCheckpoints, openCheckpoint } from "./ledger.ts";
+import { eachLine, isComplete, readBlocks, readFile, withoutBom } from "./lines.ts";
+
+const BLOCK_BYTES = 1024 * 1024;
+
+/** Where batches come from: the next one, or `null` when all that is whole has been given. */
+export interface BatchReader {
+  /** The checkpoint it began at. */
+  readonly from: number;
+  next(): Promise<Batch | null>;
+}
+
+/** Opens `path` where its posting was left. `leftOver` is told of a torn last line. */
+export async function openFileSource(
+  database: Database,
+  path: string,
+  effort: Effort,
+  leftOver: (bytes: number) => void,
+): Promise<BatchReader> {
+  const file = Bun.file(path);
+  const { source, from, hash } = await locate(database, file, basename(path));
+  const blocks = readBlocks(readFile(file), from, BLOCK_BYTES);
+  let position = from;
+
+  return {
+    from,
+    async next() {
+      const fold = new Fold(effort.users);
+      const batchFrom = position;
+      while (!fold.full && position - batchFrom < BATCH_BYTES) {
+        const { value: block } = await blocks.next();
+        if (!block) break;
+        if (!block.whole && !isComplete(block.bytes)) {
+          leftOver(block.to - block.from);
+          break;
+        }
+        if (block.tooLong === "first part")
+          fold.quarantine(block.bytes, block.from, "too long to be an event");
+        if (!block.tooLong) {
+          const bytes = block.from === 0 ? withoutBom(block.bytes) : block.bytes;
+          const skipped = block.bytes.length - bytes.length;
+          eachLine(bytes, (line, at) => fold.add(line, block.from + skipped + at));
+        }
+        hash.update(block.bytes);
+        position = block.to;
+      }
+      if (position === batchFrom) return null;
+      return fold.batch(source, batchFrom, position, hash.copy().digest("hex"));
+    },
+  };
+}
+
+interface Located {
+  source: string;
+  from: number;
+  /** Of the bytes before `from`. */
+  hash: Bun.CryptoHasher;
+}
+
+/** Finds the generation of `name` whose posted bytes the file begins with, or opens a new one. */
+async function locate(database: Database, file: Bun.BunFile, name: string): Promise<Located> {
+  const prefix = `file:${name}#`;
+  const size = (await file.stat()).size;
+  const known = (await listCheckpoints(database, prefix)).filter(({ source }) =>
+    /^\d+$/.test(source.slice(prefix.length)),
+  );
+  const hash = new Bun.CryptoHasher("sha256");
+  let at = 0;
+  let found: Located | null = null;
+  for (const { source, position, digest } of known.toSorted((a, b) => a.position - b.position)) {
+    if (position > size) break;
+    await hashRange(file, hash, at, position);
+    at = position;
+    const here = hash.copy();
+    if (here.copy().digest("hex") === digest) found = { source, from: position, hash: here };
+  }
+  if (found) return found;
+
+  const generation = Math.max(0, ...known.map(({ source }) => +source.slice(prefix.length))) + 1;
+  const source = `${prefix}${generation}`;
+  const empty = new Bun.CryptoHasher("sha256");
+  const from = await openCheckpoint(database, source, 0, empty.copy().digest("hex"));
+  // Another process has opened this generation and gone on: look again whether its bytes are ours.
+  return from === 0 ? { source, from, hash: empty } : locate(database, file, name);
+}
+
+async function hashRange(file: Bun.BunFile, hash: Bun.CryptoHasher, from: number, to: number) {
+  for (let at = from; at < to; at += BLOCK_BYTES)
+    hash.update(await file.slice(at, Math.min(at + BLOCK_BYTES, to)).bytes());
+}
