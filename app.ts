@@ -1,0 +1,357 @@
+/**
+ * The server: takes events over HTTP, answers 201 once they are on the disk, and reads balances.
+ * With it run the processor (a Worker) and, without DATABASE_URL, a private Postgres: one command.
+ */
+import "./lib/install.ts";
+
+import { join } from "node:path";
+
+import { openapi } from "@elysiajs/openapi";
+import { Elysia, t } from "elysia";
+
+import { requireSecret } from "./lib/auth.ts";
+import { describeBody, EventBody, EventsBody, readEvent, readEvents } from "./lib/body.ts";
+import { clusterUrl, openCluster } from "./lib/cluster.ts";
+import { readCommand } from "./lib/config.ts";
+import { type Database, openDatabase, Unavailable } from "./lib/database.ts";
+import { isUserId } from "./lib/event.ts";
+import { JournalDamage } from "./lib/journal-frame.ts";
+import { openJournalReader } from "./lib/journal-reader.ts";
+import { type Journal, JOURNAL_FILE, JournalFull, openJournal } from "./lib/journal.ts";
+import { checkLedger, readBalance, readCheckpoint } from "./lib/ledger.ts";
+import { MAX_LISTED_ERRORS } from "./lib/lines.ts";
+import { waitForLock } from "./lib/lock.ts";
+import { watchPosted } from "./lib/posted.ts";
+import { allowedMethods, Problem, problems, unavailable } from "./lib/problem.ts";
+import { openRoom } from "./lib/room.ts";
+import { sourceHeaders, sourceName, sourceOf } from "./lib/source-header.ts";
+import { openSources, type Sources } from "./lib/sources.ts";
+import { type Job, supervise } from "./lib/supervisor.ts";
+
+/** What is under way at SIGTERM may take this long; with all the rest the stop takes under 5 s. */
+const FINISH_MS = 1_500;
+/** `?after=` waits this long. */
+const AFTER_MS = 5_000;
+
+const LISTED = t.Object(
+  { errors: t.Integer({ default: 100, minimum: 0, maximum: MAX_LISTED_ERRORS }) },
+  { additionalProperties: true },
+);
+const COUNTS = t.Object({
+  accepted: t.Integer(),
+  rejected: t.Integer(),
+  errors: t.Array(t.Object({ line: t.Integer(), message: t.String() })),
+  position: t.String(),
+});
+
+async function main(): Promise<number> {
+  const { settings, options } = readCommand({
+    usage: "bun run app.ts [--no-processor]",
+    about:
+      "Takes events over HTTP into the journal in DATA_DIR, posts them to the ledger in Postgres,\n" +
+      "and serves the balances.",
+    options: {
+      "no-processor": { type: "boolean", meaning: "the server alone; run processor.ts beside it" },
+    },
+    files: { atMost: 0 },
+    settings: ["PORT", "HOST", "AUTH_SECRET", "DATA_DIR", "DATABASE_URL", "ID_DAYS"],
+    exits: {
+      0: "told to stop (SIGTERM, SIGINT); everything acknowledged is on the disk",
+      1: "cannot start: the port, the journal or the private Postgres is not to be had",
+      2: "wrong use, or a wrong setting",
+    },
+  });
+  const { HOST, PORT, AUTH_SECRET, DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null } = settings;
+  const stop = new AbortController();
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+
+  const journal = await openJournal(dataDir, say);
+  const cluster = databaseUrl
+    ? null
+    : await Promise.race([openCluster(join(dataDir, "postgres"), say), aborted(stop.signal)]);
+  try {
+    if (stop.signal.aborted) return 0;
+    const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
+    const database = openDatabase(url, "server", 4);
+    const sources = openSources(join(dataDir, JOURNAL_FILE), journal, database);
+    const app = createApp({ journal, database, sources, secrets: AUTH_SECRET });
+    const server = listen(app, HOST, PORT);
+    process.stdout.write(`listening on ${server.origin}\n`);
+    const processor = options["no-processor"]
+      ? Promise.resolve()
+      : runProcessor({ dataDir, databaseUrl, idDays: settings.ID_DAYS, files: [] }, stop.signal);
+
+    processor.catch(() => stop.abort()); // its lock is not to be had: said below, with exit code 1
+    const compared = compareWithLedger(join(dataDir, JOURNAL_FILE), database, stop.signal);
+    compared.catch(() => stop.abort());
+    await aborted(stop.signal);
+    await server.finish();
+    await journal.close();
+    await Promise.all([processor, compared, database.close()]);
+    return 0;
+  } finally {
+    await cluster?.close();
+  }
+}
+
+/** The HTTP side, over a journal and a database that are open. */
+export function createApp(parts: {
+  journal: Journal;
+  database: Database;
+  sources: Sources;
+  secrets: readonly string[];
+}) {
+  const { journal, database, sources } = parts;
+  const authorize = requireSecret(parts.secrets);
+  const guard = ({ request }: { request: Request }) => authorize(request.headers);
+  const posted = watchPosted(database);
+  const room = openRoom();
+  const routes: { method: string; path: string }[] = [];
+
+  const app = new Elysia({ normalize: false, strictPath: true })
+    .use(problems((path) => allowedMethods(routes, path), say))
+    .use(
+      openapi({
+        documentation: {
+          info: { title: "Daybook", version: "0.1.0", description: "Events in, balances out." },
+          components: { securitySchemes: { secret: { type: "http", scheme: "bearer" } } },
+        },
+      }),
+    )
+    .post(
+      "/liveEvent",
+      async ({ request, status }) => {
+        using hold = room.enter();
+        const line = await readEvent(request, hold);
+        const position = positionOf(await taken(journal.append(line)));
+        return status(201, { message: "Event sent to process", position });
+      },
+      {
+        transform: guard,
+        parse: "none",
+        body: EventBody,
+        response: { 201: t.Object({ message: t.String(), position: t.String() }) },
+        detail: {
+          summary: "Take one event; `Idempotency-Key` is the same as its `id`",
+          security: [{ secret: [] }],
+          requestBody: describeBody("application/json", EventBody),
+        },
+      },
+    )
+    .post(
+      "/liveEvents",
+      async ({ request, query, status }) => {
+        using hold = room.enter();
+        const lines = await readEvents(request, hold, query.errors);
+        const { good, accepted, rejected, errors } = lines;
+        const position = positionOf(await taken(journal.append(good)));
+        return status(201, { accepted, rejected, errors, position });
+      },
+      {
+        transform: guard,
+        parse: "none",
+        body: EventsBody,
+        query: LISTED,
+        response: { 201: COUNTS },
+        detail: {
+          summary: "Take many events, one a line; the good lines together, the bad ones listed",
+          security: [{ secret: [] }],
+          requestBody: describeBody("application/x-ndjson", EventsBody),
+        },
+      },
+    )
+    .head(
+      "/sources/:source",
+      async ({ params, set }) => {
+        const source = await answered(sources.look(sourceName(params.source)));
+        if (!source) throw new Problem(404, "nothing of this source has been taken");
+        set.status = 204;
+        Object.assign(set.headers, sourceHeaders(source));
+        set.headers["journal-position"] = here();
+      },
+      {
+        transform: guard,
+        detail: { summary: "How much of a source is taken", security: [{ secret: [] }] },
+      },
+    )
+    .patch(
+      "/sources/:source",
+      async ({ request, params, query, set }) => {
+        const name = sourceName(params.source);
+        const { offset: from, digest } = sourceOf(request.headers);
+        using hold = room.enter();
+        const lines = await readEvents(request, hold, query.errors, from);
+        const { accepted, rejected, errors, ends, bytes } = lines;
+        const mark = { name, from, to: from + bytes, digest, events: accepted };
+        const result = await taken(sources.take(ends ? { ...mark, ends } : mark, lines.good));
+        if ("offset" in result)
+          throw new Problem(409, `the source stands at ${result.offset}, not at ${from}`, {
+            headers: { ...sourceHeaders(result), "journal-position": here() },
+          });
+        Object.assign(set.headers, sourceHeaders({ offset: mark.to, digest }));
+        return { accepted, rejected, errors, position: positionOf(result.position) };
+      },
+      {
+        transform: guard,
+        parse: "none",
+        body: EventsBody,
+        query: LISTED,
+        response: { 200: COUNTS },
+        detail: {
+          summary: "Take the next bytes of a source, from `Upload-Offset` on",
+          security: [{ secret: [] }],
+          requestBody: describeBody("application/x-ndjson", EventsBody),
+        },
+      },
+    )
+    .get(
+      "/userEvents/:userid",
+      async ({ params: { userid }, query: { after } }) => {
+        if (after !== undefined) await waitUntilPosted(after);
+        const revenue = isUserId(userid) ? await answered(readBalance(database, userid)) : null;
+        if (revenue === null) throw new Problem(404, "no event of this user has been posted");
+        return { user_id: userid, revenue };
+      },
+      {
+        params: t.Object({ userid: t.String() }),
+        query: t.Object({ after: t.Optional(t.String()) }, { additionalProperties: true }),
+        response: { 200: t.Object({ user_id: t.String(), revenue: t.String() }) },
+        detail: { summary: "The balance of a user; with `after`, once that position is posted" },
+      },
+    )
+    .get("/healthz", () => ({ status: "ok" }), {
+      detail: { summary: "200 while the process serves" },
+    })
+    .get(
+      "/readyz",
+      async () => {
+        if (journal.trouble()) throw unavailable("the journal takes nothing now; the log says why");
+        await answered(checkLedger(database));
+        return { status: "ready" };
+      },
+      { detail: { summary: "200 when events can be taken and balances read" } },
+    );
+  routes.push(...app.routes);
+  return app;
+
+  /** Before this is whatever has been acknowledged. */
+  function here(): string {
+    return positionOf(journal.end());
+  }
+
+  function positionOf(position: number): string {
+    return `${journal.id}:${position}`;
+  }
+
+  async function waitUntilPosted(position: string): Promise<void> {
+    const [, id = "", offset] = /^([0-9a-f-]{36}):(\d{1,15})$/.exec(position) ?? [];
+    if (!offset) throw new Problem(422, "`after` must be a position that an answer has named");
+    if (!(await answered(posted.wait(id, Number(offset), AFTER_MS))))
+      throw new Problem(504, `not posted within ${AFTER_MS / 1000} s`, {
+        headers: { "retry-after": "1" },
+      });
+  }
+}
+
+/** What the journal took, or the answer for why it did not. */
+async function taken<T>(taking: Promise<T>): Promise<T> {
+  try {
+    return await taking;
+  } catch (error) {
+    const { message } = error as Error;
+    if (message !== told) say((told = message));
+    if (error instanceof JournalFull) throw new Problem(507, message);
+    throw unavailable(message);
+  }
+}
+
+let told = "";
+
+/** What the database answered, or 503. */
+async function answered<T>(asking: Promise<T>): Promise<T> {
+  try {
+    return await asking;
+  } catch (error) {
+    if (!(error instanceof Unavailable)) throw error;
+    // Anybody may ask for a balance: what exactly is wrong is for the log.
+    if (error.message !== told) say((told = error.message));
+    throw unavailable("the database does not answer; this passes, or the log says why");
+  }
+}
+
+/** Serves `app`; `finish` stops accepting and lets what is under way finish. */
+function listen(app: ReturnType<typeof createApp>, hostname: string, port: number) {
+  // reusePort is Elysia's default: a second server would silently take half of the requests.
+  // The bodies' own limits answer with a problem document; Bun's would cut the connection.
+  const options = { hostname, port, reusePort: false, maxRequestBodySize: Number.MAX_SAFE_INTEGER };
+  let server: ReturnType<typeof createApp>["server"];
+  try {
+    server = app.listen(options).server;
+  } catch (error) {
+    const [why] = (error as Error).message.split("\n");
+    throw new Error(`cannot listen on ${hostname}:${port}: ${why}; set HOST or PORT`);
+  }
+  return {
+    origin: `http://${hostname.includes(":") ? `[${hostname}]` : hostname}:${server?.port}`,
+    async finish() {
+      await Promise.race([server?.stop(), Bun.sleep(FINISH_MS)]);
+      await server?.stop(true);
+    },
+  };
+}
+
+/** Runs the processor beside the server, once no other one follows this journal. */
+async function runProcessor(job: Job, stop: AbortSignal): Promise<void> {
+  const lock = await waitForLock(join(job.dataDir, "processor.lock"), stop);
+  if (!lock) return;
+  const processor = supervise(new URL("./processor.ts", import.meta.url), job, (report) => {
+    if (report.type === "say" || report.type === "failed") say(report.line);
+  });
+  await aborted(stop);
+  await processor.stop();
+  lock.release();
+}
+
+/**
+ * A journal that ends before what the ledger has posted of it is an older copy: what it takes would
+ * never be posted. Throws JournalDamage as soon as the database can be asked.
+ */
+async function compareWithLedger(
+  path: string,
+  database: Database,
+  stop: AbortSignal,
+): Promise<void> {
+  const reader = await openJournalReader(path);
+  while (reader && !stop.aborted) {
+    try {
+      const posted = (await readCheckpoint(database, `journal:${reader.id}`))?.position ?? 0;
+      // Read after the checkpoint: what is posted was in the file before.
+      const end = await reader.end();
+      if (posted <= end) return;
+      const what = `it ends there, but the ledger has posted it up to ${posted}`;
+      throw new JournalDamage(path, end, what);
+    } catch (error) {
+      if (!(error instanceof Unavailable)) throw error;
+      await Bun.sleep(500);
+    }
+  }
+}
+
+function aborted(signal: AbortSignal): Promise<null> {
+  return new Promise((resolve) => {
+    if (signal.aborted) resolve(null);
+    signal.addEventListener("abort", () => resolve(null));
+  });
+}
+
+function say(line: string): void {
+  process.stderr.write(`${line}\n`);
+}
+
+if (import.meta.main) {
+  process.exitCode = await main().catch((error) => {
+    say((error as Error).message);
+    return 1;
+  });
+  process.exit();
+}

@@ -1,0 +1,340 @@
+/**
+ * The client: sends the events of a file to the server, so that each is there once, whatever is
+ * killed and however often it is run. What is taken, only the server knows: the client asks where
+ * the source stands, makes sure that the file begins with those bytes, and goes on from there.
+ * While one piece is under way the next is read and hashed.
+ */
+import "./lib/install.ts";
+
+import { existsSync, realpathSync, rmSync, statSync } from "node:fs";
+import { tmpdir, userInfo } from "node:os";
+import { basename, dirname, join } from "node:path";
+
+import { parseDuration, readCommand } from "./lib/config.ts";
+import { isText, MAX_SOURCE_BYTES } from "./lib/event.ts";
+import { type Lock, tryLock } from "./lib/lock.ts";
+import { type Read, readFile, readStream } from "./lib/lines.ts";
+import { advance, begin, lastPiece, type Piece, readPieces, type Start } from "./lib/pieces.ts";
+import { showProgress } from "./lib/progress.ts";
+import { type Counts, openRejected, type Rejected } from "./lib/rejected.ts";
+import { GaveUp, openRemote, type Remote, type Stand } from "./lib/remote.ts";
+import { watchDirectory } from "./lib/wake.ts";
+
+async function main(): Promise<number> {
+  const { settings, options, files } = readCommand({
+    usage: "bun run client.ts [--again] [--follow] [--wait] [FILE]",
+    about:
+      "Sends the events of FILE (default: events.jsonl; -: standard input), one a line, to the\n" +
+      "server. Run again, it goes on where the server has it: every event counts once. Lines that\n" +
+      "the server rejects are in FILE.rejected.jsonl, each with the reason.",
+    options: {
+      again: { type: "boolean", meaning: "send the whole file once more, on purpose" },
+      follow: { type: "boolean", meaning: "go on as the file grows, until SIGTERM" },
+      wait: { type: "boolean", meaning: "return only when everything is in the ledger" },
+      source: { type: "string", meaning: "NAME of the source, instead of the file's name" },
+      "retry-for": { type: "string", meaning: "how long to try when the server is away (5m)" },
+    },
+    files: { atMost: 1 },
+    settings: ["SERVER_URL", "AUTH_SECRET"],
+    exits: {
+      0: "every event is on the server's disk",
+      1: "the same, but some lines were rejected: see FILE.rejected.jsonl",
+      2: "wrong use, a wrong setting, no such file, or a wrong secret",
+      3: "the server cannot be reached, or did not take the events",
+    },
+  });
+  const [path = "events.jsonl"] = files;
+  const retryMs = parseDuration(String(options["retry-for"] ?? "5m"));
+  if (retryMs === undefined) return wrong(`--retry-for: wanted a time like 90s, 5m or 2h`);
+  const stat = path === "-" ? null : statSync(path, { throwIfNoEntry: false });
+  if (stat !== null && !stat?.isFile())
+    return wrong(`${path}: ${stat ? "not a regular file" : "no such file"}`);
+
+  const name = String(
+    options["source"] ?? (path === "-" ? `stdin-${crypto.randomUUID()}` : basename(path)),
+  );
+  // A path of one or two dots is taken out of a URL before it is sent.
+  if (!isText(name, MAX_SOURCE_BYTES) || /^\.\.?$/.test(name))
+    return wrong(`--source: wanted a name of 1 to ${MAX_SOURCE_BYTES} bytes`);
+
+  const [secret = ""] = settings.AUTH_SECRET;
+  const stop = new AbortController();
+  const remote = openRemote(settings.SERVER_URL, secret, retryMs, say, stop.signal);
+  if (options["follow"])
+    for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+  return send(remote, path, {
+    again: options["again"] === true,
+    follow: options["follow"] === true && path !== "-",
+    wait: options["wait"] === true,
+    name,
+    stop: stop.signal,
+  });
+}
+
+interface Wish {
+  again: boolean;
+  follow: boolean;
+  wait: boolean;
+  name: string;
+  stop: AbortSignal;
+}
+
+/** What a run has done, for the summary. */
+interface Total {
+  accepted: number;
+  rejected: number;
+  bytes: number;
+  /** Lines and bytes that the server had before. */
+  thereLines: number;
+  thereBytes: number;
+  /** The journal position before which everything is. */
+  position: string;
+}
+
+/** Sends the file, tells how it goes, and returns the exit code. */
+async function send(remote: Remote, path: string, wish: Wish): Promise<number> {
+  const startedMs = performance.now();
+  const total: Total = {
+    accepted: 0,
+    rejected: 0,
+    bytes: 0,
+    thereLines: 0,
+    thereBytes: 0,
+    position: "",
+  };
+  const shown = path === "-" ? "standard input" : path;
+  let failure: GaveUp | null = null;
+  let rejected: Rejected | null = null;
+  try {
+    rejected = await (path === "-"
+      ? sendStream(remote, wish, total)
+      : sendFile(remote, path, wish, total));
+    if (wish.wait && total.position) await remote.posted(total.position);
+  } catch (error) {
+    if (!(error instanceof GaveUp)) throw error;
+    failure = error;
+  }
+
+  if (failure) say(failure.message);
+  if (failure && path === "-")
+    say("standard input cannot be resumed: what the summary counts is taken, the rest is not");
+  if (rejected && rejected.count() > 0)
+    say(`${rejected.count()} lines were rejected: see ${rejected.path}`);
+  const seconds = (performance.now() - startedMs) / 1000;
+  const there = total.thereBytes
+    ? `; already there: ${total.thereBytes} bytes (${total.thereLines} lines)`
+    : "";
+  const waited = wish.wait && !failure ? "; all of it is in the ledger" : "";
+  process.stdout.write(
+    `${failure ? "stopped: " : ""}sent ${total.accepted} events (${total.rejected} rejected) from ` +
+      `${shown}: ${total.bytes} bytes in ${seconds.toFixed(1)} s, ` +
+      `${Math.round(total.accepted / seconds)} events/s${there}${waited}\n`,
+  );
+  if (failure) return failure.wrongSecret ? 2 : 3;
+  return rejected && rejected.count() > 0 ? 1 : 0;
+}
+
+/** Sends what of the file is not taken yet; with `follow`, also what it grows by. */
+async function sendFile(remote: Remote, path: string, wish: Wish, total: Total): Promise<Rejected> {
+  const lockPath = lockPathOf(path);
+  const lock = lockOrNot(lockPath);
+  if (!lock) say(`${path}: another client sends it too, and keeps the lines that are rejected`);
+  try {
+    return await sendUntilEnd(remote, path, wish, total, lock !== null);
+  } finally {
+    if (lock) rmSync(lockPath, { force: true });
+    lock?.release();
+  }
+}
+
+function lockOrNot(path: string): Lock | null {
+  try {
+    return tryLock(path);
+  } catch {
+    return null; // no folder for it, or a file of somebody else's
+  }
+}
+
+/** One client at a time writes FILE.rejected.jsonl, beside which nothing else is to lie. */
+function lockPathOf(path: string): string {
+  const which = new Bun.CryptoHasher("sha256").update(realpathSync(path)).digest("hex");
+  return join(tmpdir(), `daybook-${userInfo().uid}-${which.slice(0, 16)}.lock`);
+}
+
+async function sendUntilEnd(
+  remote: Remote,
+  path: string,
+  wish: Wish,
+  total: Total,
+  keepsRejected: boolean,
+): Promise<Rejected> {
+  const read = readFile(Bun.file(path));
+  const wake = wish.follow ? watchDirectory(dirname(path)) : null;
+  wish.stop.addEventListener("abort", () => wake?.close());
+  for (let again = wish.again; ; again = false) {
+    // A rotation takes the file away for a moment.
+    while (wake && !wish.stop.aborted && !existsSync(path)) await wake.changed();
+    const { ino, size } = await statOf(path);
+    const { source, taken } = await locate(remote, wish.name, read, size, again);
+    const { piece, start } = await lastPiece(read, begin(), taken?.offset ?? 0);
+    const rejected = await openRejected(`${path}.rejected.jsonl`, start.offset, keepsRejected);
+    if (piece) rejected.addUnheard(piece);
+    skip(total, begin(), start);
+    total.position ||= taken?.position ?? "";
+    const progress = showProgress(basename(path), size, start.offset);
+    const on: Listener = {
+      leftOver(line) {
+        if (!wish.follow)
+          say(`${path}: line ${line} has no newline and is no event yet: left for the next run`);
+      },
+      taken(piece, counts) {
+        count(total, piece, counts);
+        progress.update(piece.to, total.accepted);
+      },
+      rejected,
+      stop: wish.stop,
+    };
+    try {
+      for (let at: Start | null = start; at;) {
+        if (wake && !existsSync(path)) break;
+        const now = await statOf(path);
+        if (now.ino !== ino || now.size < at.offset) break;
+        const { end, stand } = await sendPieces(remote, source, read, at, !wish.follow, on);
+        at = stand ? await goOn(read, end, stand, rejected) : end;
+        if (at && stand) skip(total, end, at);
+        if (stand) continue;
+        if (!wish.follow || wish.stop.aborted) return rejected;
+        await wake?.changed();
+      }
+      // The file is not any more what was sent: find out what it is now.
+    } finally {
+      progress.stop();
+    }
+  }
+}
+
+/** Another client sends the same source: goes on where it stands, if that is this file. */
+async function goOn(
+  read: Read,
+  from: Start,
+  stand: Stand,
+  rejected: Rejected,
+): Promise<Start | null> {
+  const taken: Read = (from, to) => read(from, Math.min(to, stand.offset));
+  let at = from;
+  for await (const piece of readPieces(taken, from, true, () => {})) {
+    rejected.addUnheard(piece);
+    at = piece.end;
+  }
+  return at.hash.copy().digest("hex") === stand.digest ? at : null;
+}
+
+/** Standard input: a source of its own, which nobody can go on with later. */
+async function sendStream(remote: Remote, wish: Wish, total: Total): Promise<Rejected> {
+  say("standard input cannot be resumed: if this is killed, nobody knows how far it came");
+  const read = readStream(Bun.stdin.stream());
+  const rejected = await openRejected("stdin.rejected.jsonl", 0, true);
+  const { stand } = await sendPieces(remote, wish.name, read, begin(), true, {
+    leftOver: (line) =>
+      say(`standard input: line ${line} has no newline and is no event: left out`),
+    taken: (piece, counts) => count(total, piece, counts),
+    rejected,
+    stop: wish.stop,
+  });
+  if (stand) throw new GaveUp(`somebody else sends the source ${wish.name}`);
+  return rejected;
+}
+
+function count(total: Total, piece: Piece, counts: Counts & { position?: string }): void {
+  total.accepted += counts.accepted;
+  if (piece.tooLong !== "further part") total.rejected += counts.rejected;
+  total.bytes += piece.to - piece.from;
+  total.position = counts.position ?? total.position;
+}
+
+function skip(total: Total, from: Start, to: Start): void {
+  total.thereBytes += to.offset - from.offset;
+  total.thereLines += to.line - from.line + (to.lineFrom < to.offset ? 1 : 0);
+}
+
+interface Listener {
+  leftOver(line: number): void;
+  taken(piece: Piece, counts: Counts & { position?: string }): void;
+  rejected: Rejected;
+  stop: AbortSignal;
+}
+
+/**
+ * Sends the pieces from `start` to the end, and returns where that is; with `stand`, where the
+ * source turned out to be, because another client sends it too.
+ */
+async function sendPieces(
+  remote: Remote,
+  source: string,
+  read: Read,
+  start: Start,
+  final: boolean,
+  on: Listener,
+): Promise<{ end: Start; stand: Stand | null }> {
+  const pieces = readPieces(read, start, final, on.leftOver);
+  let end = start;
+  let next = pieces.next();
+  for (;;) {
+    const { value: piece } = await next;
+    if (!piece || on.stop.aborted) return { end, stand: null };
+    next = pieces.next();
+    next.catch(() => {}); // awaited in the next turn
+    const answer = await remote.take(source, piece);
+    if ("accepted" in answer) {
+      on.rejected.add(piece, answer.errors);
+      on.taken(piece, answer);
+    } else if (answer.offset === piece.to && answer.digest === piece.digest) {
+      // It was taken before; only the answer was lost.
+      const { position } = answer;
+      on.taken(piece, { ...on.rejected.addUnheard(piece), position });
+    } else return { end, stand: answer };
+    end = piece.end;
+  }
+}
+
+/**
+ * Finds the source of a file: of the generations `NAME`, `NAME#2`, … the last whose taken bytes the
+ * file begins with; if there is none, or `again` is wished, the first that does not exist.
+ */
+async function locate(remote: Remote, name: string, read: Read, size: number, again: boolean) {
+  let found: { source: string; taken: Stand } | null = null;
+  let passed = begin();
+  for (let generation = 1; ; generation++) {
+    const source = generation === 1 ? name : `${name}#${generation}`;
+    const taken = await remote.look(source);
+    if (!taken) return again || !found ? { source, taken: null } : found;
+    if (taken.offset > size) continue;
+    passed = await advance(read, taken.offset < passed.offset ? begin() : passed, taken.offset);
+    if (passed.hash.copy().digest("hex") === taken.digest) found = { source, taken };
+  }
+}
+
+async function statOf(path: string): Promise<{ ino: number; size: number }> {
+  try {
+    return await Bun.file(path).stat();
+  } catch (error) {
+    throw new GaveUp(`${path} cannot be read any more: ${(error as Error).message}`);
+  }
+}
+
+function say(line: string): void {
+  process.stderr.write(`${line}\n`);
+}
+
+function wrong(line: string): number {
+  say(line);
+  return 2;
+}
+
+if (import.meta.main) {
+  process.exitCode = await main().catch((error) => {
+    say((error as Error).message);
+    return 3;
+  });
+  process.exit();
+}
