@@ -1,0 +1,148 @@
+/**
+ * A disk in memory that does what disks do when the power fails: what was not synced is lost page by
+ * page, out of order, or stays; a file whose name was not synced may be gone; writes are cut short,
+ * there is no room, a sync fails and forgets what it should have written. All by one seed.
+ */
+import type { Disk, JournalFile } from "../../lib/journal-disk.ts";
+
+const PAGE = 4096;
+
+/** Numbers from 0 to 1, the same for the same seed (mulberry32). */
+export function randomOf(seed: number): () => number {
+  let state = seed | 0;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 4294967296;
+  };
+}
+
+interface SimulatedFile {
+  /** What a program reads. */
+  bytes: Buffer;
+  /** What is on the platter: survives the crash for sure. */
+  platter: Buffer;
+  /** Whether the name is on the platter too. */
+  named: boolean;
+}
+
+export interface Odds {
+  noRoom: number;
+  failedSync: number;
+}
+
+export class SimulatedDisk {
+  private files = new Map<string, SimulatedFile>();
+  /** Each crash ends a life: calls that belong to an earlier one never come back. */
+  private life = 0;
+  private locked = -1;
+  syncs = 0;
+
+  constructor(
+    private readonly random: () => number,
+    readonly odds: Odds,
+  ) {}
+
+  /** The disk as one life of the program sees it. */
+  mount(): Disk {
+    const life = ++this.life;
+    const alive = async <T>(act: () => T): Promise<T> => {
+      // Somewhere in between is the moment at which a crash may come.
+      for (let turns = Math.floor(this.random() * 3); turns >= 0; turns--) await Promise.resolve();
+      if (life !== this.life) return new Promise<never>(() => {});
+      return act();
+    };
+    const fail = (code: string) => Object.assign(new Error(code), { code });
+    const get = (path: string) => {
+      const file = this.files.get(path);
+      if (!file) throw fail("ENOENT");
+      return file;
+    };
+    const openForAppend = (path: string): JournalFile => {
+      const file = this.files.get(path) ?? { bytes: empty, platter: empty, named: false };
+      this.files.set(path, file);
+      const write = (bytes: Uint8Array) => {
+        file.bytes = Buffer.concat([file.bytes, bytes]);
+      };
+      return {
+        append: (bytes) =>
+          alive(() => {
+            if (this.random() < this.odds.noRoom) {
+              write(bytes.subarray(0, Math.floor(this.random() * bytes.length)));
+              throw fail("ENOSPC");
+            }
+            write(bytes);
+          }),
+        sync: () =>
+          alive(() => {
+            this.syncs++;
+            if (this.random() < this.odds.failedSync) throw fail("EIO");
+            file.platter = file.bytes;
+          }),
+        truncate: (bytes) =>
+          alive(() => {
+            file.bytes = file.bytes.subarray(0, bytes);
+          }),
+        is: (_path, bytes) => file.bytes.length === bytes,
+        close: () => alive(() => {}),
+      };
+    };
+    return {
+      openForAppend: (path) => alive(() => openForAppend(path)),
+      syncDirectory: () =>
+        alive(() => {
+          for (const file of this.files.values()) file.named = true;
+        }),
+      makeDirectory: () => alive(() => {}),
+      size: (path) => alive(() => get(path).bytes.length),
+      read: (path, from, to) => alive(() => Buffer.from(get(path).bytes.subarray(from, to))),
+      syncFile: (path) =>
+        alive(() => {
+          const file = get(path);
+          file.platter = file.bytes;
+        }),
+      lock: () => {
+        if (this.locked === life) return null;
+        this.locked = life;
+        return {
+          release: () => {
+            this.locked = -1;
+          },
+        };
+      },
+      now: () => 1_700_000_000_000 + this.syncs,
+    };
+  }
+
+  /** The power fails. */
+  crash(): void {
+    this.life++;
+    for (const [path, file] of this.files) {
+      if (!file.named && this.random() < 0.5) this.files.delete(path);
+      file.bytes = file.platter = this.leftOf(file);
+    }
+  }
+
+  /** Of what was not synced, any page may be there, or zeros, or be missing at the end. */
+  private leftOf({ bytes, platter }: SimulatedFile): Buffer {
+    const longest = Math.max(bytes.length, platter.length);
+    const shortest = Math.min(platter.length, bytes.length);
+    const length = shortest + Math.floor(this.random() * (longest - shortest + 1));
+    const left = Buffer.alloc(length);
+    platter.copy(left, 0, 0, Math.min(length, platter.length));
+    for (let page = 0; page < length; page += PAGE) {
+      const end = Math.min(page + PAGE, length, bytes.length);
+      if (end > page && this.random() < 0.5) bytes.copy(left, page, page, end);
+    }
+    return left;
+  }
+
+  /** Changes what is on the disk, as rot or a person does. */
+  change(path: string, change: (bytes: Buffer) => Buffer): void {
+    const file = this.files.get(path);
+    if (file) file.bytes = file.platter = change(Buffer.from(file.bytes));
+  }
+}
+
+const empty = Buffer.alloc(0);

@@ -1,0 +1,91 @@
+/** Every way in which the end of a journal can be cut, and every bit of it flipped. */
+import { expect, test } from "bun:test";
+
+import { encodeFrame, encodeJournalHeader, JournalDamage } from "../../lib/journal-frame.ts";
+import { openJournal } from "../../lib/journal.ts";
+import { openJournalReader } from "../../lib/journal-reader.ts";
+import { randomOf, SimulatedDisk } from "./simulated-disk.ts";
+
+const PATH = "data/eventsPost.jsonl";
+const ID = "3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11";
+
+/** A journal of 220 frames of one to three events each, and where each frame begins. */
+function makeJournal() {
+  const random = randomOf(1);
+  const parts = [encodeJournalHeader(ID, 0)];
+  const frames: { from: number; to: number; at: [number, number]; lines: string[] }[] = [];
+  let end = (parts[0] as Buffer).length;
+  for (let frame = 0; frame < 220; frame++) {
+    const lines = Array.from(
+      { length: 1 + Math.floor(random() * 3) },
+      (_, i) => `{"userId":"u${frame}","name":"add_revenue","value":${i}}`,
+    );
+    const payload = Buffer.from(lines.map((line) => `${line}\n`).join(""));
+    const bytes = encodeFrame([payload], payload.length, 1_700_000_000_000 + frame);
+    const digits = bytes.indexOf('"at":') + 5;
+    frames.push({
+      from: end,
+      to: end + bytes.length,
+      at: [end + digits, end + digits + 13],
+      lines,
+    });
+    end += bytes.length;
+    parts.push(bytes);
+  }
+  return { bytes: Buffer.concat(parts), frames };
+}
+
+/** What is left after a start on these bytes, or the damage that it named. */
+async function start(bytes: Buffer): Promise<string[] | JournalDamage> {
+  const disk = new SimulatedDisk(randomOf(1), { noRoom: 0, failedSync: 0 });
+  const mounted = disk.mount();
+  await mounted.openForAppend(PATH);
+  disk.change(PATH, () => bytes);
+  try {
+    await openJournal("data", () => {}, mounted);
+  } catch (error) {
+    if (error instanceof JournalDamage) return error;
+    throw error;
+  }
+  const reader = await openJournalReader(PATH, mounted);
+  const lines: string[] = [];
+  for (let position = reader?.start ?? 0; reader;) {
+    const frames = await reader.read(position);
+    if (frames.length === 0) break;
+    for (const { payload, to } of frames) {
+      lines.push(...payload.toString().trimEnd().split("\n"));
+      position = to;
+    }
+  }
+  return lines;
+}
+
+test("a journal cut at any byte of its last 200 frames keeps exactly the whole ones", async () => {
+  const { bytes, frames } = makeJournal();
+  for (let cut = frames[20]?.from ?? 0; cut <= bytes.length; cut++) {
+    const whole = frames.filter(({ to }) => to <= cut).flatMap(({ lines }) => lines);
+    const left = await start(bytes.subarray(0, cut));
+    if (left instanceof JournalDamage || left.join() !== whole.join())
+      throw new Error(`cut at ${cut}: ${left}`);
+  }
+}, 60_000);
+
+test("a flipped bit in the last 20 frames is named with its frame; in the very last, cut off", async () => {
+  const { bytes, frames } = makeJournal();
+  const all = frames.flatMap(({ lines }) => lines).join();
+  const butLast = frames.slice(0, -1).flatMap(({ lines }) => lines);
+  for (const [index, { from, to, at }] of frames.slice(-20).entries()) {
+    for (let bit = from * 8; bit < to * 8; bit++) {
+      const byte = bit >> 3;
+      const flipped = Buffer.from(bytes);
+      flipped[byte] = (flipped[byte] as number) ^ (1 << (bit & 7));
+      const found = await start(flipped);
+      const named = found instanceof JournalDamage && found.message.includes(`at byte ${from}:`);
+      // When a frame was written is told to people, and nothing relies on it.
+      const unnoticed = byte >= at[0] && byte < at[1] && `${found}` === all;
+      const healed = index === 19 && `${found}` === butLast.join();
+      if (!named && !unnoticed && !healed) throw new Error(`bit ${bit}: ${found}`);
+    }
+  }
+  expect(butLast.length).toBeGreaterThan(200);
+}, 60_000);

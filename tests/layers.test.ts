@@ -1,0 +1,81 @@
+import { expect, test } from "bun:test";
+import { readdirSync, readFileSync } from "node:fs";
+import { basename, join } from "node:path";
+
+const root = join(import.meta.dir, "..");
+
+/** Who may import whom, as ARCHITECTURE.md has it: the last name of a path, and the packages. */
+const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
+  amount: { ours: [], packages: [] },
+  event: { ours: ["amount"], packages: ["@sinclair/typebox", "@sinclair/typebox/compiler"] },
+  lines: { ours: ["event"] },
+  lock: { ours: [], packages: ["bun:sqlite"] },
+  "journal-frame": { ours: [] },
+  "journal-disk": { ours: ["lock"] },
+  "journal-reader": { ours: ["journal-disk", "journal-frame"] },
+  journal: { ours: ["journal-disk", "journal-frame", "lock"] },
+  binaries: { ours: [] },
+  home: { ours: ["binaries"] },
+  watcher: { ours: ["binaries", "home"] },
+  postmaster: { ours: ["home", "watcher"] },
+  cluster: { ours: ["home", "lock", "postmaster", "watcher"] },
+  database: { ours: [], packages: ["postgres"] },
+  ledger: { ours: ["amount", "database"] },
+  posted: { ours: ["database", "ledger"] },
+  effort: { ours: [] },
+  "source-mark": { ours: [] },
+  fold: { ours: ["amount", "event", "ledger", "lines", "source-mark"] },
+  source: { ours: ["database", "effort", "fold", "ledger", "lines"] },
+  sources: { ours: ["database", "event", "journal", "journal-reader", "ledger", "source-mark"] },
+  "source-header": { ours: ["event", "problem", "sources"] },
+  room: { ours: ["problem"] },
+  pieces: { ours: ["event", "lines"] },
+  remote: { ours: ["lines", "pieces"] },
+  rejected: { ours: ["event", "lines", "pieces", "remote"] },
+  wake: { ours: [] },
+  config: { ours: [] },
+  install: { ours: [] },
+  supervisor: { ours: [] },
+  progress: { ours: [], packages: ["cli-progress"] },
+  problem: { ours: [], packages: ["elysia"] },
+  auth: { ours: ["problem"] },
+  body: { ours: ["event", "lines", "problem", "room", "zstd"], packages: ["elysia"] },
+  zstd: { ours: [] },
+};
+const FACES = ["app", "client", "processor"];
+
+function importsOf(path: string): string[] {
+  const text = readFileSync(path, "utf8");
+  return [...text.matchAll(/^(?:import|export)\s[^;]*?from "([^"]+)"|import\("([^"]+)"\)/gm)].map(
+    (match) => (match[1] ?? match[2]) as string,
+  );
+}
+
+test.each(readdirSync(join(root, "lib")).filter((name) => name.endsWith(".ts")))(
+  "lib/%s imports only what its layer may",
+  (file) => {
+    const may = MAY[basename(file, ".ts")];
+    expect(may, `${file} has no row in the table of layers`).toBeDefined();
+    for (const name of importsOf(join(root, "lib", file))) {
+      if (name.startsWith("node:")) continue;
+      if (name.startsWith(".")) expect(may?.ours).toContain(basename(name, ".ts"));
+      else expect(may?.packages ?? []).toContain(name);
+    }
+  },
+);
+
+test.each(FACES)("%s.ts imports from lib and from no other face", (face) => {
+  for (const name of importsOf(join(root, `${face}.ts`)))
+    if (name.startsWith(".")) expect(name).toStartWith("./lib/");
+});
+
+test("the environment and the command line are read in lib/config.ts alone", () => {
+  const readers = [
+    ...FACES.map((face) => `${face}.ts`),
+    ...readdirSync(join(root, "lib")).map((name) => `lib/${name}`),
+  ].filter((file) =>
+    /process\.(env|argv)|Bun\.(env|argv)/.test(readFileSync(join(root, file), "utf8")),
+  );
+  // install.ts runs before there is anything to import, and hands both on as they are.
+  expect(readers.filter((file) => !["lib/config.ts", "lib/install.ts"].includes(file))).toEqual([]);
+});

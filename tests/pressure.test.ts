@@ -1,0 +1,224 @@
+/**
+ * More than the server can take: slow senders, large bodies, many at once. It refuses what it has
+ * no room for, keeps what it has acknowledged, answers everybody else, and its memory stays flat.
+ */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { readFileSync } from "node:fs";
+import { connect, type Socket } from "node:net";
+
+import { SECRET, startApp, tempDir, until } from "./support.ts";
+
+const KIB = 1024;
+const MIB = 1024 * KIB;
+/** What the process may ever have needed. Linux only. */
+const MOST_BYTES = 300 * MIB;
+const SLOW_SENDERS = 200;
+const NOWHERE = "postgres://nobody@127.0.0.1:1/nothing";
+
+type App = Awaited<ReturnType<typeof startApp>>;
+
+setDefaultTimeout(30_000);
+
+test(`while ${SLOW_SENDERS} send slowly, everybody else is answered, and the slow ones in the end`, async () => {
+  await using server = await openServer();
+  const { app } = server;
+  const event = line("slow", 100);
+  const slow = await Promise.all(
+    Array.from({ length: SLOW_SENDERS }, (_, i) => openSender(app, event.length, i % 2 === 0)),
+  );
+  let at = 0;
+  let slowestMs = 0;
+  for (; at < event.length - 1; at++) {
+    for (const sender of slow) sender.send(event.slice(at, at + 1));
+    const beganMs = performance.now();
+    const answers = await Promise.all([
+      app.post(line("fast", 1)),
+      app.postLines(line("fast", 1).repeat(100)),
+      fetch(`${app.url}/healthz`),
+    ]);
+    expect(answers.map(({ status }) => status)).toEqual([201, 201, 200]);
+    slowestMs = Math.max(slowestMs, performance.now() - beganMs);
+  }
+  expect(slowestMs).toBeLessThan(1_000);
+  expect(slow.map(({ text }) => text())).toEqual(slow.map(() => ""));
+  for (const sender of slow) sender.send(event.slice(at));
+  await until(() => slow.every(({ text }) => text().startsWith("HTTP/1.1 201 ")));
+  expect(server.users()).toEqual({ slow: SLOW_SENDERS, fast: 101 * at });
+  expect(peakBytes(app)).toBeLessThan(MOST_BYTES);
+  for (const sender of slow) sender[Symbol.dispose]();
+});
+
+for (const [what, noteBytes] of [
+  ["long lines", 900],
+  ["short lines", 0],
+] as const)
+  test(`60 bodies of 16 MiB at once (${what}): taken whole or refused for now, in flat memory`, async () => {
+    await using server = await openServer();
+    const { app } = server;
+    const filler = Buffer.from(line("filler", noteBytes).repeat((16 * MIB) / (100 + noteBytes)));
+    const bodies = Array.from({ length: 60 }, (_, i) => [
+      Buffer.from(line(`first${i}`)),
+      filler,
+      Buffer.from(line(`last${i}`)),
+    ]);
+    const answers = await Promise.all(
+      bodies.map((parts, i) =>
+        // Every third is sent without its length.
+        i % 3 === 0 ? app.postLines(streamed(parts) as never) : app.postLines(joined(parts)),
+      ),
+    );
+    const taken = await sort(answers);
+    expect(taken.length).toBeGreaterThan(0);
+    const users = taken.flatMap((i) => [`first${i}`, `last${i}`]);
+    const { filler: fillers, ...others } = server.users();
+    expect(others).toEqual(Object.fromEntries(users.map((user) => [user, 1])));
+    expect(fillers).toBe(taken.length * countUsers(filler)["filler"]!);
+    // When it is over there is room again.
+    await until(async () => (await app.postLines(joined([filler]))).status === 201);
+    expect(peakBytes(app)).toBeLessThan(MOST_BYTES);
+  });
+
+test("2,000 bodies of 60 KiB, as fast as they can be sent: the same", async () => {
+  await using server = await openServer();
+  const { app } = server;
+  const answers: Response[] = [];
+  let next = 0;
+  const sender = async () => {
+    while (next < 2_000) {
+      const i = next++;
+      answers[i] = await app.post(line(`user${i}`, 60 * KIB));
+    }
+  };
+  await Promise.all(Array.from({ length: 250 }, sender));
+  const taken = await sort(answers);
+  expect(taken.length).toBeGreaterThan(0);
+  expect(server.users()).toEqual(Object.fromEntries(taken.map((i) => [`user${i}`, 1])));
+  expect(peakBytes(app)).toBeLessThan(MOST_BYTES);
+});
+
+test("room that senders hold who go away is given back", async () => {
+  await using server = await openServer();
+  const { app } = server;
+  const piece = "\n".repeat(2 * MIB);
+  for (let round = 0; round < 3; round++) {
+    const senders = await Promise.all(
+      Array.from({ length: 40 }, (_, i) => openSender(app, 15 * MIB, i % 2 === 0)),
+    );
+    for (const sender of senders) sender.send(piece);
+    const refused = await until(async () => {
+      const response = await app.postLines(joined([Buffer.from(piece)]));
+      return response.status === 201 ? null : response;
+    });
+    expect(refused.status).toBe(503);
+    expect(Number(refused.headers.get("retry-after"))).toBeGreaterThan(0);
+    expect((await fetch(`${app.url}/healthz`)).status).toBe(200);
+    for (const sender of senders) sender[Symbol.dispose]();
+    const whole = Buffer.from(line("whole", 900).repeat((16 * MIB) / 1_000));
+    await until(async () => (await app.postLines(joined([whole]))).status === 201);
+  }
+  expect(peakBytes(app)).toBeLessThan(MOST_BYTES);
+});
+
+// Helpers
+
+/** A server alone, and its journal. */
+async function openServer() {
+  const dir = tempDir();
+  const app = await startApp({
+    dataDir: dir.path,
+    databaseUrl: NOWHERE,
+    args: ["--no-processor"],
+  }).catch((error) => {
+    dir[Symbol.dispose]();
+    throw error;
+  });
+  return {
+    app,
+    /** The users in the journal, and how many events each has. */
+    users: () => countUsers(readFileSync(dir.file("eventsPost.jsonl"))),
+    async [Symbol.asyncDispose]() {
+      await app[Symbol.asyncDispose]();
+      dir[Symbol.dispose]();
+    },
+  };
+}
+
+function line(user: string, noteBytes = 0): string {
+  const note = noteBytes > 0 ? `,"note":"${"n".repeat(noteBytes)}"` : "";
+  return `{"userId":"${user}","name":"add_revenue","value":1${note}}\n`;
+}
+
+function joined(parts: Buffer[]): Uint8Array<ArrayBuffer> {
+  return new Uint8Array(Buffer.concat(parts));
+}
+
+/** In pieces, the length not announced. */
+function streamed(parts: Buffer[]): ReadableStream {
+  const bytes = joined(parts);
+  let at = 0;
+  return new ReadableStream({
+    pull(controller) {
+      if (at >= bytes.length) return controller.close();
+      controller.enqueue(bytes.subarray(at, (at += 256 * KIB)));
+    },
+  });
+}
+
+/** A connection of its own that has sent the head of a request, and sends its body when told to. */
+async function openSender(app: App, bodyBytes: number, chunked: boolean) {
+  const { hostname, port } = new URL(app.url);
+  const socket = await new Promise<Socket>((resolve, reject) => {
+    const opened = connect(Number(port), hostname, () => resolve(opened));
+    opened.on("error", reject);
+  });
+  let text = "";
+  socket.on("data", (bytes) => (text += bytes));
+  socket.write(
+    `POST /liveEvents HTTP/1.1\r\nhost: x\r\nauthorization: ${SECRET}\r\n` +
+      "content-type: application/x-ndjson\r\n" +
+      (chunked ? "transfer-encoding: chunked\r\n\r\n" : `content-length: ${bodyBytes}\r\n\r\n`),
+  );
+  let left = bodyBytes;
+  return {
+    text: () => text,
+    send(piece: string) {
+      left -= piece.length;
+      if (!chunked) return socket.write(piece);
+      const end = left === 0 ? "0\r\n\r\n" : "";
+      return socket.write(`${piece.length.toString(16)}\r\n${piece}\r\n${end}`);
+    },
+    [Symbol.dispose]: () => void socket.destroy(),
+  };
+}
+
+/** Which were answered 201; all others must have been told to come back. */
+async function sort(answers: Response[]): Promise<number[]> {
+  const taken: number[] = [];
+  for (const [i, response] of answers.entries()) {
+    await response.bytes();
+    expect([201, 429, 503]).toContain(response.status);
+    if (response.status === 201) taken.push(i);
+    else expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
+  }
+  return taken;
+}
+
+function countUsers(lines: Buffer): Record<string, number> {
+  const counts: Record<string, number> = {};
+  const begin = Buffer.from('{"userId":"');
+  for (let at = lines.indexOf(begin); at >= 0; at = lines.indexOf(begin, at)) {
+    at += begin.length;
+    const user = lines.toString("latin1", at, lines.indexOf('"', at));
+    counts[user] = (counts[user] ?? 0) + 1;
+  }
+  return counts;
+}
+
+/** The most memory that the process ever had; 0 where the system does not say. */
+function peakBytes(app: App): number {
+  if (process.platform !== "linux") return 0;
+  const status = readFileSync(`/proc/${app.pid}/status`, "utf8");
+  const bytes = Number(/VmHWM:\s+(\d+) kB/.exec(status)?.[1]) * KIB;
+  if (process.env["PEAK"]) console.log(Math.round(bytes / MIB), "MiB");
+  return bytes;
+}

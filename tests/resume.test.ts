@@ -1,0 +1,120 @@
+/**
+ * A file is taken once, to the event, whatever happens on the way: the client is killed, the server
+ * with its processor is killed under it, and what lies between them drops, delays and cuts. What
+ * must come of it is summed up by the test itself, from the file it wrote.
+ */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { readFileSync, statSync } from "node:fs";
+
+import {
+  balances,
+  type Fault,
+  openMeddler,
+  rejectedFaults,
+  run,
+  seeded,
+  spawn,
+  startApp,
+  tempDir,
+  testDatabase,
+  until,
+  writeEvents,
+} from "./support.ts";
+
+setDefaultTimeout(30_000);
+
+const LINES = 60_000;
+
+test(
+  "the client is killed 10 times and the server 4 times: every event counts once",
+  seeded(async (random) => {
+    await using ledger = await openLedger();
+    const { good, bad, balances } = writeEvents(ledger.file, LINES, random);
+    await ledger.sendAndKill(ledger.server.url, random);
+    expect(await ledger.sendRest(ledger.server.url)).toEndWith("; all of it is in the ledger\n");
+    expect(differences(await ledger.balances(), balances)).toEqual([]);
+    expect(rejectedFaults(ledger.file, bad)).toEqual([]);
+    expect(ledger.events()).toBe(good.length);
+  }),
+);
+
+test(
+  "the same with a network that drops, delays and cuts requests and answers",
+  seeded(async (random) => {
+    await using ledger = await openLedger();
+    const { good, bad, balances } = writeEvents(ledger.file, LINES, random);
+    await using meddler = await openMeddler(ledger.server.url, () => badLuck(random));
+    await ledger.sendAndKill(meddler.url, random);
+    expect(await ledger.sendRest(meddler.url)).toEndWith("; all of it is in the ledger\n");
+    expect(differences(await ledger.balances(), balances)).toEqual([]);
+    expect(rejectedFaults(ledger.file, bad)).toEqual([]);
+    expect(ledger.events()).toBe(good.length);
+  }),
+);
+
+function badLuck(random: () => number): Fault {
+  const faults: Fault[] = ["cut", "lose", "tear", { delayMs: random() * 50 }, { answer: 503 }];
+  return random() < 0.4 ? (faults[Math.floor(random() * faults.length)] as Fault) : null;
+}
+
+/** The users whose balances are not those that are wanted. */
+function differences(found: Record<string, string>, wanted: Record<string, string>): string[] {
+  const users = Object.keys({ ...found, ...wanted });
+  return users
+    .filter((user) => found[user] !== wanted[user])
+    .map((user) => `${user}: ${found[user]}, wanted ${wanted[user]}`);
+}
+
+/** A server with a ledger of its own, and a file to be sent. */
+async function openLedger() {
+  const database = await testDatabase();
+  const folder = tempDir();
+  const file = folder.file("a.jsonl");
+  const journal = folder.file("data/eventsPost.jsonl");
+  const app = { dataDir: folder.file("data"), databaseUrl: database.url };
+  let server = await startApp(app);
+  const size = () => statSync(journal).size;
+
+  return {
+    file,
+    server,
+    balances: () => balances(database.url),
+    /** Starts the client 10 times; kills it when it is under way, and the server 4 times before. */
+    async sendAndKill(url: string, random: () => number) {
+      const bytes = statSync(file).size;
+      for (let kill = 0; kill < 10; kill++) {
+        await using client = spawn("client.ts", { args: [file], env: { SERVER_URL: url } });
+        const reach = (journalBytes: number) =>
+          until(() => size() > journalBytes || client.child.exitCode !== null, 10_000, 1);
+        await reach(Math.max(size(), (bytes * (kill + random())) / 14));
+        if (kill % 3 === 0) {
+          server.kill("SIGKILL");
+          await server.exit();
+          server = await startApp({ ...app, env: { PORT: new URL(server.url).port } });
+          await reach(size());
+        }
+        await Bun.sleep(random() * 10);
+        client.kill("SIGKILL");
+        await client.exit();
+        expect(client.child.signalCode).toBe("SIGKILL"); // it was not through before
+      }
+    },
+    /** What the client says that has come to the end. */
+    async sendRest(url: string) {
+      const args = [file, "--wait"];
+      const { code, stdout } = await run("client.ts", { args, env: { SERVER_URL: url } });
+      expect(code).toBe(1); // some lines are bad
+      return stdout;
+    },
+    /** The events in the journal. */
+    events() {
+      const lines = readFileSync(journal, "utf8").trimEnd().split("\n");
+      return lines.filter((line) => !/^\{"(journal|frame|source)":/.test(line)).length;
+    },
+    async [Symbol.asyncDispose]() {
+      await server[Symbol.asyncDispose]();
+      folder[Symbol.dispose]();
+      await database.drop();
+    },
+  };
+}

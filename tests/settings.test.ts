@@ -1,0 +1,291 @@
+/**
+ * Settings, the command line, and how a start fails: the exit code, one line for each fault, and
+ * never a secret or a stack.
+ */
+import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
+
+import { readSettings, type SettingName } from "../lib/config.ts";
+import { run, spawn, startApp, tempDir, until } from "./support.ts";
+
+const SECRET = "quokka-in-a-secret";
+const PROGRAMS = ["app.ts", "processor.ts", "client.ts"];
+/** Nobody listens there: an app with this starts without a Postgres. */
+const NO_DATABASE = `postgres://daybook:${SECRET}@127.0.0.1:1/daybook`;
+
+setDefaultTimeout(20_000);
+
+const dir = tempDir();
+const env = { DATA_DIR: dir.file("data"), DATABASE_URL: NO_DATABASE };
+afterAll(() => dir[Symbol.dispose]());
+
+const SETTINGS: Record<string, string[]> = {
+  "app.ts": ["PORT", "HOST", "AUTH_SECRET", "DATA_DIR", "DATABASE_URL"],
+  "processor.ts": ["DATA_DIR", "DATABASE_URL"],
+  "client.ts": ["SERVER_URL", "AUTH_SECRET"],
+};
+const EXIT_CODES: Record<string, number[]> = {
+  "app.ts": [0, 2],
+  "processor.ts": [0, 2],
+  "client.ts": [0, 1, 2, 3],
+};
+
+for (const program of PROGRAMS) {
+  test(`${program} --help tells usage, settings and exit codes, and no secret that is set`, async () => {
+    const set = { ...env, AUTH_SECRET: SECRET };
+    const { code, stdout, stderr } = await run(program, { args: ["--help"], env: set });
+    expect(stdout).not.toContain(SECRET);
+    expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
+    expect(stdout).toContain(`bun run ${program}`);
+    for (const name of SETTINGS[program] ?? []) expect(stdout).toMatch(new RegExp(`\\b${name}\\b`));
+    for (const exit of EXIT_CODES[program] ?? [])
+      expect(stdout).toMatch(new RegExp(`^ *${exit}\\b.*[a-z]`, "m"));
+  });
+
+  test(`${program} with an option that it does not know exits with 2`, async () => {
+    const { code, stdout, stderr } = await run(program, { args: ["--nonsense"], env });
+    expect({ code, stdout }).toEqual({ code: 2, stdout: "" });
+    expect(stderr).toContain("--nonsense");
+    expectNoStack(stderr);
+  });
+}
+
+test("the defaults are those of the contract", async () => {
+  const { stdout } = await run("app.ts", { args: ["--help"], env });
+  for (const [name, value] of Object.entries({
+    PORT: "8000",
+    HOST: "127.0.0.1",
+    AUTH_SECRET: "secret",
+    DATA_DIR: "./data",
+    DATABASE_URL: "unset",
+  }))
+    expect(stdout).toMatch(new RegExp(`${name}.*default:? ${value.replaceAll(".", "\\.")}\\b`));
+});
+
+test("app.ts takes no files, and client.ts not two", async () => {
+  for (const [program, args] of [
+    ["app.ts", ["events.jsonl"]],
+    ["client.ts", ["a.jsonl", "b.jsonl"]],
+  ] as const) {
+    const { code, stdout, stderr } = await run(program, { args: [...args], env });
+    expect({ code, stdout }).toEqual({ code: 2, stdout: "" });
+    expectNoStack(stderr);
+  }
+});
+
+const WRONG: [name: SettingName, found: string][] = [
+  ["PORT", "eighty"],
+  ["PORT", "-1"],
+  ["PORT", "65536"],
+  ["PORT", "80.5"],
+  ["PORT", "0x50"],
+  ["PORT", "1e3"],
+  ["PORT", "8000x"],
+  ["PORT", " "],
+  ["HOST", "not a host"],
+  ["HOST", "http://127.0.0.1"],
+  ["DATA_DIR", "da\0ta"],
+  ["SERVER_URL", "nonsense"],
+  ["SERVER_URL", "ftp://127.0.0.1"],
+  ["AUTH_SECRET", `${SECRET} with spaces`],
+  ["AUTH_SECRET", `${SECRET}é`],
+  ["AUTH_SECRET", `${SECRET}\n`],
+  ["AUTH_SECRET", `${SECRET},,${SECRET}`],
+  ["AUTH_SECRET", ","],
+  ["DATABASE_URL", SECRET],
+  ["DATABASE_URL", `mysql://daybook:${SECRET}@127.0.0.1/daybook`],
+  ["DATABASE_URL", `postgres://daybook:${SECRET}@127.0.0.1:port/daybook`],
+];
+for (const [name, found] of WRONG)
+  test(`${name}=${JSON.stringify(found)} is wrong: the line has its name, and what is wanted`, () => {
+    const { wrong } = readSettings([name], { [name]: found });
+    expect(wrong).toEqual([
+      expect.stringMatching(new RegExp(`^${name}: found .+, wanted .+$`, "s")),
+    ]);
+    const secret = name === "AUTH_SECRET" || name === "DATABASE_URL";
+    if (secret) expect(wrong[0]).not.toContain(SECRET);
+    else expect(wrong[0]).toContain(found);
+  });
+
+const NAMES = ["HOST", "AUTH_SECRET"] as const;
+for (const HOST of [
+  "0.0.0.0",
+  "::",
+  "192.0.2.1",
+  "example.com",
+  "127.0.0.1.example.com",
+  "localhost.me",
+])
+  test(`HOST ${HOST} wants a secret of one's own`, () => {
+    for (const AUTH_SECRET of ["secret", "", undefined, "own,secret", "secret,own"])
+      expect(readSettings(NAMES, { HOST, AUTH_SECRET }).wrong).toEqual([
+        expect.stringMatching(/^AUTH_SECRET\b.*HOST/),
+      ]);
+    expect(readSettings(NAMES, { HOST, AUTH_SECRET: "own" }).wrong).toEqual([]);
+  });
+
+for (const HOST of ["127.0.0.1", "127.0.0.2", "::1", "localhost", "", undefined])
+  test(`HOST ${HOST} is loopback and takes the default secret`, () =>
+    expect(readSettings(NAMES, { HOST }).wrong).toEqual([]));
+
+test("a server that others can reach refuses to start with the default secret", async () => {
+  const set = { ...env, HOST: "0.0.0.0", AUTH_SECRET: "" };
+  const { code, stdout, stderr } = await run("app.ts", { env: set });
+  expect({ code, stdout }).toEqual({ code: 2, stdout: "" });
+  expect(stderr).toMatch(/^AUTH_SECRET\b.*HOST.*\n$/);
+});
+
+for (const [program, wrong] of [
+  ["app.ts", { PORT: "x", HOST: "a b", AUTH_SECRET: `${SECRET} x`, DATABASE_URL: SECRET }],
+  ["processor.ts", { DATABASE_URL: SECRET }],
+  ["client.ts", { SERVER_URL: "x", AUTH_SECRET: `${SECRET} x` }],
+] as const)
+  test(`${program} exits with 2 and a line for each wrong setting, and makes nothing`, async () => {
+    const set = { ...env, DATA_DIR: dir.file("never"), ...wrong };
+    const { code, stdout, stderr } = await run(program, { env: set });
+    const lines = stderr.trimEnd().split("\n");
+    const names = lines.map((line) => line.split(":")[0] ?? "");
+    expect({ code, stdout, names: names.sort() }).toEqual({
+      code: 2,
+      stdout: "",
+      names: Object.keys(wrong).sort(),
+    });
+    expect(stderr).not.toContain(SECRET);
+    expectNoStack(stderr);
+    expect(existsSync(dir.file("never"))).toBe(false);
+  });
+
+test("HOST 0.0.0.0 with a secret of one's own starts", async () => {
+  using dir = tempDir();
+  const own = { HOST: "0.0.0.0", AUTH_SECRET: SECRET };
+  await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE, env: own });
+  expect(app.url).toMatch(/^http:\/\/0\.0\.0\.0:\d+$/);
+  const { port } = new URL(app.url);
+  expect((await fetch(`http://127.0.0.1:${port}/healthz`)).status).toBe(200);
+});
+
+test("a setting that is empty is as good as unset", async () => {
+  using dir = tempDir();
+  const empty = { HOST: "", AUTH_SECRET: "" };
+  await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE, env: empty });
+  expect(app.url).toStartWith("http://127.0.0.1:");
+  expect((await app.post({ userId: "u", name: "add_revenue", value: 1 })).status).toBe(201);
+});
+
+test("no secret is on stdout or stderr, nor in an answer, and each of several lets write", async () => {
+  using dir = tempDir();
+  const secrets = [`${SECRET}-1`, `${SECRET}-2`];
+  const own = { AUTH_SECRET: secrets.join() };
+  await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE, env: own });
+  const answers: string[] = [];
+  const post = async (authorization: string) => {
+    const headers = { authorization, "content-type": "application/json" };
+    const body = `{"userId":"u","name":"add_revenue","value":1}`;
+    const response = await fetch(`${app.url}/liveEvent`, { method: "POST", headers, body });
+    answers.push(await response.text());
+    return response.status;
+  };
+  for (const secret of secrets) expect(await post(secret)).toBe(201);
+  for (const secret of [secrets.join(), SECRET, "secret"]) expect(await post(secret)).toBe(401);
+  for (const path of ["/userEvents/u", "/readyz", "/openapi", "/openapi/json"])
+    answers.push(await (await fetch(app.url + path)).text());
+  app.kill("SIGTERM");
+  expect(await app.exit()).toBe(0);
+  expect(app.stdout.text() + app.stderr.text() + answers.join()).not.toContain(SECRET);
+  expectNoStack(app.stderr.text());
+});
+
+test("a port in use ends the start with one line that names it", async () => {
+  using dir = tempDir();
+  const taken = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
+  const PORT = String(taken.port);
+  const found = await run("app.ts", { env: { ...env, DATA_DIR: dir.path, PORT } });
+  taken.stop(true);
+  expectFailedStart(found, PORT);
+});
+
+test("a second server on the port of the first does not start", async () => {
+  using first = tempDir();
+  using second = tempDir();
+  await using app = await startApp({ dataDir: first.path, databaseUrl: NO_DATABASE });
+  const PORT = new URL(app.url).port;
+  expectFailedStart(await run("app.ts", { env: { ...env, DATA_DIR: second.path, PORT } }), PORT);
+});
+
+test("an address that is not of this machine ends the start with one line that names it", async () => {
+  using dir = tempDir();
+  const HOST = "192.0.2.1";
+  const own = { ...env, DATA_DIR: dir.path, HOST, AUTH_SECRET: SECRET };
+  expectFailedStart(await run("app.ts", { env: own }), HOST);
+});
+
+test("a second server on the same DATA_DIR does not start, and harms nothing", async () => {
+  using dir = tempDir();
+  await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE });
+  const journal = () => readFileSync(dir.file("eventsPost.jsonl"), "utf8");
+  const post = () => app.post({ userId: "u", name: "add_revenue", value: 1 });
+  expect((await post()).status).toBe(201);
+  const before = journal();
+  expectFailedStart(await run("app.ts", { env: { ...env, DATA_DIR: dir.path } }), dir.path);
+  expect(journal()).toBe(before);
+  expect((await post()).status).toBe(201);
+});
+
+test("the DATA_DIR of a server that was killed can be used at once", async () => {
+  using dir = tempDir();
+  const start = () => startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE });
+  await using killed = await start();
+  killed.kill("SIGKILL");
+  await killed.exit();
+  await using app = await start();
+  expect((await fetch(`${app.url}/healthz`)).status).toBe(200);
+});
+
+test("a DATA_DIR that is a file ends the start with one line that names it", async () => {
+  using dir = tempDir();
+  writeFileSync(dir.file("data"), "");
+  const found = await run("app.ts", { env: { ...env, DATA_DIR: dir.file("data") } });
+  expectFailedStart(found, dir.file("data"));
+});
+
+test("a file that is no journal is left as it is, and ends the start with one line", async () => {
+  using dir = tempDir();
+  writeFileSync(dir.file("eventsPost.jsonl"), `${SECRET}\n`);
+  const found = await run("app.ts", { env: { ...env, DATA_DIR: dir.path } });
+  expectFailedStart(found, dir.file("eventsPost.jsonl"));
+  expect(readFileSync(dir.file("eventsPost.jsonl"), "utf8")).toBe(`${SECRET}\n`);
+});
+
+for (const signal of ["SIGTERM", "SIGINT"] as const)
+  test(`${signal} ends app.ts --no-processor with 0`, async () => {
+    using dir = tempDir();
+    const options = { dataDir: dir.path, databaseUrl: NO_DATABASE, args: ["--no-processor"] };
+    await using app = await startApp(options);
+    app.kill(signal);
+    expect(await app.exit()).toBe(0);
+    expect(app.stdout.text()).toBe(`listening on ${app.url}\n`);
+    expect(app.stderr.text()).toBe("");
+  });
+
+test("SIGTERM ends processor.ts with 0, also while the database is away", async () => {
+  using dir = tempDir();
+  await using processor = spawn("processor.ts", { env: { ...env, DATA_DIR: dir.path } });
+  await until(() => processor.stderr.text() !== "");
+  processor.kill("SIGTERM");
+  expect(await processor.exit()).toBe(0);
+  expect(processor.stdout.text() + processor.stderr.text()).not.toContain(SECRET);
+  expectNoStack(processor.stderr.text());
+});
+
+function expectFailedStart(found: Awaited<ReturnType<typeof run>>, name: string): void {
+  const { code, stdout, stderr } = found;
+  expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
+  expect(stderr).toContain(name);
+  expect(stderr).toMatch(/^[^\n]+\n$/);
+  expect(stderr).not.toContain(SECRET);
+  expectNoStack(stderr);
+}
+
+function expectNoStack(stderr: string): void {
+  expect(stderr).not.toMatch(/^\s+at |^\s*\d+ \| |^Bun v|\.ts:\d/m);
+}
