@@ -26,6 +26,22 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   "source-mark": { ours: [] },
   fold: { ours: ["amount", "event", "ledger", "lines", "source-mark"] },
   source: { ours: ["database", "effort", "fold", "ledger", "lines"] },
+  "journal-source": {
+    ours: ["database", "effort", "fold", "journal-frame", "journal-reader", "ledger", "source"],
+  },
+  posting: {
+    ours: [
+      "database",
+      "effort",
+      "journal",
+      "journal-reader",
+      "journal-source",
+      "ledger",
+      "source",
+      "supervisor",
+      "wake",
+    ],
+  },
   sources: { ours: ["database", "event", "journal", "journal-reader", "ledger", "source-mark"] },
   "source-header": { ours: ["event", "problem", "sources"] },
   room: { ours: ["problem"] },

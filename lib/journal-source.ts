@@ -1,0 +1,60 @@
+/** The journal as a source of batches: its frames from the checkpoint on. */
+import { type Database, Unavailable } from "./database.ts";
+import type { Effort } from "./effort.ts";
+import { BATCH_BYTES, Fold } from "./fold.ts";
+import { JournalDamage } from "./journal-frame.ts";
+import type { JournalReader } from "./journal-reader.ts";
+import { openCheckpoint, readCheckpoint } from "./ledger.ts";
+import type { BatchReader } from "./source.ts";
+
+/** Batches of `journal` from its checkpoint on; `ahead` as `Fold` wants it. Throws JournalDamage. */
+export async function openJournalSource(
+  database: Database,
+  path: string,
+  journal: JournalReader,
+  effort: Effort,
+  ahead: ReadonlyMap<string, number>,
+): Promise<BatchReader> {
+  const source = `journal:${journal.id}`;
+  await openCheckpoint(database, source, journal.start, null);
+  const checkpoint = await readCheckpoint(database, source);
+  if (!checkpoint) throw new Unavailable(`the checkpoint ${source} has vanished`, true);
+  const { position: from, digest } = checkpoint;
+  if (from > (await journal.end()))
+    throw new JournalDamage(path, await journal.end(), `the ledger has posted up to ${from}`);
+  // An older copy that was put back and has grown since holds other events at these positions.
+  const [, at = "", header = ""] = /^(\d+) (.*)$/.exec(digest ?? "") ?? [];
+  const [last] = header ? await journal.read(Number(at)) : [];
+  if (header && (last?.header !== header || last.to !== from))
+    throw new JournalDamage(
+      path,
+      Number(at),
+      `the ledger has posted another frame here: ${header}`,
+    );
+  const posted = new Map(ahead);
+  let position = from;
+
+  return {
+    from,
+    async next() {
+      const fold = new Fold(effort.users, posted);
+      const batchFrom = position;
+      let last = "";
+      while (!fold.full && position - batchFrom < BATCH_BYTES) {
+        const frames = await journal.read(position);
+        for (const { from, to, header, payload } of frames) {
+          fold.addFrame(payload, to - payload.length);
+          last = `${from} ${header}`;
+          position = to;
+          if (fold.full) break;
+        }
+        if (frames.length === 0) break;
+      }
+      if (position === batchFrom) return null;
+      for (const [name, { to }] of fold.sources) if (posted.has(name)) posted.set(name, to);
+      // What the writer has not synced yet could still be lost: the ledger must not be ahead.
+      await journal.sync();
+      return fold.batch(source, batchFrom, position, last);
+    },
+  };
+}
