@@ -15,6 +15,7 @@ import { clusterUrl, openCluster } from "./lib/cluster.ts";
 import { readCommand } from "./lib/config.ts";
 import { type Database, openDatabase, Unavailable } from "./lib/database.ts";
 import { isUserId } from "./lib/event.ts";
+import { disk } from "./lib/journal-disk.ts";
 import { JournalDamage } from "./lib/journal-frame.ts";
 import { openJournalReader } from "./lib/journal-reader.ts";
 import { type Journal, JOURNAL_FILE, JournalFull, openJournal } from "./lib/journal.ts";
@@ -54,7 +55,16 @@ async function main(): Promise<number> {
       "no-processor": { type: "boolean", meaning: "the server alone; run processor.ts beside it" },
     },
     files: { atMost: 0 },
-    settings: ["PORT", "HOST", "AUTH_SECRET", "DATA_DIR", "DATABASE_URL", "ID_DAYS"],
+    settings: [
+      "PORT",
+      "HOST",
+      "AUTH_SECRET",
+      "DATA_DIR",
+      "DATABASE_URL",
+      "ID_DAYS",
+      "JOURNAL_SEGMENT_BYTES",
+      "JOURNAL_KEEP_DAYS",
+    ],
     exits: {
       0: "told to stop (SIGTERM, SIGINT); everything acknowledged is on the disk",
       1: "cannot start: the port, the journal or the private Postgres is not to be had",
@@ -65,7 +75,7 @@ async function main(): Promise<number> {
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
-  const journal = await openJournal(dataDir, say);
+  const journal = await openJournal(dataDir, say, disk, settings.JOURNAL_SEGMENT_BYTES);
   const cluster = databaseUrl
     ? null
     : await Promise.race([openCluster(join(dataDir, "postgres"), say), aborted(stop.signal)]);

@@ -58,6 +58,18 @@ const SETTINGS = {
     read: (found) =>
       /^\d{1,5}$/.test(found) && +found >= 1 && +found <= 36_500 ? Number(found) : undefined,
   }),
+  JOURNAL_SEGMENT_BYTES: setting({
+    default: `${256 * 1024 * 1024}`,
+    meaning: "a file of the journal this large is full, and the next one begins",
+    wanted: "a whole number of bytes, 1 or more",
+    read: (found) => (/^[1-9]\d{0,14}$/.test(found) ? Number(found) : undefined),
+  }),
+  JOURNAL_KEEP_DAYS: setting({
+    default: undefined,
+    meaning: "full files that are older and wholly posted are removed; unset: never",
+    wanted: "a number of days, 0 or more",
+    read: (found) => (/^\d{1,5}(\.\d{1,6})?$/.test(found) ? Number(found) : undefined),
+  }),
   SERVER_URL: setting({
     default: "http://127.0.0.1:8000",
     meaning: "where the client sends",

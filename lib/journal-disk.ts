@@ -3,7 +3,7 @@
  * that a test can hand in a disk that tears, fills up or lies.
  */
 import { constants, fdatasync, fstatSync, fsync, statSync } from "node:fs";
-import { mkdir, open } from "node:fs/promises";
+import { mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
 import { promisify } from "node:util";
 
@@ -31,10 +31,15 @@ export interface Disk {
   syncDirectory(path: string): Promise<void>;
   /** Makes `path` and what is above it, each synced into its parent. */
   makeDirectory(path: string): Promise<void>;
+  /** The names in a directory. */
+  list(path: string): Promise<string[]>;
+  rename(from: string, to: string): Promise<void>;
+  remove(path: string): Promise<void>;
+  /** 0 where there is no such file. */
   size(path: string): Promise<number>;
-  /** Bytes `from` to `to` of the file, fewer at its end. */
+  /** Bytes `from` to `to` of the file, fewer at its end, none where there is no such file. */
   read(path: string, from: number, to: number): Promise<Buffer>;
-  /** Syncs bytes that another process may have written. */
+  /** Syncs bytes that another process may have written, where the file is (still) there. */
   syncFile(path: string): Promise<void>;
   /** Takes the lock of `path` for as long as this process lives, or answers `null`. */
   lock(path: string): Lock | null;
@@ -76,12 +81,40 @@ export const disk: Disk = {
       if (at === resolve(made)) return;
     }
   },
-  size: async (path) => (await Bun.file(path).stat()).size,
-  read: async (path, from, to) => Buffer.from(await Bun.file(path).slice(from, to).arrayBuffer()),
-  syncFile: (path) => withHandle(path, (fd) => syncData(fd)),
+  list: (path) => readdir(path),
+  rename,
+  remove: (path) => rm(path, { force: true }),
+  size: (path) =>
+    there(
+      stat(path).then(({ size }) => size),
+      0,
+    ),
+  read: (path, from, to) =>
+    there(
+      Bun.file(path)
+        .slice(from, to)
+        .arrayBuffer()
+        .then((bytes) => Buffer.from(bytes)),
+      Buffer.alloc(0),
+    ),
+  syncFile: (path) =>
+    there(
+      withHandle(path, (fd) => syncData(fd)),
+      undefined,
+    ),
   lock: tryLock,
   now: () => Date.now(),
 };
+
+/** What is found, or `otherwise` where there is no such file. */
+async function there<T>(found: Promise<T>, otherwise: T): Promise<T> {
+  try {
+    return await found;
+  } catch (error) {
+    if ((error as { code?: string }).code === "ENOENT") return otherwise;
+    throw error;
+  }
+}
 
 async function withHandle<T>(path: string, use: (fd: number) => Promise<T>): Promise<T> {
   const handle = await open(path, "r");

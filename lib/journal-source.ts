@@ -16,16 +16,23 @@ export async function openJournalSource(
   ahead: ReadonlyMap<string, number>,
 ): Promise<BatchReader> {
   const source = `journal:${journal.id}`;
-  await openCheckpoint(database, source, journal.start, null);
+  await openCheckpoint(database, source, 0, null);
   const checkpoint = await readCheckpoint(database, source);
   if (!checkpoint) throw new Unavailable(`the checkpoint ${source} has vanished`, true);
   const { position: from, digest } = checkpoint;
   if (from > (await journal.end()))
     throw new JournalDamage(path, await journal.end(), `the ledger has posted up to ${from}`);
+  if (from < journal.start)
+    throw new JournalDamage(
+      path,
+      0,
+      `the ledger has posted up to ${from}, but what is kept begins at ${journal.start}; put the segments between back`,
+    );
   // An older copy that was put back and has grown since holds other events at these positions.
   const [, at = "", header = ""] = /^(\d+) (.*)$/.exec(digest ?? "") ?? [];
-  const [last] = header ? await journal.read(Number(at)) : [];
-  if (header && (last?.header !== header || last.to !== from))
+  const isKept = header && Number(at) >= journal.start;
+  const [last] = isKept ? await journal.read(Number(at)) : [];
+  if (isKept && (last?.header !== header || last.to !== from))
     throw new JournalDamage(
       path,
       Number(at),

@@ -2,6 +2,8 @@
  * The writer of the journal. Its promise: when `append` returns, the lines are on the disk, and a
  * start after any kind of death finds them.
  *
+ * A frame that would make the file larger than a segment may be begins a new one: see `rotate`.
+ *
  * Group commit: while one frame is written and synced, all that arrives waits together and shares
  * the next. The order in `commit` is the promise: write, sync, answer.
  *
@@ -17,14 +19,18 @@ import {
   encodeJournalHeader,
   findFrame,
   JournalDamage,
+  type JournalHeader,
   MAX_FRAME_BYTES,
   MAX_HEADER_BYTES,
   parseFrames,
   parseJournalHeader,
 } from "./journal-frame.ts";
+import { listSegments, segmentPath } from "./journal-segments.ts";
 import type { Lock } from "./lock.ts";
 
 export const JOURNAL_FILE = "eventsPost.jsonl";
+/** The next file, until it gets its name. */
+const NEXT_FILE = "eventsPost.next";
 
 /** Appends that wait are put together up to this size: one write stays well under a second. */
 const GROUP_BYTES = 8 * 1024 * 1024;
@@ -62,13 +68,15 @@ interface Waiting {
 }
 
 /**
- * Opens the journal in `directory`, making what is missing, cutting off a torn last frame. Throws
- * JournalHeld, JournalDamage, or what the disk says.
+ * Opens the journal in `directory`, making what is missing, cutting off a torn last frame. A file is
+ * full at `segmentBytes`, and holds one frame at least. Throws JournalHeld, JournalDamage, or what
+ * the disk says.
  */
 export async function openJournal(
   directory: string,
   say: (line: string) => void,
   disk: Disk = realDisk,
+  segmentBytes = Number.POSITIVE_INFINITY,
 ): Promise<Journal> {
   await disk.makeDirectory(directory);
   const path = join(directory, JOURNAL_FILE);
@@ -78,7 +86,7 @@ export async function openJournal(
   try {
     file = await disk.openForAppend(path);
     const { id, base, end } = await recover(path, file, disk, say);
-    return writer({ path, id, base, end, file, lock, disk });
+    return writer({ path, id, base, end, file, lock, disk, segmentBytes });
   } catch (error) {
     await file?.close();
     lock.release();
@@ -86,23 +94,24 @@ export async function openJournal(
   }
 }
 
-/** Makes the file end behind its last whole frame, all of it synced. */
+/** Makes the file begin where the last segment ends, and end behind its last whole frame; synced. */
 async function recover(path: string, file: JournalFile, disk: Disk, say: (line: string) => void) {
+  const last = (await listSegments(path, disk)).at(-1);
   const size = await disk.size(path);
   const head = await disk.read(path, 0, MAX_HEADER_BYTES);
   let header = parseJournalHeader(head);
   let end = size;
   if (!header) {
-    // A start that died while it wrote the header leaves a piece of it, or zeros.
+    // A start that died while it wrote the header leaves a piece of it, or zeros; a rotation that
+    // died leaves no file at all.
     const begun = size < MAX_HEADER_BYTES && !head.includes("\n");
     if (size > 0 && !begun)
       throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
-    await file.truncate(0);
-    const id = crypto.randomUUID();
-    const bytes = encodeJournalHeader(id, 0);
-    await file.append(bytes);
-    header = { id, base: 0, bytes: bytes.length };
-    end = bytes.length;
+    header = await begin(file, last?.id ?? crypto.randomUUID(), last?.to ?? 0);
+    end = header.bytes;
+  } else if (last && (last.id !== header.id || last.to !== header.base)) {
+    const wanted = `the next file begins at ${last.to} of journal ${last.id}`;
+    throw new JournalDamage(last.path, last.to - last.base, `${wanted}, and ${path} does not`);
   } else {
     end = await findEnd(path, header.bytes, size, disk);
     if (end < size) {
@@ -114,6 +123,14 @@ async function recover(path: string, file: JournalFile, disk: Disk, say: (line: 
   await file.sync();
   await disk.syncDirectory(dirname(path));
   return { id: header.id, base: header.base, end };
+}
+
+/** Makes an empty file the one that begins at `base` of the journal. */
+async function begin(file: JournalFile, id: string, base: number): Promise<JournalHeader> {
+  const header = encodeJournalHeader(id, base);
+  await file.truncate(0);
+  await file.append(header);
+  return { id, base, bytes: header.length };
 }
 
 /** Reads the frames at the end of the file and returns where the last whole one ends. */
@@ -142,9 +159,12 @@ function writer(opened: {
   file: JournalFile;
   lock: Lock;
   disk: Disk;
+  segmentBytes: number;
 }): Journal {
-  const { path, id, base, file, lock, disk } = opened;
-  let end = opened.end;
+  const { path, id, lock, disk, segmentBytes } = opened;
+  let { file, base, end } = opened;
+  /** The header of the active file ends here: before the first frame nothing is full. */
+  const headerBytes = () => encodeJournalHeader(id, base).length;
   let waiting: Waiting[] = [];
   let committing: Promise<void> | null = null;
   let failed: JournalFailed | null = null;
@@ -204,6 +224,7 @@ function writer(opened: {
       const frame = encodeFrame(payloads, payloadBytes, disk.now());
       // Removed, replaced or cut by somebody, it would take events that nobody finds again.
       if (!file.is(path, end)) throw fail("go on with", "somebody changed the file");
+      if (end > headerBytes() && end + frame.length > segmentBytes) await rotate();
       await write(frame);
       await sync();
       if (!file.is(path, end + frame.length)) throw fail("go on with", "somebody changed the file");
@@ -215,29 +236,68 @@ function writer(opened: {
     }
   }
 
+  /**
+   * The next file is whole and on the disk before the full one gives its name away, and that before
+   * the next one takes it. So a crash leaves both files, or the full one alone, never neither.
+   */
+  async function rotate() {
+    const nextPath = join(dirname(path), NEXT_FILE);
+    const next = await disk.openForAppend(nextPath);
+    let header: JournalHeader;
+    try {
+      header = await begin(next, id, base + end);
+    } catch (error) {
+      await next.close();
+      throw noRoom(error);
+    }
+    try {
+      await next.sync();
+      await disk.rename(path, segmentPath(path, base));
+      await disk.syncDirectory(dirname(path));
+      await disk.rename(nextPath, path);
+      await disk.syncDirectory(dirname(path));
+      await file.close();
+    } catch (error) {
+      throw fail("begin another file after", codeOf(error));
+    }
+    file = next;
+    base = header.base;
+    end = header.bytes;
+  }
+
   async function write(frame: Buffer) {
     try {
       await file.append(frame);
     } catch (error) {
-      const code = (error as { code?: string }).code ?? String(error);
-      if (!NO_ROOM.has(code)) throw fail("append to", code);
+      const failure = noRoom(error);
+      if (failure === failed) throw failed;
       // Take back the piece that found room: the next frame must begin where the last one ended.
       await file.truncate(end).catch((error) => {
         throw fail("truncate", String(error));
       });
-      full = new JournalFull(
-        `cannot append to ${path}: no room (${code}); free some space and it goes on by itself`,
-      );
-      fullAtMs = disk.now();
-      throw full;
+      throw failure;
     }
+  }
+
+  /** What it means that bytes could not be written. */
+  function noRoom(error: unknown): JournalFull | JournalFailed {
+    const code = codeOf(error);
+    if (!NO_ROOM.has(code)) return fail("append to", code);
+    fullAtMs = disk.now();
+    full = new JournalFull(
+      `cannot append to ${path}: no room (${code}); free some space and it goes on by itself`,
+    );
+    return full;
   }
 
   async function sync() {
     // After a failed sync the kernel may have dropped the dirty pages and answer the next one with
     // success (the fsync trouble that databases met in 2018): there is no second try.
-    await file.sync().catch((error) => {
-      throw fail("sync", (error as { code?: string }).code ?? String(error));
+    await file.sync().catch(async (error) => {
+      const failure = fail("sync", codeOf(error));
+      // A reader whose own sync of the same bytes is answered with success must not find them.
+      await file.truncate(end).catch(() => {});
+      throw failure;
     });
   }
 
@@ -247,4 +307,8 @@ function writer(opened: {
     );
     return failed;
   }
+}
+
+function codeOf(error: unknown): string {
+  return (error as { code?: string }).code ?? String(error);
 }

@@ -121,7 +121,7 @@ export function openSources(path: string, journal: Journal, database: Database):
       throw error;
     });
     await readMarks(reader, posted?.position ?? reader.start);
-    complete = posted === null;
+    complete = posted === null && reader.start === 0;
   }
 
   async function readMarks(reader: JournalReader, from: number) {
@@ -141,9 +141,12 @@ export function openSources(path: string, journal: Journal, database: Database):
 
   function completeOnce(): Promise<void> {
     completed ??= openJournalReader(path)
-      .then((reader) => reader && readMarks(reader, reader.start))
-      .then(() => {
-        complete = true;
+      .then(async (reader) => {
+        if (!reader) return;
+        await readMarks(reader, reader.start);
+        // What removed segments held, only the ledger knows.
+        complete = reader.start === 0;
+        forgot ||= !complete;
       })
       .finally(() => {
         completed = null;

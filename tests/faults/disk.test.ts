@@ -31,14 +31,16 @@ async function live(seed: number): Promise<number> {
   const random = randomOf(seed);
   const odds = { noRoom: random() * 0.1, failedSync: random() * 0.05 };
   const disk = new SimulatedDisk(random, odds);
+  // Small enough that a life rotates some times, or not at all.
+  const segmentBytes = 100 + Math.floor(random() ** 2 * 100_000);
   const acknowledged = new Set<string>();
   const sent = new Set<string>();
   for (let life = 0; life < 4; life++) {
-    await oneLife(disk, random, `${seed}.${life}`, acknowledged, sent);
+    await oneLife(disk, random, `${seed}.${life}`, acknowledged, sent, segmentBytes);
     disk.crash();
   }
   Object.assign(odds, { noRoom: 0, failedSync: 0 });
-  const journal = await openJournal("data", () => {}, disk.mount());
+  const journal = await openJournal("data", () => {}, disk.mount(), segmentBytes);
   await journal.append(Buffer.from("last\n"));
   sent.add("last");
   acknowledged.add("last");
@@ -52,12 +54,13 @@ async function oneLife(
   name: string,
   acknowledged: Set<string>,
   sent: Set<string>,
+  segmentBytes: number,
 ): Promise<void> {
   const mounted = disk.mount();
   // Opening may fail, or be cut by the crash: then this life was a short one.
   const journal = await within(
-    openJournal("data", () => {}, mounted),
-    200,
+    openJournal("data", () => {}, mounted, segmentBytes),
+    400,
     (error) => {
       if (error instanceof JournalDamage) throw error;
     },

@@ -23,9 +23,10 @@ interface SimulatedFile {
   bytes: Buffer;
   /** What is on the platter: survives the crash for sure. */
   platter: Buffer;
-  /** Whether the name is on the platter too. */
-  named: boolean;
 }
+
+/** What was done to the directory: a file got a name, or (`null`) a name was taken away. */
+type Naming = Map<string, SimulatedFile | null>;
 
 export interface Odds {
   noRoom: number;
@@ -34,6 +35,9 @@ export interface Odds {
 
 export class SimulatedDisk {
   private files = new Map<string, SimulatedFile>();
+  /** The directory as it is on the platter, and what was done to it since, in order. */
+  private named = new Map<string, SimulatedFile>();
+  private namings: Naming[] = [];
   /** Each crash ends a life: calls that belong to an earlier one never come back. */
   private life = 0;
   private locked = -1;
@@ -54,14 +58,9 @@ export class SimulatedDisk {
       return act();
     };
     const fail = (code: string) => Object.assign(new Error(code), { code });
-    const get = (path: string) => {
-      const file = this.files.get(path);
-      if (!file) throw fail("ENOENT");
-      return file;
-    };
     const openForAppend = (path: string): JournalFile => {
-      const file = this.files.get(path) ?? { bytes: empty, platter: empty, named: false };
-      this.files.set(path, file);
+      const file = this.files.get(path) ?? { bytes: empty, platter: empty };
+      if (!this.files.has(path)) this.name(new Map([[path, file]]));
       const write = (bytes: Uint8Array) => {
         file.bytes = Buffer.concat([file.bytes, bytes]);
       };
@@ -84,7 +83,7 @@ export class SimulatedDisk {
           alive(() => {
             file.bytes = file.bytes.subarray(0, bytes);
           }),
-        is: (_path, bytes) => file.bytes.length === bytes,
+        is: (path, bytes) => this.files.get(path) === file && file.bytes.length === bytes,
         close: () => alive(() => {}),
       };
     };
@@ -92,15 +91,25 @@ export class SimulatedDisk {
       openForAppend: (path) => alive(() => openForAppend(path)),
       syncDirectory: () =>
         alive(() => {
-          for (const file of this.files.values()) file.named = true;
+          this.named = new Map(this.files);
+          this.namings = [];
         }),
       makeDirectory: () => alive(() => {}),
-      size: (path) => alive(() => get(path).bytes.length),
-      read: (path, from, to) => alive(() => Buffer.from(get(path).bytes.subarray(from, to))),
+      list: () => alive(() => [...this.files.keys()].map((path) => path.slice("data/".length))),
+      rename: (from, to) =>
+        alive(() => {
+          const file = this.files.get(from);
+          if (!file) throw fail("ENOENT");
+          this.name(new Map<string, SimulatedFile | null>([[from, null]]).set(to, file));
+        }),
+      remove: (path) => alive(() => this.name(new Map([[path, null]]))),
+      size: (path) => alive(() => this.files.get(path)?.bytes.length ?? 0),
+      read: (path, from, to) =>
+        alive(() => Buffer.from(this.files.get(path)?.bytes.subarray(from, to) ?? empty)),
       syncFile: (path) =>
         alive(() => {
-          const file = get(path);
-          file.platter = file.bytes;
+          const file = this.files.get(path);
+          if (file) file.platter = file.bytes;
         }),
       lock: () => {
         if (this.locked === life) return null;
@@ -118,10 +127,16 @@ export class SimulatedDisk {
   /** The power fails. */
   crash(): void {
     this.life++;
-    for (const [path, file] of this.files) {
-      if (!file.named && this.random() < 0.5) this.files.delete(path);
-      file.bytes = file.platter = this.leftOf(file);
-    }
+    // Of what was done to the directory since its last sync, anything may have arrived.
+    for (const naming of this.namings) if (this.random() < 0.5) apply(this.named, naming);
+    this.files = new Map(this.named);
+    this.namings = [];
+    for (const file of new Set(this.files.values())) file.bytes = file.platter = this.leftOf(file);
+  }
+
+  private name(naming: Naming): void {
+    apply(this.files, naming);
+    this.namings.push(naming);
   }
 
   /** Of what was not synced, any page may be there, or zeros, or be missing at the end. */
@@ -146,3 +161,9 @@ export class SimulatedDisk {
 }
 
 const empty = Buffer.alloc(0);
+
+function apply(directory: Map<string, SimulatedFile>, naming: Naming): void {
+  for (const [path, file] of naming)
+    if (file) directory.set(path, file);
+    else directory.delete(path);
+}

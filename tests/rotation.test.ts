@@ -1,0 +1,182 @@
+/** The journal in many files: nothing that holds for one file ends where a segment does. */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { readdirSync, readFileSync, renameSync, rmSync } from "node:fs";
+
+import { disk } from "../lib/journal-disk.ts";
+import { openJournal } from "../lib/journal.ts";
+import { openJournalReader } from "../lib/journal-reader.ts";
+import { balances, run, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
+
+setDefaultTimeout(60_000);
+
+const quiet = () => {};
+const line = (text: string) => Buffer.from(`${text}\n`);
+const event = (userId: string, value = 1, more = {}) =>
+  JSON.stringify({ userId, name: "add_revenue", value, ...more });
+
+/** The lines of a journal, each frame read from the position behind the one before. */
+async function readLines(path: string): Promise<string[]> {
+  const reader = await openJournalReader(path);
+  const lines: string[] = [];
+  for (let position = reader?.start ?? 0; reader;) {
+    const frames = await reader.read(position);
+    if (frames.length === 0) break;
+    for (const { payload, to } of frames) {
+      lines.push(...payload.toString().split("\n").slice(0, -1));
+      position = to;
+    }
+  }
+  return lines;
+}
+
+const segments = (directory: string) =>
+  readdirSync(directory).filter((name) => /^eventsPost\.\d+\.jsonl$/.test(name));
+
+/** A journal of ten appends in files of at most 300 bytes. */
+async function rotated(directory: string) {
+  const journal = await openJournal(directory, quiet, disk, 300);
+  const positions: number[] = [];
+  for (let i = 0; i < 10; i++) positions.push(await journal.append(line(`${i}`)));
+  await journal.close();
+  return { id: journal.id, positions };
+}
+
+test("a full file becomes a segment named by its base, and positions go on", async () => {
+  using dir = tempDir();
+  const { id, positions } = await rotated(dir.path);
+  const files = [...segments(dir.path).toSorted(byBase), "eventsPost.jsonl"];
+  expect(files.length).toBeGreaterThan(3);
+  let base = 0;
+  for (const name of files) {
+    const bytes = readFileSync(dir.file(name));
+    expect(bytes.toString()).toStartWith(`{"journal":"${id}","base":${base},"version":1}\n`);
+    if (name !== "eventsPost.jsonl") expect(name).toBe(`eventsPost.${base}.jsonl`);
+    base += bytes.length;
+  }
+  expect(positions.at(-1)).toBe(base);
+  expect(positions).toEqual(positions.toSorted((a, b) => a - b));
+  expect(await readLines(dir.file("eventsPost.jsonl"))).toEqual([..."0123456789"]);
+});
+
+test("a start goes on behind the last segment, also where the rotation had died half-way", async () => {
+  using dir = tempDir();
+  const { id, positions } = await rotated(dir.path);
+  const end = positions.at(-1) as number;
+  const base = JSON.parse(readFileSync(dir.file("eventsPost.jsonl"), "utf8").split("\n")[0] ?? "");
+  renameSync(dir.file("eventsPost.jsonl"), dir.file(`eventsPost.${base.base}.jsonl`));
+  const journal = await openJournal(dir.path, quiet, disk, 300);
+  expect(journal.id).toBe(id);
+  expect(journal.end()).toBeGreaterThan(end);
+  await journal.append(line("next"));
+  await journal.close();
+  expect(await readLines(dir.file("eventsPost.jsonl"))).toEqual([..."0123456789", "next"]);
+});
+
+test("a journal without its oldest files is read from where it begins; without one between, named", async () => {
+  using dir = tempDir();
+  await rotated(dir.path);
+  const [first = "", second = "", third = ""] = segments(dir.path).toSorted(byBase);
+  rmSync(dir.file(first));
+  const left = await readLines(dir.file("eventsPost.jsonl"));
+  expect("0123456789").toEndWith(left.join(""));
+  rmSync(dir.file(third));
+  await expect(readLines(dir.file("eventsPost.jsonl"))).rejects.toThrow(second);
+  await expect(openJournal(dir.path, quiet)).rejects.toThrow(second);
+});
+
+test("a segment of another journal, or one that is cut, is named by the next start", async () => {
+  using dir = tempDir();
+  using other = tempDir();
+  await rotated(dir.path);
+  await rotated(other.path);
+  const last = segments(dir.path).toSorted(byBase).at(-1) as string;
+  renameSync(dir.file(last), dir.file("kept"));
+  renameSync(other.file(segments(other.path).toSorted(byBase).at(-1) as string), dir.file(last));
+  await expect(openJournal(dir.path, quiet)).rejects.toThrow("belongs to another journal");
+  await Bun.write(dir.file(last), readFileSync(dir.file("kept")).subarray(0, -5));
+  await expect(openJournal(dir.path, quiet)).rejects.toThrow("is damaged at byte");
+});
+
+test("a reader follows while the writer rotates with every append", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const reader = await openJournalReader(dir.file("eventsPost.jsonl"));
+  if (!reader) throw new Error("no journal");
+  const found: string[] = [];
+  let position = reader.start;
+  let done = false;
+  const writing = (async () => {
+    for (let i = 0; i < 200; i++) await journal.append(line(`${i}`));
+    done = true;
+  })();
+  for (;;) {
+    const wasDone = done;
+    const frames = await reader.read(position);
+    for (const { payload, to } of frames) {
+      found.push(payload.toString().trim());
+      position = to;
+    }
+    expect(await reader.end()).toBeGreaterThanOrEqual(position);
+    if (wasDone && frames.length === 0) break;
+  }
+  await writing;
+  await journal.close();
+  expect(found).toEqual(Array.from({ length: 200 }, (_, i) => `${i}`));
+});
+
+test("server, processor and client killed in turn over many segments: every event counts once", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const env = { JOURNAL_SEGMENT_BYTES: "2000" };
+  const options = { dataDir: dir.file("data"), databaseUrl: database.url, env };
+  const lines = Array.from({ length: 20_000 }, (_, i) => event(`user${i % 50}`, 1));
+  await Bun.write(dir.file("a.jsonl"), `${lines.join("\n")}\n`);
+  let server = await startApp(options);
+  const { port } = new URL(server.url);
+  const kept = () => segments(dir.file("data")).length;
+  for (let kill = 0; kill < 3; kill++) {
+    const before = kept();
+    await using client = spawn("client.ts", {
+      args: [dir.file("a.jsonl")],
+      env: { SERVER_URL: server.url },
+    });
+    for (let i = 0; i < 50; i++) await server.post(event("live", 1, { id: `${kill}.${i}` }));
+    await until(() => kept() > before || client.child.exitCode !== null);
+    server.kill("SIGKILL");
+    await server.exit();
+    server = await startApp({ ...options, env: { ...env, PORT: port } });
+  }
+  const { code } = await run("client.ts", {
+    args: [dir.file("a.jsonl"), "--wait"],
+    env: { SERVER_URL: server.url },
+  });
+  expect(code).toBe(0);
+  await until(async () => (await server.balance("live")) === "150");
+  await server[Symbol.asyncDispose]();
+  const found = await balances(database.url);
+  for (let user = 0; user < 50; user++) expect(found[`user${user}`]).toBe("400");
+  expect(kept()).toBeGreaterThan(3);
+
+  // The whole journal again, to another database, from the active file and what lies beside it.
+  await using second = await testDatabase();
+  const posted = await run("processor.ts", {
+    args: [dir.file("data/eventsPost.jsonl")],
+    env: { DATA_DIR: dir.file("other"), DATABASE_URL: second.url },
+  });
+  expect(posted.code).toBe(0);
+  expect(await balances(second.url)).toEqual(found);
+
+  // And from the last file alone: what is missing before it is not passed over in silence.
+  await using third = await testDatabase();
+  const last = segments(dir.file("data")).toSorted(byBase).at(-1) as string;
+  const refused = await run("processor.ts", {
+    args: [dir.file(`data/${last}`)],
+    env: { DATA_DIR: dir.file("other"), DATABASE_URL: third.url },
+  });
+  expect(refused.code).toBe(3);
+  expect(refused.stderr).toContain("put the segments between back");
+});
+
+function byBase(a: string, b: string): number {
+  return Number(a.split(".")[1]) - Number(b.split(".")[1]);
+}
