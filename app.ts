@@ -31,6 +31,8 @@ import { type Job, supervise } from "./lib/supervisor.ts";
 
 /** What is under way at SIGTERM may take this long; with all the rest the stop takes under 5 s. */
 const FINISH_MS = 1_500;
+/** A start waits this long for the ledger to say how far the journal is posted. */
+const COMPARE_MS = 2_000;
 /** `?after=` waits this long. */
 const AFTER_MS = 5_000;
 
@@ -83,6 +85,10 @@ async function main(): Promise<number> {
     if (stop.signal.aborted) return 0;
     const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
     const database = openDatabase(url, "server", 4);
+    const compared = compareWithLedger(join(dataDir, JOURNAL_FILE), database, stop.signal);
+    compared.catch(() => stop.abort());
+    // Before anything is taken on top of it, if the database can be asked at all.
+    await Promise.race([compared, Bun.sleep(COMPARE_MS)]);
     const sources = openSources(join(dataDir, JOURNAL_FILE), journal, database);
     const app = createApp({ journal, database, sources, secrets: AUTH_SECRET });
     const server = listen(app, HOST, PORT);
@@ -92,8 +98,6 @@ async function main(): Promise<number> {
       : runProcessor({ dataDir, databaseUrl, idDays: settings.ID_DAYS, files: [] }, stop.signal);
 
     processor.catch(() => stop.abort()); // its lock is not to be had: said below, with exit code 1
-    const compared = compareWithLedger(join(dataDir, JOURNAL_FILE), database, stop.signal);
-    compared.catch(() => stop.abort());
     await aborted(stop.signal);
     await server.finish();
     await journal.close();

@@ -11,9 +11,10 @@ import "./lib/install.ts";
 import { mkdirSync, statSync } from "node:fs";
 import { basename, join } from "node:path";
 
+import { check, repair } from "./lib/check.ts";
 import { clusterUrl, openCluster } from "./lib/cluster.ts";
 import { readCommand } from "./lib/config.ts";
-import { openDatabase } from "./lib/database.ts";
+import { type Database, openDatabase } from "./lib/database.ts";
 import { JOURNAL_FILE } from "./lib/journal.ts";
 import { waitForLock } from "./lib/lock.ts";
 import { follow, postFile } from "./lib/posting.ts";
@@ -21,22 +22,35 @@ import { type Progress, showProgress } from "./lib/progress.ts";
 import { type Job, type Report, supervise } from "./lib/supervisor.ts";
 
 async function main(): Promise<number> {
-  const { settings, files } = readCommand({
-    usage: "bun run processor.ts [FILE…]",
+  const { settings, options, files } = readCommand({
+    usage: "bun run processor.ts [--check [--repair]] [FILE…]",
     about:
       "Follows the journal in DATA_DIR and posts its events to the ledger, until stopped. With\n" +
       "FILEs (events or journals), posts each of them once, whoever did before, and exits.",
-    options: {},
+    options: {
+      check: {
+        type: "boolean",
+        meaning: "reads all of the journal (or of the journals FILE…) and names what is damaged",
+      },
+      repair: {
+        type: "boolean",
+        meaning: "with --check: moves damage to a file of its own and keeps every whole frame",
+      },
+    },
     files: { atMost: Number.POSITIVE_INFINITY },
-    settings: ["DATA_DIR", "DATABASE_URL", "ID_DAYS"],
+    settings: ["DATA_DIR", "DATABASE_URL", "ID_DAYS", "JOURNAL_KEEP_DAYS"],
     exits: {
-      0: "everything is posted, or it was told to stop",
-      1: "posted, but some lines are in quarantine",
+      0: "everything is posted, or it was told to stop; --check: nothing is damaged (any more)",
+      1: "posted, but some lines are in quarantine; --check: something is damaged",
       2: "wrong use, a wrong setting, or no such file",
       3: "gave up: the database is away or refuses, or a file is damaged",
     },
   });
   let wrong = false;
+  if (options["repair"] && !options["check"]) {
+    say("--repair: found alone, wanted with --check");
+    wrong = true;
+  }
   for (const file of files) {
     const stat = statSync(file, { throwIfNoEntry: false });
     if (stat?.isFile()) continue;
@@ -49,14 +63,28 @@ async function main(): Promise<number> {
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null, ID_DAYS: idDays } = settings;
+  const journals = files.length > 0 ? files : [join(dataDir, JOURNAL_FILE)];
+  if (options["check"] && !options["repair"]) {
+    let damaged = 0;
+    for (const journal of journals) damaged += await check(journal, print);
+    return damaged > 0 ? 1 : 0;
+  }
   mkdirSync(dataDir, { recursive: true });
   const cluster = databaseUrl ? null : await openCluster(join(dataDir, "postgres"), say);
   try {
+    if (options["check"]) return await repairAll(journals, dataDir, databaseUrl);
     if (files.length === 0 && !(await becomeTheProcessor(dataDir, stop.signal))) return 0;
     return await run({ dataDir, databaseUrl, idDays, files }, stop.signal);
   } finally {
     await cluster?.close();
   }
+}
+
+async function repairAll(journals: string[], dataDir: string, databaseUrl: string | null) {
+  const database = openLedger(dataDir, databaseUrl);
+  for (const journal of journals) await repair(journal, database, print);
+  await database.close();
+  return 0;
 }
 
 /** Waits until no other processor follows this journal. `false`: told to stop before. */
@@ -118,10 +146,19 @@ function say(line: string): void {
   process.stderr.write(`${line}\n`);
 }
 
+function print(line: string): void {
+  process.stdout.write(`${line}\n`);
+}
+
+/** The database at `databaseUrl`, or the private one, wherever it listens by now. */
+function openLedger(dataDir: string, databaseUrl: string | null): Database {
+  const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
+  return openDatabase(url, "processor", 1);
+}
+
 /** The Worker: does the job with a database of its own. */
 async function work(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
-  const url = () => job.databaseUrl ?? clusterUrl(join(job.dataDir, "postgres"));
-  const database = openDatabase(url, "processor", 1);
+  const database = openLedger(job.dataDir, job.databaseUrl);
   try {
     if (job.files.length === 0) await follow(database, job, stop, report);
     for (const file of job.files) await postFile(database, file, stop, report);

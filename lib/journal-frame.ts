@@ -48,7 +48,7 @@ export interface Frame {
 export class JournalDamage extends Error {
   constructor(path: string, at: number, what: string) {
     super(
-      `${path} is damaged at byte ${at}: ${what}; restore all of it from a copy, or move it away to begin a new journal`,
+      `${path} is damaged at byte ${at}: ${what}; restore it from a copy, or see bun run processor.ts --check, which --repair mends`,
     );
   }
 }

@@ -29,6 +29,8 @@ import { listSegments, segmentPath } from "./journal-segments.ts";
 import type { Lock } from "./lock.ts";
 
 export const JOURNAL_FILE = "eventsPost.jsonl";
+/** Whoever writes the journal, or mends it, holds this. */
+export const JOURNAL_LOCK = "eventsPost.lock";
 /** The next file, until it gets its name. */
 const NEXT_FILE = "eventsPost.next";
 
@@ -80,7 +82,7 @@ export async function openJournal(
 ): Promise<Journal> {
   await disk.makeDirectory(directory);
   const path = join(directory, JOURNAL_FILE);
-  const lock = disk.lock(join(directory, "eventsPost.lock"));
+  const lock = disk.lock(join(directory, JOURNAL_LOCK));
   if (!lock) throw new JournalHeld(`${path} is being written by another process; stop it first`);
   let file: JournalFile | null = null;
   try {

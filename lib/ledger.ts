@@ -275,6 +275,15 @@ async function quarantine(tx: Transaction, source: string, lines: Quarantined[])
     on conflict do nothing`;
 }
 
+/** Lets go of a checkpoint's digest: the frame that it names is no more. */
+export async function forgetDigest(database: Database, { source, digest }: Checkpoint) {
+  await database.use(
+    (sql) => sql`
+      update checkpoints set digest = null where source = ${source} and digest = ${digest}`,
+    POST_DEADLINE_MS,
+  );
+}
+
 /** Lets go of some ids that are older than `days`; whether there may be more of them. */
 export async function pruneIds(database: Database, days: number): Promise<boolean> {
   const some = 10_000;

@@ -37,7 +37,7 @@ export async function follow(
   let trouble = "";
   while (!stop.aborted) {
     try {
-      const journal = (await Bun.file(path).exists()) && (await openJournalReader(path));
+      const journal = await openJournalReader(path);
       if (!journal) {
         await wake.changed();
         continue;

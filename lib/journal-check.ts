@@ -1,0 +1,134 @@
+/**
+ * Looks through all files of a journal: headers, frames, checksums, and that each file begins where
+ * the one before it ends. Unlike a reader it does not stop at damage, but goes on at the next whole
+ * frame. In memory bounded by a frame, while the journal is being written or not.
+ */
+import type { Disk } from "./journal-disk.ts";
+import {
+  encodeJournalHeader,
+  findFrame,
+  MAX_FRAME_BYTES,
+  MAX_HEADER_BYTES,
+  parseFrames,
+  parseJournalHeader,
+} from "./journal-frame.ts";
+import { listSegmentFiles } from "./journal-segments.ts";
+
+/**
+ * Bytes `from` to `to` of a file that cannot be read. `length` is how many there should be, as far as
+ * that is known: the next file's name tells where this one must end.
+ */
+export interface Damage {
+  from: number;
+  to: number;
+  length: number;
+  what: string;
+}
+
+/** What a file of the journal holds; `base` is the position of its first byte. */
+export interface CheckedFile {
+  path: string;
+  base: number;
+  bytes: number;
+  frames: number;
+  damage: Damage[];
+  /** At the end of the active file: a frame that was never acknowledged, or is just being written. */
+  tornBytes: number;
+}
+
+export interface CheckedJournal {
+  /** Names the journal; `null` when no file says so. */
+  id: string | null;
+  files: CheckedFile[];
+}
+
+/** Reads every byte of the journal at `active`. */
+export async function checkJournal(active: string, disk: Disk): Promise<CheckedJournal> {
+  for (;;) {
+    const before = await listSegmentFiles(active, disk);
+    const checked = await checkFiles(active, before, disk);
+    // A file that was renamed or removed under it was not checked as what it is.
+    const after = await listSegmentFiles(active, disk);
+    if (Bun.deepEquals(before, after)) return checked;
+  }
+}
+
+async function checkFiles(
+  active: string,
+  segments: { path: string; base: number }[],
+  disk: Disk,
+): Promise<CheckedJournal> {
+  const paths = [...segments, { path: active, base: Number.NaN }];
+  const headers = [];
+  for (const { path } of paths)
+    headers.push(parseJournalHeader(await disk.read(path, 0, MAX_HEADER_BYTES)));
+  const id = headers.findLast((header) => header !== null)?.id ?? null;
+  const files: CheckedFile[] = [];
+  for (const [i, { path, base: named }] of paths.entries()) {
+    const isLast = i === paths.length - 1;
+    const header = headers[i] ?? null;
+    const before = files.at(-1);
+    const bytes = await disk.size(path);
+    const base = isLast ? (header?.base ?? (before ? before.base + before.bytes : 0)) : named;
+    if (isLast && bytes === 0) break; // a rotation that died half-way, or nothing at all
+    const next = paths[i + 1];
+    const nextBase = next && (Number.isNaN(next.base) ? headers[i + 1]?.base : next.base);
+    const file: CheckedFile = { path, base, bytes, frames: 0, damage: [], tornBytes: 0 };
+    await checkFile(file, disk, { id: id ?? "", isLast, length: (nextBase ?? Infinity) - base });
+    files.push(file);
+  }
+  return { id, files };
+}
+
+/** Fills in `file`, which should be `length` bytes long where another file follows. */
+async function checkFile(
+  file: CheckedFile,
+  disk: Disk,
+  wanted: { id: string; isLast: boolean; length: number },
+): Promise<void> {
+  const { path, base, bytes: size, damage } = file;
+  const header = encodeJournalHeader(wanted.id, base);
+  let at = header.length;
+  /** Where the last whole frame begins that begins before the file should end. */
+  let lastFrame = at;
+  /** Where what cannot be read begins, and why. */
+  let bad: { from: number; what: string } | null = null;
+  const isGood = (to: number) => {
+    if (bad) damage.push({ ...bad, to, length: to - bad.from });
+    bad = null;
+  };
+  if (!header.equals(await disk.read(path, 0, header.length))) {
+    const name = wanted.id || "…";
+    bad = { from: 0, what: `it does not begin with the header of journal ${name}, base ${base}` };
+    at = 0;
+  }
+  while (at < size) {
+    const bytes = await disk.read(path, at, at + MAX_FRAME_BYTES + MAX_HEADER_BYTES);
+    if (bytes.length === 0) break;
+    const atEnd = at + bytes.length >= size;
+    const { frames, end, rest } = parseFrames(bytes);
+    if (frames.length > 0) isGood(at);
+    file.frames += frames.length;
+    for (const frame of frames) if (at + frame.from < wanted.length) lastFrame = at + frame.from;
+    if (rest === "nothing" || (rest === "short" && !atEnd && end > 0)) {
+      at += end;
+      continue;
+    }
+    bad ??= { from: at + end, what: rest === "short" ? "a frame is cut short" : rest.fault };
+    const found = findFrame(bytes.subarray(end + 1));
+    if (found >= 0) at += end + 1 + found;
+    else at += atEnd ? bytes.length : Math.max(end + 1, bytes.length - MAX_HEADER_BYTES);
+  }
+  if (bad && wanted.isLast && bad.from > 0) file.tornBytes = Math.max(0, size - bad.from);
+  else isGood(size);
+
+  const lacks = wanted.length - size;
+  if (lacks === 0 || wanted.isLast) return;
+  // Bytes were taken away or put in: where something else is wrong, that was there. Otherwise it was
+  // where no checksum is (the time of a frame), and the last frame makes good for it.
+  const [first] = damage;
+  const what = `the next file begins at position ${base + wanted.length}`;
+  const from = lacks > 2 * MAX_HEADER_BYTES ? size : lastFrame;
+  if (first) first.length = Math.max(0, first.length + lacks);
+  else damage.push({ from, to: size, length: wanted.length - from, what });
+}
