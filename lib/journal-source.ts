@@ -61,6 +61,9 @@ export async function openJournalSource(
       for (const [name, { to }] of fold.sources) if (posted.has(name)) posted.set(name, to);
       // What the writer has not synced yet could still be lost: the ledger must not be ahead.
       await journal.sync();
+      // A frame whose sync failed is taken back by the writer, although ours may have succeeded.
+      if ((await journal.end()) < position)
+        throw new Error(`${path}: its writer has taken back what it could not sync`);
       return fold.batch(source, batchFrom, position, last);
     },
   };
