@@ -16,7 +16,7 @@ import postgres from "postgres";
 
 import { type Cluster, openCluster } from "../lib/cluster.ts";
 
-const root = join(import.meta.dir, "..");
+export const root = join(import.meta.dir, "..");
 export const SECRET = "secret";
 
 let cluster: Promise<Cluster> | null = null;
@@ -79,11 +79,14 @@ interface Run {
   env?: Record<string, string>;
   cwd?: string;
   stdin?: string;
+  /** Where the programs are, when it is not these. */
+  home?: string;
 }
 
 /** Starts one of the programs; killed, if it still runs, when the test is over. */
-export function spawn(program: string, { args = [], env = {}, cwd = root, stdin }: Run = {}) {
-  const child = Bun.spawn([process.execPath, "run", join(root, program), ...args], {
+export function spawn(program: string, options: Run = {}) {
+  const { args = [], env = {}, home = root, cwd = home, stdin } = options;
+  const child = Bun.spawn([process.execPath, "run", join(home, program), ...args], {
     cwd,
     env: { ...process.env, PORT: "0", DATABASE_URL: "", AUTH_SECRET: SECRET, ...env },
     stdio: [stdin === undefined ? "ignore" : Buffer.from(stdin), "pipe", "pipe"],

@@ -1,0 +1,242 @@
+/**
+ * Processes that die, or stand still, at points that are chosen by name and at any others. Each event
+ * carries an id and is sent until it is answered; what must come of it is summed up here, in cents.
+ *
+ * FAULT_ROUNDS=N repeats it with other choices.
+ */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+
+import {
+  balances,
+  rejectedFaults,
+  run,
+  seeded,
+  spawn,
+  startApp,
+  tempDir,
+  testDatabase,
+  until,
+  writeEvents,
+} from "../support.ts";
+import { type Alteration, alteredCopy } from "./altered.ts";
+import { count } from "./figures.ts";
+
+const ROUNDS = Number(process.env["FAULT_ROUNDS"] ?? 1);
+setDefaultTimeout(120_000 * ROUNDS);
+
+/** Kills its own process when it is passed for the FAULT_PASS-th time. */
+const DIE =
+  'if ((globalThis.passes = (globalThis.passes ?? 0) + 1) == process.env.FAULT_PASS) process.kill(process.pid, "SIGKILL");';
+
+const inJournal = (find: string, put: string) => ({ file: "lib/journal.ts", find, put });
+const inLedger = (find: string, put: string) => ({ file: "lib/ledger.ts", find, put });
+const inPosting = (find: string, put: string) => ({ file: "lib/posting.ts", find, put });
+
+const POINTS: Record<string, Alteration> = {
+  "after the write": inJournal("await write(frame);", `await write(frame); ${DIE}`),
+  "after the sync": inJournal("await sync();", `await sync(); ${DIE}`),
+  "before the answer": inJournal(
+    "for (const { resolve } of group) resolve(base + end);",
+    `${DIE} for (const { resolve } of group) resolve(base + end);`,
+  ),
+  "in a rotation, before the full file gives its name away": inJournal(
+    "await disk.rename(path, segmentPath(path, base));",
+    `${DIE} await disk.rename(path, segmentPath(path, base));`,
+  ),
+  "in a rotation, while no file has the name": inJournal(
+    "await disk.rename(nextPath, path);",
+    `${DIE} await disk.rename(nextPath, path);`,
+  ),
+  "in a rotation, before anything is in the next file": inJournal(
+    "base = header.base;",
+    `${DIE} base = header.base;`,
+  ),
+  "after the statement is sent": inLedger(
+    "const disputed = await move(tx, batch);",
+    `const moving = move(tx, batch); setTimeout(() => { ${DIE} }, 1); const disputed = await moving;`,
+  ),
+  "after the statement, before COMMIT": inLedger(
+    'return { state: "posted", quarantined:',
+    `${DIE} return { state: "posted", quarantined:`,
+  ),
+  "after COMMIT": inPosting('if (outcome.state === "posted") {', `${DIE} if (true) {`),
+};
+
+test.each(Object.entries(POINTS))("killed %s, it counts every event once", (_, point) =>
+  seeded(async (random) => {
+    for (let round = 0; round < ROUNDS; round++) await dieAt(point, random);
+  })(),
+);
+
+/** Some lives that end at `point`, then one that does not. */
+async function dieAt(point: Alteration, random: () => number) {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  using copy = alteredCopy([point]);
+  const app = { home: copy.path, dataDir: dir.file("data"), databaseUrl: database.url };
+  const sender = openSender(random);
+  for (let life = 0; life < 2; life++) {
+    const pass = `${1 + Math.floor(random() * 4)}`;
+    const env = { FAULT_PASS: pass, JOURNAL_SEGMENT_BYTES: "1500" };
+    await using server = await startApp({ ...app, env });
+    await sender.sendUntilGone(server);
+    expect(server.child.signalCode).toBe("SIGKILL");
+    count("kills");
+  }
+  await using server = await startApp({ ...app, env: { JOURNAL_SEGMENT_BYTES: "1500" } });
+  await sender.sendRest(server);
+  await until(() => sender.isPosted(database.url), 30_000).catch(() => {});
+  expect(await balances(database.url)).toEqual(sender.balances());
+}
+
+test(
+  "server, processor and client killed or stopped at any time: every event counts once",
+  seeded(async (random) => {
+    for (let round = 0; round < ROUNDS; round++) await dieAnywhere(random);
+  }),
+);
+
+async function dieAnywhere(random: () => number) {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const dataDir = dir.file("data");
+  const file = dir.file("a.jsonl");
+  const { bad, balances: wanted } = writeEvents(file, 10_000, random);
+  const app = { dataDir, databaseUrl: database.url, args: ["--no-processor"] };
+  const env = { DATA_DIR: dataDir, DATABASE_URL: database.url };
+  let server = await startApp({ ...app, env: { JOURNAL_SEGMENT_BYTES: "300000" } });
+  const port = new URL(server.url).port;
+  const restart = () => startApp({ ...app, env: { PORT: port, JOURNAL_SEGMENT_BYTES: "300000" } });
+  for (let kill = 0; kill < 4; kill++) {
+    await using processor = spawn("processor.ts", { env });
+    await using client = spawn("client.ts", { args: [file], env: { SERVER_URL: server.url } });
+    await Bun.sleep(random() * 300);
+    const stopped = [server, processor, client][Math.floor(random() * 3)];
+    stopped?.kill("SIGSTOP");
+    await Bun.sleep(random() * 500);
+    stopped?.kill("SIGCONT");
+    count("stops");
+    await Bun.sleep(random() * 100);
+    if (random() < 0.6) {
+      server.kill("SIGKILL");
+      await server.exit();
+      server = await restart();
+      count("kills");
+    }
+    processor.kill("SIGKILL");
+    client.kill("SIGKILL");
+    count("kills", 2);
+  }
+  await using processor = spawn("processor.ts", { env });
+  const last = await run("client.ts", {
+    args: [file, "--wait"],
+    env: { SERVER_URL: server.url },
+  });
+  expect(last.stderr + last.stdout).toContain("all of it is in the ledger");
+  expect(await balances(database.url)).toEqual(wanted);
+  expect(rejectedFaults(file, bad)).toEqual([]);
+  processor.kill("SIGTERM");
+  await server[Symbol.asyncDispose]();
+}
+
+test(
+  "the private Postgres killed and stopped at any time: every event counts once",
+  seeded(async (random) => {
+    using dir = tempDir();
+    await using server = await startApp({ dataDir: dir.path });
+    const sender = openSender(random);
+    for (let kill = 0; kill < 2 * ROUNDS; kill++) {
+      for (let i = 0; i < 20; i++) await sender.send(server);
+      const pid = await until(() => postmaster(dir.path), 30_000);
+      if (random() < 0.5) {
+        process.kill(pid, "SIGSTOP");
+        await sender.send(server);
+        await Bun.sleep(random() * 1_000);
+        process.kill(pid, "SIGCONT");
+        count("stops");
+      } else {
+        process.kill(pid, "SIGKILL");
+        count("kills");
+      }
+      await Bun.sleep(random() * 300);
+    }
+    await sender.sendRest(server);
+    for (const [user, revenue] of Object.entries(sender.balances()))
+      expect(
+        await until(async () => {
+          const found = await server.balance(user).catch(() => null);
+          return found === revenue && found;
+        }, 60_000),
+      ).toBe(revenue);
+  }),
+);
+
+/** The pid of the private Postgres below `dataDir`, once it serves. */
+function postmaster(dataDir: string): number | null {
+  for (const name of readdirSync(dataDir, { recursive: true }) as string[]) {
+    if (!name.endsWith("postmaster.pid")) continue;
+    try {
+      const lines = readFileSync(join(dataDir, name), "utf8").split("\n");
+      if (lines[7]?.startsWith("ready")) return Number(lines[0]);
+    } catch {
+      return null; // gone in between
+    }
+  }
+  return null;
+}
+
+type Server = Awaited<ReturnType<typeof startApp>>;
+
+/** Sends events with ids, each until it is answered, and knows what must come of them. */
+function openSender(random: () => number) {
+  const cents = new Map<string, number>();
+  let unanswered: { id: string; userId: string; name: string; value: number }[] = [];
+  let sent = 0;
+  const prefix = `${Math.floor(random() * 1e9)}`;
+
+  const sender = {
+    /** Sends one more event; one that is not answered is kept. */
+    async send(server: Server): Promise<boolean> {
+      const userId = `user${Math.floor(random() * 20)}`;
+      const value = Math.floor(random() * 100_000);
+      cents.set(userId, (cents.get(userId) ?? 0) + value);
+      const event = { id: `${prefix}.${sent++}`, userId, name: "add_revenue", value: value / 100 };
+      const answered = await post(server, event);
+      if (!answered) unanswered.push(event);
+      return answered;
+    },
+    /** Sends on four connections until the server is gone. */
+    async sendUntilGone(server: Server) {
+      const lane = async () => {
+        while (server.child.exitCode === null && server.child.signalCode === null) {
+          if (await sender.send(server)) await Bun.sleep(1);
+          else await Promise.race([server.child.exited, Bun.sleep(100)]);
+        }
+      };
+      await Promise.all([lane(), lane(), lane(), lane()]);
+    },
+    async sendRest(server: Server) {
+      const rest = unanswered;
+      unanswered = [];
+      for (const event of rest) await until(() => post(server, event), 30_000);
+    },
+    balances: () =>
+      Object.fromEntries(
+        [...cents]
+          .toSorted(([a], [b]) => (a < b ? -1 : 1))
+          .map(([user, sum]) => [user, `${sum / 100}`]),
+      ),
+    isPosted: async (url: string) => Bun.deepEquals(await balances(url), sender.balances()),
+  };
+  return sender;
+}
+
+async function post(server: Server, event: unknown): Promise<boolean> {
+  try {
+    return (await server.post(event)).status === 201;
+  } catch {
+    return false;
+  }
+}
