@@ -1,0 +1,82 @@
+/**
+ * A disk that is really full: a small file system of its own where this user may mount one, else a
+ * limit on the size of files. 507, reads go on, and writing goes on by itself once there is room.
+ */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { mkdirSync, rmSync, writeFileSync } from "node:fs";
+
+import { balances, spawn, startApp, tempDir, testDatabase, until } from "../support.ts";
+
+setDefaultTimeout(120_000);
+
+/** A folder with about a megabyte of room, and how more comes to be. */
+function openSmallDisk() {
+  const dir = tempDir();
+  const path = dir.file("small");
+  mkdirSync(path);
+  const mounted =
+    Bun.spawnSync(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path]).exitCode === 0;
+  const ballast = `${path}/ballast`;
+  if (mounted) writeFileSync(ballast, Buffer.alloc(1024 * 1024));
+  return {
+    path,
+    kind: mounted ? "tmpfs" : "RLIMIT_FSIZE",
+    limit(pid: number, bytes: string) {
+      if (!mounted) Bun.spawnSync(["prlimit", `--pid=${pid}`, `--fsize=${bytes}`]);
+    },
+    makeRoom(pid: number) {
+      rmSync(ballast, { force: true });
+      this.limit(pid, "unlimited");
+    },
+    [Symbol.dispose]() {
+      if (mounted) Bun.spawnSync(["umount", "-l", path]);
+      dir[Symbol.dispose]();
+    },
+  };
+}
+
+test("a full disk: 507, nothing of it acknowledged, reads go on, and with room so does writing", async () => {
+  await using database = await testDatabase();
+  using disk = openSmallDisk();
+  // The last rotation has not the room for the next file's header.
+  await using server = await startApp({
+    dataDir: disk.path,
+    databaseUrl: database.url,
+    env: { JOURNAL_SEGMENT_BYTES: "300000" },
+  });
+  disk.limit(server.pid, "200000:");
+  const wanted = { ann: 0 };
+  const send = async () => {
+    const note = "n".repeat(20_000);
+    const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1, note });
+    if (status === 201) wanted.ann++;
+    return status;
+  };
+  const statuses = new Set<number>();
+  await until(async () => {
+    statuses.add(await send());
+    return statuses.has(507);
+  }, 60_000);
+  expect([...statuses]).toEqual([201, 507]);
+
+  await until(async () => (await server.balance("ann")) === `${wanted.ann}`, 30_000);
+  expect((await fetch(`${server.url}/healthz`)).status).toBe(200);
+  const ready = await fetch(`${server.url}/readyz`);
+  expect(ready.status).toBe(503);
+  expect(await send()).toBe(507);
+
+  disk.makeRoom(server.pid);
+  await until(async () => (await send()) === 201, 30_000);
+  await until(async () => (await fetch(`${server.url}/readyz`)).status === 200, 30_000);
+  await until(async () => (await server.balance("ann")) === `${wanted.ann}`, 30_000);
+  server.kill("SIGTERM");
+  expect(await server.exit()).toBe(0);
+
+  // And all of it is on the disk for the next one.
+  await using again = await startApp({ dataDir: disk.path, databaseUrl: database.url });
+  await again.post({ userId: "ann", name: "add_revenue", value: 1 });
+  await until(async () => (await again.balance("ann")) === `${wanted.ann + 1}`, 30_000);
+  expect(await balances(database.url)).toEqual({ ann: `${wanted.ann + 1}` });
+  await using check = spawn("processor.ts", { args: ["--check"], env: { DATA_DIR: disk.path } });
+  expect(await check.exit(), `${disk.kind}: ${check.stdout.text()}`).toBe(0);
+});

@@ -1,0 +1,223 @@
+/**
+ * What Postgres may do to whoever posts: cut the connection at any packet, swallow the answer to a
+ * COMMIT, hold a lock, refuse with a deadlock or a serialization failure, have no room, restart.
+ * Each time the totals are exact once it is over, without anybody's help.
+ *
+ * FAULT_ROUNDS=N tries more packets, and locks for longer.
+ */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { writeFileSync } from "node:fs";
+import { connect, createServer, type Socket } from "node:net";
+
+import {
+  balances,
+  connectTest,
+  run,
+  seeded,
+  spawn,
+  startApp,
+  tempDir,
+  testDatabase,
+  until,
+  writeEvents,
+} from "../support.ts";
+import { count } from "./figures.ts";
+
+const ROUNDS = Number(process.env["FAULT_ROUNDS"] ?? 1);
+const LOCKED_MS = ROUNDS > 1 ? 30_000 : 3_000;
+setDefaultTimeout(120_000 * ROUNDS);
+
+/** What becomes of the packet that a client sends: forwarded, or the end of its connection. */
+type Verdict = "pass" | "cut" | "cut behind";
+
+/** A way to the Postgres at `url` on which `judge` sees each packet from the client. */
+async function openJudge(url: string, judge: (packet: Buffer, number: number) => Verdict) {
+  const target = new URL(url);
+  const open = new Set<Socket>();
+  let number = 0;
+  const server = createServer((client) => {
+    const postgres = connect(Number(target.port || 5432), target.hostname);
+    for (const socket of [client, postgres]) {
+      open.add(socket);
+      socket
+        .on("error", () => {})
+        .on("close", () => {
+          open.delete(socket);
+          client.destroy();
+          postgres.destroy();
+        });
+    }
+    client.on("data", (packet: Buffer) => {
+      const verdict = judge(packet, ++number);
+      if (verdict !== "pass") count("cut connections");
+      if (verdict === "cut") return void client.destroy();
+      // The answer is never seen: what Postgres does with it is the same.
+      if (verdict === "cut behind") postgres.removeAllListeners("data");
+      postgres.write(packet, () => {
+        if (verdict === "cut behind") setTimeout(() => client.destroy(), 20);
+      });
+    });
+    postgres.on("data", (packet: Buffer) => client.write(packet));
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const via = new URL(url);
+  via.host = `127.0.0.1:${(server.address() as { port: number }).port}`;
+  return {
+    url: via.href,
+    packets: () => number,
+    async [Symbol.asyncDispose]() {
+      for (const socket of open) socket.destroy();
+      await new Promise((resolve) => server.close(resolve));
+    },
+  };
+}
+
+/** Events of a few users, some with ids, some of them twice, in a file; and what must come of it. */
+function writeFew(path: string) {
+  const wanted: Record<string, string> = {};
+  const lines: string[] = [];
+  for (let i = 0; i < 300; i++) {
+    const userId = `user${String(i % 30).padStart(2, "0")}`;
+    lines.push(JSON.stringify({ userId, name: "add_revenue", value: 1.25, id: `id${i}` }));
+    if (i % 3 === 0) lines.push(lines.at(-1) as string);
+    lines.push(JSON.stringify({ userId, name: "subtract_revenue", value: 0.25 }));
+    wanted[userId] = "10";
+  }
+  lines.push("no event");
+  writeFileSync(path, `${lines.join("\n")}\n`);
+  return wanted;
+}
+
+test(
+  "a connection cut at any packet of a posting, before or behind it: every event counts once",
+  seeded(async (random) => {
+    using dir = tempDir();
+    const file = dir.file("a.jsonl");
+    const wanted = writeFew(file);
+    const postThrough = async (judge: (packet: Buffer, number: number) => Verdict) => {
+      await using database = await testDatabase();
+      await using way = await openJudge(database.url, judge);
+      const env = { DATA_DIR: dir.file("data"), DATABASE_URL: way.url };
+      const { code, stderr } = await run("processor.ts", { args: [file], env });
+      expect(code, stderr).toBe(1); // one line is in quarantine
+      expect(await balances(database.url)).toEqual(wanted);
+      await using sql = connectTest(database.url);
+      const [row] = await sql`select count(*)::int as lines from quarantine`;
+      expect(row).toEqual({ lines: 1 });
+      return way.packets();
+    };
+    const packets = await postThrough(() => "pass");
+    expect(packets).toBeGreaterThan(8);
+    const all = Array.from({ length: 2 * packets }, (_, i) => i);
+    const some = all.toSorted(() => random() - 0.5).slice(0, ROUNDS > 1 ? all.length : 12);
+    for (const one of some) {
+      const verdict = one % 2 === 0 ? "cut" : "cut behind";
+      await postThrough((_, number) => (number === 1 + (one >> 1) ? verdict : "pass"));
+    }
+  }),
+);
+
+test("the connection is cut behind each of the first COMMITs: every event counts once", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  let commits = 0;
+  await using way = await openJudge(database.url, (packet) =>
+    packet.toString("latin1").toLowerCase().includes("commit") && ++commits <= 5 * ROUNDS
+      ? "cut behind"
+      : "pass",
+  );
+  await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url });
+  let sent = 0;
+  while (commits <= 5 * ROUNDS) {
+    const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1 });
+    expect(status).toBe(201);
+    sent++;
+    await Bun.sleep(20);
+  }
+  await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 30_000);
+});
+
+test("while the table is locked events are taken, GET answers in time, and everything catches up", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
+  const add = () => server.post({ userId: "ann", name: "add_revenue", value: 1 });
+  await add();
+  await until(async () => (await server.balance("ann")) === "1", 30_000);
+  await using sql = connectTest(database.url);
+  let sent = 1;
+  await sql.begin(async (tx) => {
+    await tx`lock table users_revenue in access exclusive mode`;
+    const until = performance.now() + LOCKED_MS;
+    while (performance.now() < until) {
+      expect((await add()).status).toBe(201);
+      sent++;
+      const { status } = await fetch(`${server.url}/userEvents/ann`, {
+        signal: AbortSignal.timeout(15_000),
+      });
+      expect(status).toBe(503);
+    }
+  });
+  await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 60_000);
+});
+
+test.each([
+  ["a serialization failure", "40001"],
+  ["a deadlock", "40P01"],
+  ["no room on the disk of Postgres", "53100"],
+  ["no memory", "53200"],
+  ["a shutdown", "57P01"],
+])("%s in one of three postings: every event counts once", async (_, sqlState) => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const file = dir.file("a.jsonl");
+  const { balances: wanted } = writeEvents(file, 3_000, () => 0.5);
+  await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
+  await server.post({ userId: "first", name: "add_revenue", value: 1 });
+  await until(async () => (await server.balance("first")) === "1", 30_000);
+  await using sql = connectTest(database.url);
+  // Sequences do not roll back: each third statement fails, whichever transaction it is in.
+  await sql.unsafe(`
+    create sequence tries;
+    create function fail() returns trigger language plpgsql as $$
+    begin
+      if nextval('tries') % 3 = 1 then raise exception 'as told' using errcode = '${sqlState}'; end if;
+      return null;
+    end $$;
+    create trigger fail after insert on users_revenue for each statement execute function fail();`);
+  for (let i = 0; i < 5; i++) {
+    await server.post({ userId: "second", name: "add_revenue", value: 1 });
+    await Bun.sleep(50);
+  }
+  const { stdout, stderr } = await run("client.ts", {
+    args: [file, "--wait"],
+    env: { SERVER_URL: server.url },
+  });
+  expect(stderr + stdout).toContain("all of it is in the ledger");
+  const [row] = await sql`select last_value::int as tries from tries`;
+  expect(row?.["tries"]).toBeGreaterThan(1);
+  count("refused statements", Math.ceil(row?.["tries"] / 3));
+  expect(await balances(database.url)).toEqual({ ...wanted, first: "1", second: "5" });
+});
+
+test(
+  "backends that are ended at random, however many statements they are in: every event counts once",
+  seeded(async (random) => {
+    await using database = await testDatabase();
+    using dir = tempDir();
+    const file = dir.file("a.jsonl");
+    const { balances: wanted } = writeEvents(file, 20_000, random);
+    const env = { DATA_DIR: dir.file("data"), DATABASE_URL: database.url };
+    await using sql = connectTest(database.url);
+    await using processor = spawn("processor.ts", { args: [file], env });
+    while (processor.child.exitCode === null) {
+      const ended = await sql`
+        select pg_terminate_backend(pid) from pg_stat_activity
+        where datname = current_database() and application_name like 'daybook%'`;
+      count("cut connections", ended.length);
+      await Bun.sleep(random() * 150);
+    }
+    expect(processor.stderr.text() + processor.child.exitCode).toEndWith("1"); // quarantined lines
+    expect(await balances(database.url)).toEqual(wanted);
+  }),
+);
