@@ -7,7 +7,7 @@ import { checkJournal } from "../lib/journal-check.ts";
 import { repairFile } from "../lib/journal-repair.ts";
 import { openJournal } from "../lib/journal.ts";
 import { openJournalReader } from "../lib/journal-reader.ts";
-import { run, seeded, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
+import { balances, run, seeded, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
 
 setDefaultTimeout(60_000);
 
@@ -164,6 +164,22 @@ test("what was damaged after it had been posted stops the start; mended, everyth
   await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
   await server.post({ userId: "u", name: "add_revenue", value: 1 });
   await until(async () => (await server.balance("u")) === "46");
+});
+
+test("an older copy that was put back and has grown since is named, and nothing of it is posted", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
+  const { path } = await makeJournal(dir.path, 5, 10_000);
+  const older = readFileSync(path);
+  await makeJournal(dir.path, 5, 10_000);
+  expect((await run("processor.ts", { args: [path], env })).code).toBe(0);
+  writeFileSync(path, older);
+  await makeJournal(dir.path, 20, 10_000);
+  const refused = await run("processor.ts", { args: [path], env });
+  expect(refused.stderr).toContain("the ledger has posted another frame here");
+  expect(refused.code).toBe(3);
+  expect(await balances(database.url)).toEqual({ u: "20" });
 });
 
 test("--repair refuses while the server writes, and --check does not", async () => {

@@ -1,10 +1,13 @@
 /** The journal in many files: nothing that holds for one file ends where a segment does. */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { readdirSync, readFileSync, renameSync, rmSync } from "node:fs";
+import { readdirSync, readFileSync, renameSync, rmSync, statSync, truncateSync } from "node:fs";
 
+import { openDatabase } from "../lib/database.ts";
+import { Effort } from "../lib/effort.ts";
 import { disk } from "../lib/journal-disk.ts";
 import { openJournal } from "../lib/journal.ts";
 import { openJournalReader } from "../lib/journal-reader.ts";
+import { openJournalSource } from "../lib/journal-source.ts";
 import { balances, run, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
 
 setDefaultTimeout(60_000);
@@ -122,6 +125,68 @@ test("a reader follows while the writer rotates with every append", async () => 
   await writing;
   await journal.close();
   expect(found).toEqual(Array.from({ length: 200 }, (_, i) => `${i}`));
+});
+
+test("a file that is rotated away between the look at its header and the read is not taken for the next", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  await journal.append(line("0"));
+  let rotate: (() => Promise<unknown>) | null = null;
+  const strange = {
+    ...disk,
+    async read(path: string, from: number, to: number) {
+      const act = from > 0 ? rotate : null;
+      if (act) rotate = null;
+      await act?.();
+      return disk.read(path, from, to);
+    },
+  };
+  const reader = await openJournalReader(dir.file("eventsPost.jsonl"), strange);
+  if (!reader) throw new Error("no journal");
+  rotate = () => journal.append(line("another"));
+  const [frame] = await reader.read(0);
+  expect(frame?.payload.toString()).toBe("0\n");
+  expect(frame?.to).toBeLessThan(journal.end());
+  const [next] = await reader.read(frame?.to ?? 0);
+  expect(next?.payload.toString()).toBe("another\n");
+  await journal.close();
+});
+
+test("a batch is handed over only when the reader itself has synced what it read", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const calls: string[] = [];
+  const strange = {
+    ...disk,
+    async syncFile(path: string) {
+      await disk.syncFile(path);
+      calls.push("sync");
+    },
+    read(path: string, from: number, to: number) {
+      if (from > 0) calls.push("read");
+      return disk.read(path, from, to);
+    },
+  };
+  const journal = await openJournal(dir.path, quiet);
+  await journal.append(line(event("ann")));
+  const path = dir.file("eventsPost.jsonl");
+  const reader = await openJournalReader(path, strange);
+  const ledger = openDatabase(() => database.url, "test", 1);
+  if (!reader) throw new Error("no journal");
+  const batches = await openJournalSource(ledger, path, reader, new Effort(), new Map());
+  expect((await batches.next())?.events).toBe(1);
+  expect(calls.at(-1)).toBe("sync");
+
+  // And when the writer has taken it back meanwhile, its sync having failed, there is no batch.
+  await journal.append(line(event("bob")));
+  const size = statSync(path).size;
+  const taking = { ...strange, syncFile: async () => truncateSync(path, size - 20) };
+  const other = await openJournalReader(path, taking);
+  if (!other) throw new Error("no journal");
+  const again = await openJournalSource(ledger, path, other, new Effort(), new Map());
+  await expect(again.next()).rejects.toThrow("taken back");
+  await journal.close();
+  await ledger.close();
 });
 
 test("server, processor and client killed in turn over many segments: every event counts once", async () => {

@@ -16,7 +16,7 @@ import postgres from "postgres";
 
 import { type Cluster, openCluster } from "../lib/cluster.ts";
 
-export const root = join(import.meta.dir, "..");
+const root = join(import.meta.dir, "..");
 export const SECRET = "secret";
 
 let cluster: Promise<Cluster> | null = null;

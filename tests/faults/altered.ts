@@ -3,10 +3,11 @@
  * chosen point, and the suite can be tested by breaking what it should notice, while the program
  * itself has no hook for either.
  */
-import { cpSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
+import { cpSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 
-import { root, tempDir } from "../support.ts";
+export const root = join(import.meta.dir, "..", "..");
 
 export interface Alteration {
   file: string;
@@ -17,26 +18,28 @@ export interface Alteration {
 
 /** Vanishes when disposed. Throws when a text is not there, or more than once. */
 export function alteredCopy(alterations: Alteration[]) {
-  const folder = tempDir();
+  const path = mkdtempSync(join(tmpdir(), "daybook-test-"));
+  const file = (name: string) => join(path, name);
+  const remove = () => rmSync(path, { recursive: true, force: true });
   try {
     for (const name of [
       ...["app.ts", "client.ts", "processor.ts", "schema.sql", "README.md", "ARCHITECTURE.md"],
       ...["package.json", "tsconfig.json", "bunfig.toml", "bun.lock", "lib", "patches", "tests"],
     ])
-      cpSync(join(root, name), folder.file(name), { recursive: true });
-    symlinkSync(join(root, "node_modules"), folder.file("node_modules"));
-    for (const { file, find, put } of alterations) {
-      const text = readFileSync(folder.file(file), "utf8");
+      cpSync(join(root, name), file(name), { recursive: true });
+    symlinkSync(join(root, "node_modules"), file("node_modules"));
+    for (const { file: name, find, put } of alterations) {
+      const text = readFileSync(file(name), "utf8");
       const count = text.split(find).length - 1;
-      if (count !== 1) throw new Error(`${file} has ${count} times, wanted once: ${find}`);
+      if (count !== 1) throw new Error(`${name} has ${count} times, wanted once: ${find}`);
       writeFileSync(
-        folder.file(file),
+        file(name),
         text.replace(find, () => put),
       );
     }
-    return folder;
+    return { path, [Symbol.dispose]: remove };
   } catch (error) {
-    folder[Symbol.dispose]();
+    remove();
     throw error;
   }
 }

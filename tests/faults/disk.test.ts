@@ -2,20 +2,22 @@
  * The journal on a simulated disk. The oracle is the list of what was acknowledged: after any number
  * of crashes it is all there, once and in whole, and whatever else is there was at least sent.
  *
- * A seed that fails is printed; FAULT_SEED=N runs that one, FAULT_SEEDS=N runs so many.
+ * A seed that fails is printed; FAULT_SEED=N runs that one, FAULT_SEEDS=N so many from
+ * FAULT_SEED_FIRST on.
  */
 import { expect, test } from "bun:test";
 
 import { JournalDamage } from "../../lib/journal-frame.ts";
 import { JournalFailed, JournalFull, openJournal } from "../../lib/journal.ts";
 import { openJournalReader } from "../../lib/journal-reader.ts";
+import { count as figure } from "./figures.ts";
 import { randomOf, SimulatedDisk } from "./simulated-disk.ts";
 
-const { FAULT_SEED, FAULT_SEEDS = "1000" } = process.env;
+const { FAULT_SEED, FAULT_SEED_FIRST, FAULT_SEEDS = "1000" } = process.env;
 const PATH = "data/eventsPost.jsonl";
 
 test("what was acknowledged survives every crash of the simulated disk, once and whole", async () => {
-  const first = FAULT_SEED ? Number(FAULT_SEED) : Math.floor(Math.random() * 2 ** 31);
+  const first = Number(FAULT_SEED ?? FAULT_SEED_FIRST ?? Math.floor(Math.random() * 2 ** 30));
   const count = FAULT_SEED ? 1 : Number(FAULT_SEEDS);
   let acknowledged = 0;
   for (let seed = first; seed < first + count; seed++) {
@@ -23,6 +25,7 @@ test("what was acknowledged survives every crash of the simulated disk, once and
       throw new Error(`FAULT_SEED=${seed}: ${(error as Error).message}`, { cause: error });
     });
   }
+  figure("disk seeds", count);
   if (count > 1) expect(acknowledged).toBeGreaterThan(count);
 }, 120_000);
 

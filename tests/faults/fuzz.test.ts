@@ -2,7 +2,7 @@
  * What nobody should send: requests, journals and files from a grammar, and mutated. Nothing of it may
  * end the program, hang it, be answered with 500, or change what was good.
  *
- * FAULT_CASES=N tries so many, FAULT_SEED=N begins at that one.
+ * FAULT_CASES=N tries so many, from FAULT_SEED_FIRST on; FAULT_SEED=N tries that one.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { connect } from "node:net";
@@ -16,8 +16,9 @@ import { run, SECRET, startApp, tempDir, testDatabase, until } from "../support.
 import { count } from "./figures.ts";
 import { randomOf, SimulatedDisk } from "./simulated-disk.ts";
 
-const CASES = Number(process.env["FAULT_CASES"] ?? 5_000);
-const FIRST = Number(process.env["FAULT_SEED"] ?? Math.floor(Math.random() * 2 ** 30));
+const { FAULT_SEED, FAULT_SEED_FIRST, FAULT_CASES = FAULT_SEED ? "10" : "5000" } = process.env;
+const CASES = Number(FAULT_CASES);
+const FIRST = Number(FAULT_SEED ?? FAULT_SEED_FIRST ?? Math.floor(Math.random() * 2 ** 30));
 setDefaultTimeout(60_000 + CASES * 20);
 
 type Random = () => number;
