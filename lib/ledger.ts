@@ -275,6 +275,20 @@ async function quarantine(tx: Transaction, source: string, lines: Quarantined[])
     on conflict do nothing`;
 }
 
+/** How many lines of the bytes of a batch are in quarantine. */
+export async function countQuarantined(
+  database: Database,
+  { source, from, to }: Batch,
+): Promise<number> {
+  const [row] = await database.use(
+    (sql) => sql<{ count: number }[]>`
+      select count(*)::int from quarantine
+      where source = ${source} and position >= ${from} and position < ${to}`,
+    POST_DEADLINE_MS,
+  );
+  return row?.count ?? 0;
+}
+
 /** Lets go of a checkpoint's digest: the frame that it names is no more. */
 export async function forgetDigest(database: Database, { source, digest }: Checkpoint) {
   await database.use(

@@ -9,7 +9,7 @@ import { Effort } from "./effort.ts";
 import { JOURNAL_FILE } from "./journal.ts";
 import { openJournalReader } from "./journal-reader.ts";
 import { openJournalSource } from "./journal-source.ts";
-import { type Outcome, post, pruneIds } from "./ledger.ts";
+import { type Batch, countQuarantined, type Outcome, post, pruneIds } from "./ledger.ts";
 import { type BatchReader, openFileSource } from "./source.ts";
 import type { Job, Report } from "./supervisor.ts";
 import { watchDirectory } from "./wake.ts";
@@ -87,16 +87,23 @@ export async function postFile(
   const effort = new Effort();
   let pauseMs = 100;
   let ahead = new Map<string, number>();
+  let sent = null as Batch | null;
   while (!stop.aborted) {
     try {
       const journal = await openJournalReader(path);
-      const batches = journal
+      const batches: BatchReader = journal
         ? await openJournalSource(database, path, journal, effort, ahead)
         : await openFileSource(database, path, effort, leftOver);
+      // The answer to its COMMIT was lost, but not the COMMIT.
+      if (sent && batches.from === sent.to)
+        report(reportOf(sent, await countQuarantined(database, sent)));
+      sent = null;
       const { size: bytes } = await Bun.file(path).stat();
       report({ type: "opened", file: path, bytes, from: batches.from });
       const ended = await postBatches(database, batches, effort, stop, {
+        sent: (batch) => (sent = batch),
         posted(posted) {
+          sent = null;
           deadlineMs = performance.now() + FILE_PATIENCE_MS;
           pauseMs = 100;
           report(posted);
@@ -126,7 +133,13 @@ async function postBatches(
   batches: BatchReader,
   effort: Effort,
   stop: AbortSignal,
-  on: { posted(report: Report): void; beside?(): Promise<void>; more?(): Promise<void> },
+  on: {
+    posted(report: Report): void;
+    /** Hears what is sent, before it is known what becomes of it. */
+    sent?(batch: Batch): void;
+    beside?(): Promise<void>;
+    more?(): Promise<void>;
+  },
 ): Promise<"end" | "elsewhere" | Map<string, number>> {
   let posting: Promise<Outcome | null> = Promise.resolve(null);
   let garbageBytes = 0;
@@ -142,11 +155,11 @@ async function postBatches(
         Bun.gc(true);
         garbageBytes = 0;
       }
+      on.sent?.(batch);
       posting = post(database, batch, effort.timeoutMs).then((outcome) => {
         if (outcome.state === "posted") {
           effort.succeeded();
-          const { events, from, to } = batch;
-          on.posted({ type: "posted", events, quarantined: outcome.quarantined, bytes: to - from });
+          on.posted(reportOf(batch, outcome.quarantined));
         }
         return outcome;
       });
@@ -157,4 +170,8 @@ async function postBatches(
       await on.more();
     }
   }
+}
+
+function reportOf({ events, from, to }: Batch, quarantined: number): Report {
+  return { type: "posted", events, quarantined, bytes: to - from };
 }

@@ -98,7 +98,8 @@ test(
       await using database = await testDatabase();
       await using way = await openJudge(database.url, judge);
       const env = { DATA_DIR: dir.file("data"), DATABASE_URL: way.url };
-      const { code, stderr } = await run("processor.ts", { args: [file], env });
+      const { code, stderr, stdout } = await run("processor.ts", { args: [file], env });
+      expect(stdout).toStartWith("posted 700 events (1 lines quarantined)");
       expect(code, stderr).toBe(1); // one line is in quarantine
       expect(await balances(database.url)).toEqual(wanted);
       await using sql = connectTest(database.url);
