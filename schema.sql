@@ -38,8 +38,38 @@ begin
     create index on event_ids (claimed_on);
   end if;
 
+  if to_regclass('uncounted') is null then
+    -- Bytes of a journal or file whose events did not count: their ids were claimed before, or another
+    -- server had taken the same bytes of their source. What the ledger holds is then what is left
+    -- of its sources without these ranges and without the lines in quarantine: `--verify` folds
+    -- just that. A range without length says where a line without newline was taken to be whole.
+    create table uncounted (
+      source text not null,
+      from_position bigint not null,
+      to_position bigint not null,
+      why text not null,
+      primary key (source, from_position, to_position)
+    );
+  end if;
+
+  if to_regclass('removed') is null then
+    -- Up to where a journal's old segments need not be kept, and what they had made of each user:
+    -- from there on the journal is enough to recompute the ledger.
+    create table removed (
+      source text primary key,
+      position bigint not null
+    );
+    create table snapshots (
+      source text not null,
+      user_id text collate "C" not null,
+      revenue numeric not null,
+      primary key (source, user_id)
+    );
+  end if;
+
   if to_regclass('quarantine') is null then
-    -- Lines that can never be posted.
+    -- Lines that did not count. A row goes by `--quarantine=retry` only: by hand, a line that is good
+    -- now would be counted by `--rebuild`.
     create table quarantine (
       source text not null,
       position bigint not null,

@@ -4,7 +4,14 @@
  */
 import { formatAmount } from "./amount.ts";
 import { type Change, decodeEvent, Refusal } from "./event.ts";
-import type { Batch, Claim, Quarantined, SourceMove } from "./ledger.ts";
+import {
+  type Batch,
+  type Claim,
+  type Quarantined,
+  SAME_ID,
+  type SourceMove,
+  type Uncounted,
+} from "./ledger.ts";
 import { eachLine, SHOWN_BYTES } from "./lines.ts";
 import { parseSourceMark, type SourceMark } from "./source-mark.ts";
 
@@ -22,9 +29,15 @@ export class Fold {
   /** Other events under these ids: one of them may be the one that came before. */
   readonly rivals: Claim[] = [];
   readonly quarantined: Quarantined[] = [];
+  /** What does not count, whatever the ledger says; neighbours are one range. */
+  readonly uncounted: Uncounted[] = [];
   /** The sources of the journal that move, by their names in the ledger. */
   readonly sources = new Map<string, SourceMove>();
   events = 0;
+  /** How many of them were there before, in the same batch. */
+  private repeated = 0;
+  /** The `turn` in which the last of `uncounted` was added. */
+  private uncountedAt = -1;
 
   /**
    * `mostUsers`: about so many balances change in one transaction. `posted` says how far sources of the journal are already posted, where that is known to be
@@ -40,6 +53,7 @@ export class Fold {
     return (
       this.changes.size >= this.mostUsers ||
       this.claims.size >= this.mostUsers / CLAIM_USERS ||
+      this.uncounted.length >= this.mostUsers / CLAIM_USERS ||
       this.quarantined.length + this.rivals.length >= MAX_QUARANTINED
     );
   }
@@ -63,6 +77,7 @@ export class Fold {
         end = ends + 1;
         index++;
         if (ends > postedTo) this.add(line, position + at);
+        else this.leaveOut(position + at, position + at + line.length, "came by another server");
       } else this.add(line, position + at);
     });
   }
@@ -81,26 +96,47 @@ export class Fold {
     const decoded = decodeEvent(line);
     if (decoded instanceof Refusal) return this.quarantine(line, position, decoded.reason);
     const { userId, amount, id } = decoded;
-    if (id !== undefined) return this.claim(position, { ...decoded, id });
+    if (id !== undefined) return this.claim(position, position + line.length, { ...decoded, id });
     this.changes.set(userId, (this.changes.get(userId) ?? 0n) + amount);
     this.events++;
   }
 
-  private claim(position: number, change: Change & { id: string }): void {
+  private claim(from: number, to: number, change: Change & { id: string }): void {
     const { id, userId, name, amount } = change;
     const value = formatAmount(name === "add_revenue" ? amount : -amount);
     const event = JSON.stringify({ id, userId, name, value });
-    const claim = { id, userId, amount, event, position };
+    const claim = { id, userId, amount, event, position: from, to, turn: this.turn };
     const first = this.claims.get(id);
+    this.events++;
     if (!first) this.claims.set(id, claim);
     else if (first.event !== event) this.rivals.push(claim);
-    this.events++;
+    else {
+      this.repeated++;
+      this.leaveOut(from, to, SAME_ID);
+    }
+  }
+
+  /**
+   * Changes with each line that may count, now or when it is tried again out of quarantine: what is
+   * left out in the same turn can be one range.
+   */
+  private get turn(): number {
+    return this.events - this.repeated + this.quarantined.length;
+  }
+
+  /** Notes that what begins in bytes `from` to `to` of the source does not count. */
+  leaveOut(from: number, to: number, why: string): void {
+    const last = this.uncounted.at(-1);
+    if (last && this.uncountedAt === this.turn && to > from) last.to = to;
+    else this.uncounted.push({ from, to, why });
+    this.uncountedAt = this.turn;
   }
 
   /** What to post for bytes `from` to `to` of `source`. */
   batch(source: string, from: number, to: number, digest: string | null): Batch {
-    const { changes, claims, rivals, quarantined, sources, events } = this;
-    return { source, from, to, digest, changes, claims, rivals, quarantined, sources, events };
+    const { changes, claims, rivals, quarantined, uncounted, sources, events } = this;
+    const content = { changes, claims, rivals, quarantined, uncounted, sources, events };
+    return { source, from, to, digest, ...content };
   }
 
   quarantine(line: Uint8Array, position: number, reason: string): void {

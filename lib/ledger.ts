@@ -41,6 +41,8 @@ export interface Batch {
   /** Other events under the ids of `claims`. */
   rivals: readonly Claim[];
   quarantined: readonly Quarantined[];
+  /** What does not count, whether or not its ids are claimed. */
+  uncounted: readonly Uncounted[];
   /** The sources in the journal that move with it, by source. */
   sources: ReadonlyMap<string, SourceMove>;
   /** How many events it stands for. */
@@ -53,7 +55,18 @@ export interface Claim {
   userId: string;
   amount: bigint;
   event: string;
+  /** The bytes of its line, in its source. */
   position: number;
+  to: number;
+  /** Claims of successive turns have nothing between them that may count. */
+  turn: number;
+}
+
+/** The events that begin in bytes `from` to `to` of a source do not count. */
+export interface Uncounted {
+  from: number;
+  to: number;
+  why: string;
 }
 
 /** A source must be at `from`, and is at `to` afterwards; `digest` is `null` where it stays. */
@@ -71,8 +84,9 @@ export interface Quarantined {
   line: string;
 }
 
-/** Why an event with an id is in quarantine. */
-const OTHER_EVENT = "its id belongs to another event, which came first";
+/** Why an event with an id is in quarantine, and why it is not counted. */
+export const OTHER_EVENT = "its id belongs to another event, which came first";
+export const SAME_ID = "the same event came before";
 
 export interface Checkpoint {
   source: string;
@@ -159,8 +173,7 @@ export function post(database: Database, batch: Batch, timeoutMs: number): Promi
     const posted = await lockSources(tx, batch.sources);
     if (posted) return { state: "ahead", posted };
     const disputed = await move(tx, batch);
-    if (disputed.length > 0) await quarantine(tx, source, disputed);
-    return { state: "posted", quarantined: batch.quarantined.length + disputed.length };
+    return { state: "posted", quarantined: batch.quarantined.length + disputed };
   };
   return database.use((sql) => sql.begin(posting) as Promise<Outcome>, timeoutMs + GRACE_MS);
 }
@@ -185,24 +198,24 @@ async function lockSources(
 }
 
 /**
- * THE statement: checkpoints, balances, ids and quarantine together, and only if every checkpoint
- * is where the batch begins: otherwise it divides by zero, and nothing of it has happened. Returns
- * the events whose ids belong to other events.
+ * THE statement: checkpoints, balances, ids, quarantine and what is not counted together, and only
+ * if every checkpoint is where the batch begins: otherwise it divides by zero, and nothing of it has
+ * happened. Returns how many events have ids that belong to other events.
  */
-async function move(tx: Transaction, batch: Batch): Promise<Quarantined[]> {
+async function move(tx: Transaction, batch: Batch): Promise<number> {
   const { source, from, to, digest } = batch;
   const moves: SourceMove[] = [{ source, from, to, digest }, ...batch.sources.values()];
-  const { changes, quarantined } = batch;
-  const claims = [...batch.claims.values()];
+  const { changes, claims, quarantined, uncounted } = batch;
+  const hasClaims = claims.size > 0;
 
-  const rows = await tx<{ disputed: Record<string, string> | null }[]>`
+  const rows = await tx<{ disputed: string | null }[]>`
     with moved as (
       update checkpoints as checkpoint set
         position = move.ends, digest = coalesce(move.digest, checkpoint.digest), posted_at = now()
       from unnest(
         ${arrayLiteral(moves.map(({ source }) => source))}::text::text[],
-        ${`{${moves.map(({ from }) => from).join()}}`}::text::bigint[],
-        ${`{${moves.map(({ to }) => to).join()}}`}::text::bigint[],
+        ${numbers(moves, ({ from }) => from)}::text::bigint[],
+        ${numbers(moves, ({ to }) => to)}::text::bigint[],
         ${arrayLiteral(moves.map(({ digest }) => digest))}::text::text[]
       ) as move (source, begins, ends, digest)
       where checkpoint.source = move.source and checkpoint.position = move.begins
@@ -212,67 +225,90 @@ async function move(tx: Transaction, batch: Batch): Promise<Quarantined[]> {
     ), set_aside as (
       insert into quarantine (source, position, reason, line)
       select ${source}, line.* from unnest(
-        ${`{${quarantined.map(({ position }) => position).join()}}`}::text::bigint[],
+        ${numbers(quarantined, ({ position }) => position)}::text::bigint[],
         ${arrayLiteral(quarantined.map(({ reason }) => reason))}::text::text[],
         ${arrayLiteral(quarantined.map(({ line }) => line))}::text::text[]
       ) as line
       on conflict do nothing
-    ), change as (
+    )${uncounted.length > 0 ? leavingOut(tx, source, uncounted) : tx``}, change as (
       select * from unnest(
         ${arrayLiteral(changes.keys())}::text::text[],
         ${`{${Array.from(changes.values(), formatAmount).join()}}`}::text::numeric[]
       ) as change (user_id, amount)
-    )${claims.length > 0 ? claiming(tx, claims) : tx``}, posted as (
+    )${hasClaims ? claiming(tx, batch) : tx``}, posted as (
       insert into users_revenue as balance (user_id, revenue)
-      ${claims.length > 0 ? tx`select user_id, sum(amount) from counted group by user_id` : tx`select * from change`}
+      ${hasClaims ? tx`select user_id, sum(amount) from counted group by user_id` : tx`select * from change`}
       order by user_id collate "C"
       on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue
     )
-    select holds, ${claims.length > 0 ? tx`(select json_object_agg(id, event) from disputed)` : tx`null::json`} as disputed
+    select holds, ${hasClaims ? tx`(select count(*) from disputed)` : tx`0`} as disputed
     from fence`;
+  return Number(rows[0]?.disputed ?? 0);
+}
 
-  const standing = new Map(Object.entries(rows[0]?.disputed ?? {}));
-  const others = [...claims.filter(({ id }) => standing.has(id)), ...batch.rivals].filter(
-    ({ id, event }) => event !== (standing.get(id) ?? batch.claims.get(id)?.event),
-  );
-  return others.map(({ event, position }) => ({ position, reason: OTHER_EVENT, line: event }));
+function leavingOut(tx: Transaction, source: string, uncounted: readonly Uncounted[]) {
+  return tx`, left_out as (
+      insert into uncounted (source, from_position, to_position, why)
+      select ${source}, range.* from unnest(
+        ${numbers(uncounted, ({ from }) => from)}::text::bigint[],
+        ${numbers(uncounted, ({ to }) => to)}::text::bigint[],
+        ${arrayLiteral(uncounted.map(({ why }) => why))}::text::text[]
+      ) as range
+      on conflict do nothing
+    )`;
 }
 
 /**
  * The ids are claimed in order. A row that is there already is touched, not skipped: only so does
- * the statement see one that another transaction has written since it began (xmax tells).
+ * the statement see one that another transaction has written since it began (xmax tells). What then
+ * is the event that stands, once more, does not count; claims in a row are noted as one range, which
+ * the difference of turn and row number tells apart. What is another event goes to quarantine.
  */
-function claiming(tx: Transaction, claims: Claim[]) {
+function claiming(tx: Transaction, { source, claims: firsts, rivals }: Batch) {
+  const claims = [...firsts.values()];
   return tx`, claim as (
       select * from unnest(
         ${arrayLiteral(claims.map(({ id }) => id))}::text::text[],
         ${arrayLiteral(claims.map(({ event }) => event))}::text::text[],
         ${arrayLiteral(claims.map(({ userId }) => userId))}::text::text[],
-        ${`{${claims.map(({ amount }) => formatAmount(amount)).join()}}`}::text::numeric[]
-      ) as claim (id, event, user_id, amount)
+        ${`{${claims.map(({ amount }) => formatAmount(amount)).join()}}`}::text::numeric[],
+        ${numbers(claims, ({ position }) => position)}::text::bigint[],
+        ${numbers(claims, ({ to }) => to)}::text::bigint[],
+        ${numbers(claims, ({ turn }) => turn)}::text::bigint[]
+      ) as claim (id, event, user_id, amount, begins, ends, turn)
     ), claimed as (
       insert into event_ids as known (id, event)
       select id, event from claim order by id collate "C"
       on conflict (id) do update set id = excluded.id
       returning id, event, xmax = 0 as fresh
-    ), disputed as (
-      select id, claimed.event from claimed join claim using (id)
-      where not fresh and claimed.event <> claim.event
     ), counted as (
       select user_id, amount from change union all
       select user_id, amount from claim join claimed using (id) where fresh
+    ), rival as (
+      select * from unnest(
+        ${arrayLiteral(rivals.map(({ id }) => id))}::text::text[],
+        ${arrayLiteral(rivals.map(({ event }) => event))}::text::text[],
+        ${numbers(rivals, ({ position }) => position)}::text::bigint[],
+        ${numbers(rivals, ({ to }) => to)}::text::bigint[],
+        ${numbers(rivals, ({ turn }) => turn)}::text::bigint[]
+      ) as rival (id, event, begins, ends, turn)
+    ), late as (
+      select claim.event, begins, ends, turn, claim.event = claimed.event as is_same
+      from claim join claimed using (id) where not fresh union all
+      select rival.event, begins, ends, turn, rival.event = claimed.event
+      from rival join claimed using (id)
+    ), repeated as (
+      insert into uncounted (source, from_position, to_position, why)
+      select ${source}, min(begins), max(ends), ${SAME_ID}
+      from (select *, turn - row_number() over (order by turn) as island from late where is_same) as late
+      group by island
+      on conflict do nothing
+    ), disputed as (
+      insert into quarantine (source, position, reason, line)
+      select ${source}, begins, ${OTHER_EVENT}, event from late where not is_same
+      on conflict do nothing
+      returning 1
     )`;
-}
-
-async function quarantine(tx: Transaction, source: string, lines: Quarantined[]): Promise<void> {
-  await tx`
-    insert into quarantine (source, position, reason, line)
-    select ${source}, line.* from unnest(
-      ${`{${lines.map(({ position }) => position).join()}}`}::text::bigint[],
-      ${arrayLiteral(lines.map(({ reason }) => reason))}::text::text[],
-      ${arrayLiteral(lines.map(({ line }) => line))}::text::text[]
-    ) as line
-    on conflict do nothing`;
 }
 
 /** How many lines of the bytes of a batch are in quarantine. */
@@ -327,8 +363,13 @@ export async function checkLedger(database: Database): Promise<void> {
   await database.use((sql) => sql`select from users_revenue limit 1`, READ_DEADLINE_MS);
 }
 
+/** One number of each, as Postgres writes an array. */
+export function numbers<T>(all: readonly T[], pick: (one: T) => number): string {
+  return `{${all.map(pick).join()}}`;
+}
+
 /** Text as Postgres writes an array: one parameter, whatever the number of elements. */
-function arrayLiteral(texts: Iterable<string | null>): string {
+export function arrayLiteral(texts: Iterable<string | null>): string {
   const quote = (text: string) => `"${text.replace(/["\\]/g, "\\$&")}"`;
   return `{${Array.from(texts, (text) => (text === null ? "null" : quote(text))).join()}}`;
 }

@@ -11,7 +11,7 @@ import type { Database } from "./database.ts";
 import type { Effort } from "./effort.ts";
 import { BATCH_BYTES, Fold } from "./fold.ts";
 import { type Batch, listCheckpoints, openCheckpoint } from "./ledger.ts";
-import { eachLine, isComplete, readBlocks, readFile, withoutBom } from "./lines.ts";
+import { type Block, eachLine, isComplete, readBlocks, readFile, withoutBom } from "./lines.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
 
@@ -48,11 +48,9 @@ export async function openFileSource(
         }
         if (block.tooLong === "first part")
           fold.quarantine(block.bytes, block.from, "too long to be an event");
-        if (!block.tooLong) {
-          const bytes = block.from === 0 ? withoutBom(block.bytes) : block.bytes;
-          const skipped = block.bytes.length - bytes.length;
-          eachLine(bytes, (line, at) => fold.add(line, block.from + skipped + at));
-        }
+        eachBlockLine(block, (line, at) => fold.add(line, at));
+        // Should the file grow behind it, this is where a line ends all the same.
+        if (!block.whole) fold.leaveOut(block.to, block.to, "end of a line without newline");
         hash.update(block.bytes);
         position = block.to;
       }
@@ -60,6 +58,17 @@ export async function openFileSource(
       return fold.batch(source, batchFrom, position, hash.copy().digest("hex"));
     },
   };
+}
+
+/** Calls `visit` for each line of `block`, a block of a file, with its position in the file. */
+export function eachBlockLine(
+  block: Block,
+  visit: (line: Uint8Array, position: number) => void,
+): void {
+  if (block.tooLong) return;
+  const bytes = block.from === 0 ? withoutBom(block.bytes) : block.bytes;
+  const skipped = block.bytes.length - bytes.length;
+  eachLine(bytes, (line, at) => visit(line, block.from + skipped + at));
 }
 
 interface Located {
