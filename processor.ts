@@ -11,23 +11,42 @@ import "./lib/install.ts";
 import { mkdirSync, statSync } from "node:fs";
 import { basename, join } from "node:path";
 
+import { rebuild, verify } from "./lib/audit.ts";
 import { check, repair } from "./lib/check.ts";
 import { clusterUrl, openCluster } from "./lib/cluster.ts";
 import { readCommand } from "./lib/config.ts";
-import { type Database, openDatabase } from "./lib/database.ts";
+import { type Database, openDatabase, Refused } from "./lib/database.ts";
 import { JOURNAL_FILE } from "./lib/journal.ts";
 import { waitForLock } from "./lib/lock.ts";
 import { follow, postFile } from "./lib/posting.ts";
 import { type Progress, showProgress } from "./lib/progress.ts";
+import { listQuarantine, retryQuarantine } from "./lib/quarantine.ts";
 import { type Job, type Report, supervise } from "./lib/supervisor.ts";
 
 async function main(): Promise<number> {
   const { settings, options, files } = readCommand({
-    usage: "bun run processor.ts [--check [--repair]] [FILE…]",
+    usage:
+      "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry]] [FILE…]",
     about:
       "Follows the journal in DATA_DIR and posts its events to the ledger, until stopped. With\n" +
-      "FILEs (events or journals), posts each of them once, whoever did before, and exits.",
+      "FILEs (events or journals), posts each of them once, whoever did before, and exits.\n" +
+      "With one of the options, looks or mends instead. --verify and --rebuild need every source of\n" +
+      "the ledger: the journal in DATA_DIR they find; the journals of other servers, and each file\n" +
+      "that was posted by processor.ts FILE, are given as FILEs, or nothing is done.",
     options: {
+      verify: {
+        type: "boolean",
+        meaning:
+          "counts all sources again, while the system runs, and names each user that differs",
+      },
+      rebuild: {
+        type: "boolean",
+        meaning: "the same, and makes the balances what was counted, in one transaction",
+      },
+      yes: {
+        type: "boolean",
+        meaning: "with --rebuild: also where lines that have counted are no events any more",
+      },
       check: {
         type: "boolean",
         meaning: "reads all of the journal (or of the journals FILE…) and names what is damaged",
@@ -36,21 +55,28 @@ async function main(): Promise<number> {
         type: "boolean",
         meaning: "with --check: moves damage to a file of its own and keeps every whole frame",
       },
+      quarantine: {
+        type: "string",
+        alone: "list",
+        meaning:
+          "lists the lines that were set aside; --quarantine=retry posts what is good by now",
+      },
     },
     files: { atMost: Number.POSITIVE_INFINITY },
     settings: ["DATA_DIR", "DATABASE_URL", "ID_DAYS", "JOURNAL_KEEP_DAYS"],
     exits: {
-      0: "everything is posted, or it was told to stop; --check: nothing is damaged (any more)",
-      1: "posted, but some lines are in quarantine; --check: something is damaged",
-      2: "wrong use, a wrong setting, or no such file",
+      0: "done, or told to stop; nothing differs, is damaged or is in quarantine (any more)",
+      1: "balances differ, the journal is damaged, or lines are in quarantine",
+      2: "wrong use, a wrong setting, no such file, or a source that --verify needs is missing",
       3: "gave up: the database is away or refuses, or a file is damaged",
     },
   });
-  let wrong = false;
-  if (options["repair"] && !options["check"]) {
-    say("--repair: found alone, wanted with --check");
-    wrong = true;
+  const tool = toolOf(options);
+  if (typeof tool === "string") {
+    say(tool);
+    return 2;
   }
+  let wrong = false;
   for (const file of files) {
     const stat = statSync(file, { throwIfNoEntry: false });
     if (stat?.isFile()) continue;
@@ -63,16 +89,12 @@ async function main(): Promise<number> {
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null, ID_DAYS: idDays } = settings;
-  const journals = files.length > 0 ? files : [join(dataDir, JOURNAL_FILE)];
-  if (options["check"] && !options["repair"]) {
-    let damaged = 0;
-    for (const journal of journals) damaged += await check(journal, print);
-    return damaged > 0 ? 1 : 0;
-  }
   mkdirSync(dataDir, { recursive: true });
-  const cluster = databaseUrl ? null : await openCluster(join(dataDir, "postgres"), say);
+  const needsLedger = !options["check"] || options["repair"];
+  const cluster =
+    databaseUrl || !needsLedger ? null : await openCluster(join(dataDir, "postgres"), say);
   try {
-    if (options["check"]) return await repairAll(journals, dataDir, databaseUrl);
+    if (tool) return await useTool(tool, dataDir, databaseUrl, files);
     if (files.length === 0 && !(await becomeTheProcessor(dataDir, stop.signal))) return 0;
     return await run({ dataDir, databaseUrl, idDays, files }, stop.signal);
   } finally {
@@ -80,11 +102,64 @@ async function main(): Promise<number> {
   }
 }
 
-async function repairAll(journals: string[], dataDir: string, databaseUrl: string | null) {
+/** Looks or mends instead of posting. Returns the exit code. */
+type Tool = (parts: {
+  database: Database;
+  /** All that was given, and the journal in DATA_DIR. */
+  paths: string[];
+  /** What was given, or else the journal in DATA_DIR. */
+  journals: string[];
+}) => Promise<number>;
+
+/** What the options ask for, `null` for posting, or what is wrong with them. */
+function toolOf(options: Record<string, string | boolean | undefined>): Tool | null | string {
+  const { verify: verifies, rebuild: rebuilds, check: checks, repair: repairs } = options;
+  const { yes = false, quarantine } = options;
+  const chosen = [verifies, rebuilds, checks, quarantine].filter(Boolean).length;
+  if (chosen > 1) return "found several of --verify, --rebuild, --check, --quarantine; wanted one";
+  if (repairs && !checks) return "--repair: found alone, wanted with --check";
+  if (yes && !rebuilds) return "--yes: found alone, wanted with --rebuild";
+  if (verifies)
+    return async ({ database, paths }) => Math.min(1, await verify(database, paths, print, say));
+  if (rebuilds)
+    return async ({ database, paths }) => (await rebuild(database, paths, !!yes, print, say), 0);
+  if (checks && repairs)
+    return async ({ database, journals }) => {
+      for (const journal of journals) await repair(journal, database, print);
+      return 0;
+    };
+  if (checks)
+    return async ({ journals }) => {
+      let damaged = 0;
+      for (const journal of journals) damaged += await check(journal, print);
+      return Math.min(1, damaged);
+    };
+  if (quarantine === "retry")
+    return async ({ database, paths }) =>
+      Math.min(1, await retryQuarantine(database, paths, print, say));
+  if (quarantine === "list")
+    return async ({ database }) => Math.min(1, await listQuarantine(database, print));
+  return quarantine ? `--quarantine: found "${quarantine}", wanted nothing or retry` : null;
+}
+
+async function useTool(
+  tool: Tool,
+  dataDir: string,
+  databaseUrl: string | null,
+  files: string[],
+): Promise<number> {
+  const journal = join(dataDir, JOURNAL_FILE);
   const database = openLedger(dataDir, databaseUrl);
-  for (const journal of journals) await repair(journal, database, print);
-  await database.close();
-  return 0;
+  try {
+    const journals = files.length > 0 ? files : [journal];
+    return await tool({ database, journals, paths: [journal, ...files] });
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    say(error.message);
+    return 2;
+  } finally {
+    await database.close();
+  }
 }
 
 /** Waits until no other processor follows this journal. `false`: told to stop before. */

@@ -123,12 +123,19 @@ export function parseDuration(text: string): number | undefined {
   return amount === undefined || !seconds ? undefined : Number(amount) * seconds * 1000;
 }
 
+/** `alone`: what an option that takes a word means without one. */
+interface Option {
+  type: "boolean" | "string";
+  meaning: string;
+  alone?: string;
+}
+
 /** What a program says of itself in `--help`, and what it takes. */
 export interface Command<Name extends SettingName> {
   /** `bun run app.ts [--no-processor]` */
   usage: string;
   about: string;
-  options: Record<string, { type: "boolean" | "string"; meaning: string }>;
+  options: Record<string, Option>;
   /** How many arguments may follow the options. */
   files: { atMost: number };
   settings: readonly Name[];
@@ -145,7 +152,10 @@ export function readCommand<Name extends SettingName>(command: Command<Name>) {
   let files: string[] = [];
   try {
     const parsed = parseArgs({
-      args: process.argv.slice(2),
+      args: process.argv.slice(2).map((arg) => {
+        const { alone } = command.options[arg.slice(2)] ?? {};
+        return alone && arg.startsWith("--") ? `${arg}=${alone}` : arg;
+      }),
       options: { ...command.options, help: { type: "boolean" } },
       allowPositionals: true,
     });

@@ -8,6 +8,10 @@ import postgres from "postgres";
 
 export type Sql = postgres.Sql;
 export type Transaction = postgres.TransactionSql;
+/** Either of both. */
+export type Statements = postgres.ISql;
+/** A part of a statement. */
+export type Fragment = postgres.PendingQuery<postgres.Row[]>;
 
 /** Postgres gives up on a statement after this long, and its locks go with it. */
 const STATEMENT_TIMEOUT_MS = 10_000;
@@ -25,10 +29,13 @@ export class Unavailable extends Error {
   }
 }
 
+/** What `work` of `Database.use` throws when it is not the database that is wrong: passed on as it is. */
+export class Refused extends Error {}
+
 export interface Database {
   /**
    * The result of `work`, which is given connections to a database with the schema in place.
-   * Throws Unavailable for whatever goes wrong, at the latest after `deadlineMs`: the driver's
+   * Throws Refused if `work` does, and Unavailable for whatever else goes wrong, at the latest after `deadlineMs`: the driver's
    * promise for a lost connection may never settle.
    */
   use<T>(work: (sql: Sql) => PromiseLike<T>, deadlineMs: number): Promise<T>;
@@ -58,6 +65,7 @@ export function openDatabase(url: () => string, name: string, max: number): Data
         result.catch(() => {}); // nobody listens any more after the deadline
         return await Promise.race([result, deadline]);
       } catch (error) {
+        if (error instanceof Refused) throw error;
         const unavailable = describe(error);
         // A refusal says that the connection works; anything else, and it is not trusted again.
         if (unavailable.passing) forget(tried);

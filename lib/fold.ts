@@ -102,9 +102,8 @@ export class Fold {
   }
 
   private claim(from: number, to: number, change: Change & { id: string }): void {
-    const { id, userId, name, amount } = change;
-    const value = formatAmount(name === "add_revenue" ? amount : -amount);
-    const event = JSON.stringify({ id, userId, name, value });
+    const { id, userId, amount } = change;
+    const event = identityOf(change);
     const claim = { id, userId, amount, event, position: from, to, turn: this.turn };
     const first = this.claims.get(id);
     this.events++;
@@ -144,4 +143,10 @@ export class Fold {
     const shown = Buffer.from(line.subarray(0, SHOWN_BYTES)).toString().replaceAll("\0", "\ufffd");
     this.quarantined.push({ position, reason, line: shown });
   }
+}
+
+/** All that makes an event with an id this one and no other. */
+export function identityOf({ id, userId, name, amount }: Change & { id: string }): string {
+  const value = formatAmount(name === "add_revenue" ? amount : -amount);
+  return JSON.stringify({ id, userId, name, value });
 }

@@ -4,8 +4,8 @@ import { Format, SingleBar } from "cli-progress";
 const PLAIN_LINE_EVERY_MS = 5_000;
 
 export interface Progress {
-  /** `bytes` of the total are done, which were `events` events since the start. */
-  update(bytes: number, events: number): void;
+  /** `bytes` of the total are done, which were `events` events since the start, if they are counted. */
+  update(bytes: number, events?: number): void;
   stop(): void;
 }
 
@@ -23,7 +23,7 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
     });
     bar.start(totalBytes, fromBytes, { rate: 0, left: "…" });
     return {
-      update(bytes, events) {
+      update(bytes, events = 0) {
         const elapsedMs = performance.now() - startedMs;
         const leftMs = (elapsedMs * (totalBytes - bytes)) / Math.max(1, bytes - fromBytes);
         const left = Format.TimeFormat(Math.round(leftMs / 1000), { autopadding: false }, 1);
@@ -35,7 +35,7 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
 
   let saidMs = startedMs;
   return {
-    update(bytes, events) {
+    update(bytes, events = 0) {
       if (performance.now() - saidMs < PLAIN_LINE_EVERY_MS) return;
       saidMs = performance.now();
       const percent = Math.floor((100 * bytes) / Math.max(1, totalBytes));

@@ -105,7 +105,12 @@ async function locate(database: Database, file: Bun.BunFile, name: string): Prom
   return from === 0 ? { source, from, hash: empty } : locate(database, file, name);
 }
 
-async function hashRange(file: Bun.BunFile, hash: Bun.CryptoHasher, from: number, to: number) {
+export async function hashRange(
+  file: Bun.BunFile,
+  hash: Bun.CryptoHasher,
+  from: number,
+  to: number,
+) {
   for (let at = from; at < to; at += BLOCK_BYTES)
     hash.update(await file.slice(at, Math.min(at + BLOCK_BYTES, to)).bytes());
 }

@@ -58,6 +58,23 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
       "wake",
     ],
   },
+  drift: { ours: ["amount", "database", "ledger"] },
+  recount: {
+    ours: [
+      "database",
+      "drift",
+      "event",
+      "journal-reader",
+      "ledger",
+      "lines",
+      "source",
+      "source-mark",
+    ],
+  },
+  audit: { ours: ["database", "drift", "progress", "recount"] },
+  quarantine: {
+    ours: ["amount", "database", "drift", "event", "fold", "journal-reader", "ledger", "lines"],
+  },
   sources: { ours: ["database", "event", "journal", "journal-reader", "ledger", "source-mark"] },
   "source-header": { ours: ["event", "problem", "sources"] },
   room: { ours: ["problem"] },
