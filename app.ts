@@ -95,7 +95,13 @@ async function main(): Promise<number> {
     process.stdout.write(`listening on ${server.origin}\n`);
     const processor = options["no-processor"]
       ? Promise.resolve()
-      : runProcessor({ dataDir, databaseUrl, idDays: settings.ID_DAYS, files: [] }, stop.signal);
+      : runProcessor(
+          {
+            ...{ dataDir, databaseUrl, idDays: settings.ID_DAYS, files: [] },
+            keepDays: settings.JOURNAL_KEEP_DAYS ?? null,
+          },
+          stop.signal,
+        );
 
     processor.catch(() => stop.abort()); // its lock is not to be had: said below, with exit code 1
     await aborted(stop.signal);

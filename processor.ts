@@ -21,6 +21,7 @@ import { waitForLock } from "./lib/lock.ts";
 import { follow, postFile } from "./lib/posting.ts";
 import { type Progress, showProgress } from "./lib/progress.ts";
 import { listQuarantine, retryQuarantine } from "./lib/quarantine.ts";
+import { retain } from "./lib/retention.ts";
 import { type Job, type Report, supervise } from "./lib/supervisor.ts";
 
 async function main(): Promise<number> {
@@ -89,6 +90,7 @@ async function main(): Promise<number> {
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null, ID_DAYS: idDays } = settings;
+  const { JOURNAL_KEEP_DAYS: keepDays = null } = settings;
   mkdirSync(dataDir, { recursive: true });
   const needsLedger = !options["check"] || options["repair"];
   const cluster =
@@ -96,7 +98,7 @@ async function main(): Promise<number> {
   try {
     if (tool) return await useTool(tool, dataDir, databaseUrl, files);
     if (files.length === 0 && !(await becomeTheProcessor(dataDir, stop.signal))) return 0;
-    return await run({ dataDir, databaseUrl, idDays, files }, stop.signal);
+    return await run({ dataDir, databaseUrl, idDays, keepDays, files }, stop.signal);
   } finally {
     await cluster?.close();
   }
@@ -235,12 +237,23 @@ function openLedger(dataDir: string, databaseUrl: string | null): Database {
 async function work(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
   const database = openLedger(job.dataDir, job.databaseUrl);
   try {
-    if (job.files.length === 0) await follow(database, job, stop, report);
+    if (job.files.length === 0)
+      await Promise.all([follow(database, job, stop, report), letGo(job, stop, report)]);
     for (const file of job.files) await postFile(database, file, stop, report);
     report({ type: "done" });
   } catch (error) {
     report({ type: "failed", line: (error as Error).message });
   }
+  await database.close();
+}
+
+/** Beside the posting, with a connection of its own. */
+async function letGo(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
+  if (job.keepDays === null) return;
+  const database = openLedger(job.dataDir, job.databaseUrl);
+  await retain(database, join(job.dataDir, JOURNAL_FILE), job.keepDays, stop, (line) =>
+    report({ type: "say", line: `processor: ${line}` }),
+  );
   await database.close();
 }
 

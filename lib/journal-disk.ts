@@ -35,6 +35,8 @@ export interface Disk {
   list(path: string): Promise<string[]>;
   rename(from: string, to: string): Promise<void>;
   remove(path: string): Promise<void>;
+  /** When the file was last written to, in milliseconds since 1970. */
+  modifiedMs(path: string): Promise<number>;
   /** 0 where there is no such file. */
   size(path: string): Promise<number>;
   /** Bytes `from` to `to` of the file, fewer at its end, none where there is no such file. */
@@ -84,6 +86,7 @@ export const disk: Disk = {
   list: (path) => readdir(path),
   rename,
   remove: (path) => rm(path, { force: true }),
+  modifiedMs: async (path) => (await stat(path)).mtimeMs,
   size: (path) =>
     there(
       stat(path).then(({ size }) => size),

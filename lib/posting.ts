@@ -24,7 +24,7 @@ const PRUNE_EVERY_MS = 60_000;
 /** Posts the journal as it grows, until told to stop. Waits out whatever is wrong. */
 export async function follow(
   database: Database,
-  { dataDir, idDays }: Job,
+  { dataDir, idDays }: Pick<Job, "dataDir" | "idDays">,
   stop: AbortSignal,
   report: (report: Report) => void,
 ): Promise<void> {

@@ -9,6 +9,8 @@ export interface Job {
   dataDir: string;
   databaseUrl: string | null;
   idDays: number;
+  /** Full files of the journal are kept for so long; `null`: for ever. */
+  keepDays: number | null;
   files: string[];
 }
 

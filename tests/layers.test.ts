@@ -71,6 +71,9 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
       "source-mark",
     ],
   },
+  retention: {
+    ours: ["database", "journal-disk", "journal-reader", "journal-segments", "ledger", "recount"],
+  },
   audit: { ours: ["database", "drift", "progress", "recount"] },
   quarantine: {
     ours: ["amount", "database", "drift", "event", "fold", "journal-reader", "ledger", "lines"],

@@ -103,6 +103,7 @@ export class SimulatedDisk {
           this.name(new Map<string, SimulatedFile | null>([[from, null]]).set(to, file));
         }),
       remove: (path) => alive(() => this.name(new Map([[path, null]]))),
+      modifiedMs: () => alive(() => 0),
       size: (path) => alive(() => this.files.get(path)?.bytes.length ?? 0),
       read: (path, from, to) =>
         alive(() => Buffer.from(this.files.get(path)?.bytes.subarray(from, to) ?? empty)),
