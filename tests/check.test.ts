@@ -164,6 +164,15 @@ test("what was damaged after it had been posted stops the start; mended, everyth
   await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
   await server.post({ userId: "u", name: "add_revenue", value: 1 });
   await until(async () => (await server.balance("u")) === "46");
+
+  // What was lost can be counted by nobody again: it is told, and not taken away unasked.
+  const verified = await run("processor.ts", { args: ["--verify"], env });
+  expect(verified.code).toBe(1);
+  expect(verified.stdout).toContain('user "u": balance 46, wanted 37; off by 9');
+  expect(verified.stdout).toContain("1 lines have counted and are no events now");
+  const rebuilt = await run("processor.ts", { args: ["--rebuild"], env });
+  expect(rebuilt.code).toBe(2);
+  expect(await balances(database.url)).toEqual({ u: "46" });
 });
 
 test("an older copy that was put back and has grown since is named, and nothing of it is posted", async () => {

@@ -61,6 +61,11 @@ const POINTS: Record<string, Alteration> = {
     'return { state: "posted", quarantined:',
     `${DIE} return { state: "posted", quarantined:`,
   ),
+  "before a segment goes whose snapshot is taken": {
+    file: "lib/retention.ts",
+    find: "await disk.remove(segment.path);",
+    put: `${DIE} await disk.remove(segment.path);`,
+  },
   "after COMMIT": inPosting('if (outcome.state === "posted") {', `${DIE} if (true) {`),
 };
 
@@ -79,7 +84,7 @@ async function dieAt(point: Alteration, random: () => number) {
   const sender = openSender(random);
   for (let life = 0; life < 2; life++) {
     const pass = `${1 + Math.floor(random() * 4)}`;
-    const env = { FAULT_PASS: pass, JOURNAL_SEGMENT_BYTES: "1500" };
+    const env = { FAULT_PASS: pass, JOURNAL_SEGMENT_BYTES: "1500", JOURNAL_KEEP_DAYS: "0" };
     await using server = await startApp({ ...app, env });
     await sender.sendUntilGone(server);
     expect(server.child.signalCode).toBe("SIGKILL");
@@ -89,6 +94,9 @@ async function dieAt(point: Alteration, random: () => number) {
   await sender.sendRest(server);
   await until(() => sender.isPosted(database.url), 30_000).catch(() => {});
   expect(await balances(database.url)).toEqual(sender.balances());
+  const tool = { env: { DATA_DIR: app.dataDir, DATABASE_URL: database.url } };
+  const verified = await run("processor.ts", { ...tool, args: ["--verify"] });
+  expect(verified.stdout + verified.stderr).toEndWith("balances are what was sent\n");
 }
 
 test(
