@@ -194,7 +194,7 @@ function help(command: Command<SettingName>): string {
     "settings (environment, or a .env file):",
     ...command.settings.map((name) => {
       const { default: fallback, meaning } = SETTINGS[name];
-      return `  ${name.padEnd(16)} ${meaning} (default: ${fallback ?? "unset"})`;
+      return `  ${name.padEnd(22)} ${meaning} (default: ${fallback ?? "unset"})`;
     }),
     "",
     "exit codes:",
