@@ -5,6 +5,8 @@
 
 /** Decimals that an amount may have, and so the scale of its `bigint`. */
 export const DECIMALS = 9;
+/** Units of an amount in 1. */
+export const UNITS = 10n ** BigInt(DECIMALS);
 /** Significant digits that a value may be written with. */
 export const SIGNIFICANT_DIGITS = 15;
 /** A value is smaller than 10^15 in size. */

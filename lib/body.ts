@@ -11,9 +11,10 @@ import {
   isEventId,
   MAX_EVENT_BYTES,
   MAX_ID_BYTES,
+  openScanner,
   Refusal,
 } from "./event.ts";
-import { eachLine, withoutBom } from "./lines.ts";
+import { eachEvent, withoutBom } from "./lines.ts";
 import { Problem } from "./problem.ts";
 import type { Hold } from "./room.ts";
 import { isWholeZstd } from "./zstd.ts";
@@ -38,6 +39,7 @@ const SMALL_BYTES = 64 * 1024;
 /** However slowly a sender sends, its body is here by then, or refused. */
 const BODY_MS = 30_000;
 
+const scanner = openScanner();
 const LF = 10;
 const CR = 13;
 const SPACE = 32;
@@ -130,19 +132,24 @@ export async function readEvents(
   let rejected = 0;
   let plain = true;
   let end = 0;
-  eachLine(body, (line, at, number) => {
-    const decoded = decodeEvent(line);
-    if (decoded instanceof Refusal) {
-      if (rejected++ < listed) errors.push({ line: number, message: decoded.reason });
-      return;
-    }
-    good.set(line, end);
-    end += line.length + 1;
+  const take = (at: number, length: number) => {
+    if (end !== at || good !== body) good.set(body.subarray(at, at + length), end);
+    end += length + 1;
     good[end - 1] = LF;
-    const lineEnd = bom + at + line.length;
+    const lineEnd = bom + at + length;
     ends.push(lineEnd);
     plain &&= lineEnd === end - 1;
-  });
+  };
+  eachEvent(
+    body,
+    scanner,
+    (at) => take(at, scanner.end - at),
+    (line, at, number) => {
+      const decoded = decodeEvent(line);
+      if (!(decoded instanceof Refusal)) return take(at, line.length);
+      if (rejected++ < listed) errors.push({ line: number, message: decoded.reason });
+    },
+  );
   return {
     bytes: whole.length,
     good: good.subarray(0, end),

@@ -6,9 +6,9 @@
  * transaction every update leaves a row version behind that cannot be cleaned away, and with
  * thousands of batches each one would walk through thousands of versions of its users.
  */
-import { formatAmount } from "./amount.ts";
 import type { Database, Fragment, Sql, Statements } from "./database.ts";
-import { arrayLiteral, type Checkpoint } from "./ledger.ts";
+import type { Checkpoint } from "./ledger.ts";
+import type { Sums } from "./sums.ts";
 
 /** A recount of terabytes may take this long. */
 const DEADLINE_MS = 24 * 3600 * 1000;
@@ -59,7 +59,7 @@ export function aloneNow<T>(
 
 /** Amounts of users, in a temporary table. */
 export interface Tally {
-  add(sql: Statements, changes: ReadonlyMap<string, bigint>): Promise<void>;
+  add(sql: Statements, changes: Sums): Promise<void>;
   /** Adds what the removed segments of `source` had made of each user. */
   addSnapshot(sql: Statements, source: string): Promise<void>;
   /** A query for each user and the sum of its amounts. */
@@ -82,8 +82,7 @@ export async function openTally(sql: Statements): Promise<Tally> {
       if (changes.size === 0) return;
       await sql`
         insert into ${sql(table)} select * from unnest(
-          ${arrayLiteral(changes.keys())}::text::text[],
-          ${`{${Array.from(changes.values(), formatAmount).join()}}`}::text::numeric[])`;
+          ${changes.userArray()}::text::text[], ${changes.amountArray()}::text::numeric[])`;
       await grown(sql, changes.size);
     },
     async addSnapshot(sql, source) {

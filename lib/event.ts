@@ -5,7 +5,8 @@
 import { type Static, Type } from "@sinclair/typebox";
 import { TypeCompiler } from "@sinclair/typebox/compiler";
 
-import { parseAmount } from "./amount.ts";
+import { parseAmount, UNITS } from "./amount.ts";
+import { Scanner } from "./scan.ts";
 
 /** A line, or the body of `POST /liveEvent`, may have this many bytes. */
 export const MAX_EVENT_BYTES = 64 * 1024;
@@ -76,15 +77,8 @@ const WANTED: Record<Fault["path"], string> = {
   "/id": `must be a string of 1 to ${MAX_ID_BYTES} UTF-8 bytes, without NUL or lone surrogates`,
 };
 
-/**
- * An event as programs write it, with no other fields and nothing escaped: ten times as fast to
- * read as JSON with a reviver. Whatever this matches, JSON.parse reads the same way; a property
- * test holds that.
- */
-const PLAIN =
-  /^\{ ?"userId": ?"([^"\\\u0000-\u001f]*)", ?"name": ?"(add_revenue|subtract_revenue)", ?"value": ?(-?(?:0|[1-9]\d*)(?:\.\d+)?)(?:, ?"id": ?"([^"\\\u0000-\u001f]*)")? ?\}$/;
-
 const shape = TypeCompiler.Compile(EventSchema);
+const scanner = openScanner();
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 /** Reads one line (without its newline): the change it stands for, or why it is not an event. */
@@ -92,18 +86,12 @@ export function decodeEvent(line: Uint8Array): Change | Refusal {
   if (line.length > MAX_EVENT_BYTES)
     return refuse("size", `longer than ${MAX_EVENT_BYTES} bytes, which an event may have`);
 
+  if (scanner.scan(line, 0) === line.length) return scannedChange(scanner, line);
   let text: string;
   try {
     text = utf8.decode(line);
   } catch {
     return refuse("json", "not UTF-8 text");
-  }
-  const plain = PLAIN.exec(text);
-  if (plain) {
-    const name = plain[2] === "add_revenue" ? "add_revenue" : "subtract_revenue";
-    const decoded = change(plain[1] as string, name, plain[3] as string, plain[4]);
-    // What is wrong with it is told in one place, below.
-    if (!(decoded instanceof Refusal)) return decoded;
   }
 
   let event: unknown;
@@ -129,6 +117,23 @@ export function decodeEvent(line: Uint8Array): Change | Refusal {
   }
   const written = values.find(({ holder }) => holder === event)?.written ?? "";
   return change(event.userId, event.name, written, event.id);
+}
+
+/** A scanner of events, which takes some of them and refuses none. */
+export function openScanner(): Scanner {
+  return new Scanner(MAX_USER_ID_BYTES, MAX_ID_BYTES);
+}
+
+/** What was scanned last, in `bytes`, as the full decoder gives it. */
+export function scannedChange(scanned: Scanner, bytes: Uint8Array): Change {
+  const { userFrom, userTo, idFrom, idTo, isAdded, whole, billionths } = scanned;
+  const value = BigInt(whole) * UNITS + BigInt(billionths);
+  return {
+    userId: utf8.decode(bytes.subarray(userFrom, userTo)),
+    name: isAdded ? "add_revenue" : "subtract_revenue",
+    amount: isAdded ? value : -value,
+    id: idTo > 0 ? utf8.decode(bytes.subarray(idFrom, idTo)) : undefined,
+  };
 }
 
 /** The rules that a schema cannot say. */

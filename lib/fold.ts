@@ -3,7 +3,7 @@
  * should hold, whatever the size of the source.
  */
 import { formatAmount } from "./amount.ts";
-import { type Change, decodeEvent, Refusal } from "./event.ts";
+import { type Change, decodeEvent, openScanner, Refusal, scannedChange } from "./event.ts";
 import {
   type Batch,
   type Claim,
@@ -12,8 +12,9 @@ import {
   type SourceMove,
   type Uncounted,
 } from "./ledger.ts";
-import { eachLine, SHOWN_BYTES } from "./lines.ts";
+import { eachEvent, SHOWN_BYTES } from "./lines.ts";
 import { parseSourceMark, type SourceMark } from "./source-mark.ts";
+import { Sums } from "./sums.ts";
 
 /** A claim is about as much work as this many users. */
 const CLAIM_USERS = 2.5;
@@ -22,8 +23,9 @@ const MAX_QUARANTINED = 1_000;
 export const BATCH_BYTES = 32 * 1024 * 1024;
 
 export class Fold {
-  /** By how much each user's balance changes, in units of 10^-9. A Map: `__proto__` is a user. */
-  readonly changes = new Map<string, bigint>();
+  /** By how much each user's balance changes. */
+  readonly changes = new Sums();
+  private readonly scanner = openScanner();
   /** Events with an id: whether they count is for the ledger to say. */
   readonly claims = new Map<string, Claim>();
   /** Other events under these ids: one of them may be the one that came before. */
@@ -64,22 +66,55 @@ export class Fold {
     let postedTo = 0;
     let end = 0;
     let index = 0;
-    eachLine(payload, (line, at) => {
-      const next = parseSourceMark(line);
-      if (next) {
-        mark = next;
-        postedTo = this.moveSource(next);
-        end = next.from;
-        index = 0;
-      } else if (mark && index < mark.events) {
-        // `ends` counts from the mark's own beginning.
-        const ends = mark.ends ? mark.from + (mark.ends[index] ?? 0) : end + line.length;
-        end = ends + 1;
-        index++;
-        if (ends > postedTo) this.add(line, position + at);
-        else this.leaveOut(position + at, position + at + line.length, "came by another server");
-      } else this.add(line, position + at);
-    });
+    /** Whether an event of `length` bytes counts, and what of its source it ends. */
+    const counts = (at: number, length: number) => {
+      if (!mark || index >= mark.events) return true;
+      // `ends` counts from the mark's own beginning.
+      const ends = mark.ends ? mark.from + (mark.ends[index] ?? 0) : end + length;
+      end = ends + 1;
+      index++;
+      if (ends > postedTo) return true;
+      this.leaveOut(position + at, position + at + length, "came by another server");
+      return false;
+    };
+    eachEvent(
+      payload,
+      this.scanner,
+      (at) => {
+        if (counts(at, this.scanner.end - at)) this.addScanned(payload, position + at, at);
+      },
+      (line, at) => {
+        const next = parseSourceMark(line);
+        if (next) {
+          mark = next;
+          postedTo = this.moveSource(next);
+          end = next.from;
+          index = 0;
+        } else if (counts(at, line.length)) this.add(line, position + at);
+      },
+    );
+  }
+
+  /** Adds lines of a file, whose first byte is at `position`. */
+  addLines(bytes: Uint8Array, position: number): void {
+    eachEvent(
+      bytes,
+      this.scanner,
+      (at) => this.addScanned(bytes, position + at, at),
+      (line, at) => this.add(line, position + at),
+    );
+  }
+
+  /** Adds what the scanner has found at `at` in `bytes`. */
+  private addScanned(bytes: Uint8Array, position: number, at: number): void {
+    const { userFrom, userTo, hash, idTo, isAdded, whole, billionths, end } = this.scanner;
+    if (idTo > 0) {
+      const change = scannedChange(this.scanner, bytes);
+      return this.claim(position, position + end - at, { ...change, id: change.id as string });
+    }
+    if (isAdded) this.changes.add(bytes, userFrom, userTo, hash, whole, billionths);
+    else this.changes.add(bytes, userFrom, userTo, hash, -whole, -billionths);
+    this.events++;
   }
 
   /** Moves a source, and returns how far it was before: what ends there or earlier has counted. */
@@ -97,7 +132,7 @@ export class Fold {
     if (decoded instanceof Refusal) return this.quarantine(line, position, decoded.reason);
     const { userId, amount, id } = decoded;
     if (id !== undefined) return this.claim(position, position + line.length, { ...decoded, id });
-    this.changes.set(userId, (this.changes.get(userId) ?? 0n) + amount);
+    this.changes.addTo(userId, amount);
     this.events++;
   }
 

@@ -14,6 +14,7 @@
  */
 import { formatAmount } from "./amount.ts";
 import type { Database, Transaction } from "./database.ts";
+import type { Sums } from "./sums.ts";
 
 /** The longest a posting may take, and a read for somebody who waits for an answer. */
 const POST_DEADLINE_MS = 15_000;
@@ -34,8 +35,8 @@ export interface Batch {
   to: number;
   /** SHA-256 of the source's bytes before `to`; of a journal, where its last frame begins and its header. */
   digest: string | null;
-  /** By how much each user's balance changes, in units of 10^-9. */
-  changes: ReadonlyMap<string, bigint>;
+  /** By how much each user's balance changes. */
+  changes: Sums;
   /** Events that count only if nobody has claimed their id, by id. */
   claims: ReadonlyMap<string, Claim>;
   /** Other events under the ids of `claims`. */
@@ -232,8 +233,8 @@ async function move(tx: Transaction, batch: Batch): Promise<number> {
       on conflict do nothing
     )${uncounted.length > 0 ? leavingOut(tx, source, uncounted) : tx``}, change as (
       select * from unnest(
-        ${arrayLiteral(changes.keys())}::text::text[],
-        ${`{${Array.from(changes.values(), formatAmount).join()}}`}::text::numeric[]
+        ${changes.userArray()}::text::text[],
+        ${changes.amountArray()}::text::numeric[]
       ) as change (user_id, amount)
     )${hasClaims ? claiming(tx, batch) : tx``}, posted as (
       insert into users_revenue as balance (user_id, revenue)

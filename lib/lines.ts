@@ -3,6 +3,7 @@
  * without newline are all fine.
  */
 import { decodeEvent, MAX_EVENT_BYTES, Refusal } from "./event.ts";
+import type { Scanner } from "./scan.ts";
 
 /** As many bad lines an answer of the server lists when it is asked to. */
 export const MAX_LISTED_ERRORS = 10_000;
@@ -20,19 +21,44 @@ export function eachLine(
   bytes: Uint8Array,
   visit: (line: Uint8Array, at: number, number: number, next: number) => void,
 ): void {
-  let from = 0;
-  for (let number = 1; from < bytes.length; number++) {
-    const newline = bytes.indexOf(LF, from);
-    const next = newline < 0 ? bytes.length : newline + 1;
-    let start = from;
-    let end = newline < 0 ? next : newline;
-    while (end > start && BLANK.has(bytes[end - 1] as number)) end--;
-    while (start < end && BLANK.has(bytes[start] as number)) start++;
-    const isTooLong = next - from > MAX_EVENT_BYTES + 2;
-    if (end > start && isTooLong) visit(bytes.subarray(from, next), from, number, next);
-    else if (end > start) visit(bytes.subarray(start, end), start, number, next);
-    from = next;
+  for (let from = 0, number = 1; from < bytes.length; number++)
+    from = visitLine(bytes, from, number, visit);
+}
+
+/**
+ * The same, but events that `scanner` takes go to `scanned`, which finds them there: `at` is the offset
+ * of the event's first byte. All other lines go to `visit`.
+ */
+export function eachEvent(
+  bytes: Uint8Array,
+  scanner: Scanner,
+  scanned: (at: number) => void,
+  visit: (line: Uint8Array, at: number, number: number, next: number) => void,
+): void {
+  for (let from = 0, number = 1; from < bytes.length; number++) {
+    const next = scanner.scan(bytes, from);
+    if (next > 0) scanned(from);
+    from = next > 0 ? next : visitLine(bytes, from, number, visit);
   }
+}
+
+/** Visits the line that begins at `from`; returns where the next one begins. */
+function visitLine(
+  bytes: Uint8Array,
+  from: number,
+  number: number,
+  visit: (line: Uint8Array, at: number, number: number, next: number) => void,
+): number {
+  const newline = bytes.indexOf(LF, from);
+  const next = newline < 0 ? bytes.length : newline + 1;
+  let start = from;
+  let end = newline < 0 ? next : newline;
+  while (end > start && BLANK.has(bytes[end - 1] as number)) end--;
+  while (start < end && BLANK.has(bytes[start] as number)) start++;
+  const isTooLong = next - from > MAX_EVENT_BYTES + 2;
+  if (end > start && isTooLong) visit(bytes.subarray(from, next), from, number, next);
+  else if (end > start) visit(bytes.subarray(start, end), start, number, next);
+  return next;
 }
 
 /** How many lines `bytes` has, the last one without newline included. */

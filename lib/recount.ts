@@ -18,12 +18,13 @@ import {
   readRemoved,
   type Tally,
 } from "./drift.ts";
-import { decodeEvent, Refusal } from "./event.ts";
+import { decodeEvent, openScanner, Refusal } from "./event.ts";
 import { type JournalReader, openJournalReader } from "./journal-reader.ts";
 import type { Checkpoint } from "./ledger.ts";
-import { eachLine, readBlocks } from "./lines.ts";
-import { eachBlockLine, hashRange } from "./source.ts";
+import { eachEvent, readBlocks } from "./lines.ts";
+import { hashRange, linesOf } from "./source.ts";
 import { parseSourceMark } from "./source-mark.ts";
+import { Sums } from "./sums.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
 /** So many users are summed up in memory before they go to the tally. */
@@ -161,7 +162,8 @@ async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Found
 interface Count {
   /** To be awaited before lines that begin before `position` are added. */
   upTo(position: number): Promise<void>;
-  add(line: Uint8Array, position: number): void;
+  /** Lines whose first byte is at `position` of the source. */
+  add(lines: Uint8Array, position: number): void;
   end(): Promise<void>;
 }
 
@@ -172,27 +174,41 @@ function openCount(
   recounted: Recounted,
   leftOut: LeftOut,
 ): Count {
-  let changes = new Map<string, bigint>();
+  const scanner = openScanner();
+  let sums = new Sums();
   const flush = async () => {
-    const full = changes;
-    changes = new Map();
+    const full = sums;
+    sums = new Sums();
     await tally.add(sql, full);
   };
   return {
     async upTo(position) {
       await leftOut.load(position);
-      if (changes.size >= MOST_USERS) await flush();
+      if (sums.size >= MOST_USERS) await flush();
     },
-    add(line, position) {
-      if (leftOut.has(position)) return;
-      const decoded = decodeEvent(line);
-      if (decoded instanceof Refusal) {
-        recounted.strange++;
-        recounted.first ??= { source, position, reason: decoded.reason };
-        return;
-      }
-      recounted.events++;
-      changes.set(decoded.userId, (changes.get(decoded.userId) ?? 0n) + decoded.amount);
+    add(lines, position) {
+      eachEvent(
+        lines,
+        scanner,
+        (at) => {
+          if (leftOut.has(position + at)) return;
+          const { userFrom, userTo, hash, isAdded, whole, billionths } = scanner;
+          recounted.events++;
+          if (isAdded) sums.add(lines, userFrom, userTo, hash, whole, billionths);
+          else sums.add(lines, userFrom, userTo, hash, -whole, -billionths);
+        },
+        (line, at) => {
+          if (parseSourceMark(line) || leftOut.has(position + at)) return;
+          const decoded = decodeEvent(line);
+          if (decoded instanceof Refusal) {
+            recounted.strange++;
+            recounted.first ??= { source, position: position + at, reason: decoded.reason };
+            return;
+          }
+          recounted.events++;
+          sums.addTo(decoded.userId, decoded.amount);
+        },
+      );
     },
     async end() {
       await flush();
@@ -224,10 +240,7 @@ async function countJournal(
       if (position >= to) break;
       position = end;
       await count.upTo(end);
-      const begin = end - payload.length;
-      eachLine(payload, (line, at) => {
-        if (!parseSourceMark(line)) count.add(line, begin + at);
-      });
+      count.add(payload, end - payload.length);
     }
     tell(position);
   }
@@ -246,7 +259,8 @@ async function countFile(
     const read = (at: number, wanted: number) => file.slice(at, Math.min(wanted, end)).bytes();
     for await (const block of readBlocks(read, from, BLOCK_BYTES)) {
       await count.upTo(block.to);
-      eachBlockLine(block, (line, at) => count.add(line, at));
+      const lines = linesOf(block);
+      count.add(lines.bytes, lines.from);
       tell(block.to);
     }
     from = end;

@@ -11,7 +11,7 @@ import type { Database } from "./database.ts";
 import type { Effort } from "./effort.ts";
 import { BATCH_BYTES, Fold } from "./fold.ts";
 import { type Batch, listCheckpoints, openCheckpoint } from "./ledger.ts";
-import { type Block, eachLine, isComplete, readBlocks, readFile, withoutBom } from "./lines.ts";
+import { type Block, isComplete, readBlocks, readFile, withoutBom } from "./lines.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
 
@@ -48,7 +48,8 @@ export async function openFileSource(
         }
         if (block.tooLong === "first part")
           fold.quarantine(block.bytes, block.from, "too long to be an event");
-        eachBlockLine(block, (line, at) => fold.add(line, at));
+        const lines = linesOf(block);
+        fold.addLines(lines.bytes, lines.from);
         // Should the file grow behind it, this is where a line ends all the same.
         if (!block.whole) fold.leaveOut(block.to, block.to, "end of a line without newline");
         hash.update(block.bytes);
@@ -60,15 +61,11 @@ export async function openFileSource(
   };
 }
 
-/** Calls `visit` for each line of `block`, a block of a file, with its position in the file. */
-export function eachBlockLine(
-  block: Block,
-  visit: (line: Uint8Array, position: number) => void,
-): void {
-  if (block.tooLong) return;
+/** The lines of `block`, a block of a file, and the position of their first byte. */
+export function linesOf(block: Block): { bytes: Uint8Array; from: number } {
+  if (block.tooLong) return { bytes: new Uint8Array(), from: block.from };
   const bytes = block.from === 0 ? withoutBom(block.bytes) : block.bytes;
-  const skipped = block.bytes.length - bytes.length;
-  eachLine(bytes, (line, at) => visit(line, block.from + skipped + at));
+  return { bytes, from: block.from + block.bytes.length - bytes.length };
 }
 
 interface Located {

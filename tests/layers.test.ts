@@ -7,8 +7,13 @@ const root = join(import.meta.dir, "..");
 /** Who may import whom, as ARCHITECTURE.md has it: the last name of a path, and the packages. */
 const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   amount: { ours: [], packages: [] },
-  event: { ours: ["amount"], packages: ["@sinclair/typebox", "@sinclair/typebox/compiler"] },
-  lines: { ours: ["event"] },
+  scan: { ours: ["amount"] },
+  sums: { ours: ["amount", "scan"] },
+  event: {
+    ours: ["amount", "scan"],
+    packages: ["@sinclair/typebox", "@sinclair/typebox/compiler"],
+  },
+  lines: { ours: ["event", "scan"] },
   lock: { ours: [], packages: ["bun:sqlite"] },
   "journal-frame": { ours: [] },
   "journal-disk": { ours: ["lock"] },
@@ -36,11 +41,11 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   postmaster: { ours: ["home", "watcher"] },
   cluster: { ours: ["home", "lock", "postmaster", "watcher"] },
   database: { ours: [], packages: ["postgres"] },
-  ledger: { ours: ["amount", "database"] },
+  ledger: { ours: ["amount", "database", "sums"] },
   posted: { ours: ["database", "ledger"] },
   effort: { ours: [] },
   "source-mark": { ours: [] },
-  fold: { ours: ["amount", "event", "ledger", "lines", "source-mark"] },
+  fold: { ours: ["amount", "event", "ledger", "lines", "source-mark", "sums"] },
   source: { ours: ["database", "effort", "fold", "ledger", "lines"] },
   "journal-source": {
     ours: ["database", "effort", "fold", "journal-frame", "journal-reader", "ledger", "source"],
@@ -58,7 +63,7 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
       "wake",
     ],
   },
-  drift: { ours: ["amount", "database", "ledger"] },
+  drift: { ours: ["database", "ledger", "sums"] },
   recount: {
     ours: [
       "database",
@@ -69,6 +74,7 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
       "lines",
       "source",
       "source-mark",
+      "sums",
     ],
   },
   retention: {

@@ -187,9 +187,11 @@ function postmaster(dataDir: string): number | null {
     if (!name.endsWith("postmaster.pid")) continue;
     try {
       const lines = readFileSync(join(dataDir, name), "utf8").split("\n");
-      if (lines[7]?.startsWith("ready")) return Number(lines[0]);
+      if (!lines[7]?.startsWith("ready")) return null;
+      process.kill(Number(lines[0]), 0);
+      return Number(lines[0]);
     } catch {
-      return null; // gone in between
+      return null; // gone in between, or killed and not yet replaced
     }
   }
   return null;
