@@ -177,12 +177,14 @@ async function isNoticed(one: Break): Promise<boolean> {
   const child = Bun.spawn([process.execPath, "test", "--bail", ...one.tests], {
     cwd: copy.path,
     stdio: ["ignore", "pipe", "pipe"],
+    detached: true,
   });
   const [stderr] = await Promise.all([
     new Response(child.stderr).text(),
     new Response(child.stdout).text(),
   ]);
   const code = await child.exited;
+  killGroup(child.pid); // a test that is given up leaves its processes
   // A copy that does not even load would be red as well.
   const [, test] = /^\(fail\) (.*?)(?: \[[\d.]+ms\])?$/m.exec(stderr) ?? [];
   const noticed = code !== 0 && test !== undefined;
@@ -191,4 +193,13 @@ async function isNoticed(one: Break): Promise<boolean> {
     `${noticed ? "red " : "GREEN"} ${one.what} | ${test ?? stderr.slice(-300)} | ${seconds} s`,
   );
   return noticed;
+}
+
+/** Kills what was started with `detached`, and all that it has started. */
+export function killGroup(pid: number): void {
+  try {
+    process.kill(-pid, "SIGKILL");
+  } catch {
+    // all gone
+  }
 }

@@ -8,7 +8,7 @@
 import { parseArgs } from "node:util";
 
 import { root } from "./altered.ts";
-import { tryBreaks } from "./breaks.ts";
+import { killGroup, tryBreaks } from "./breaks.ts";
 
 const LANES = 2;
 const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = [
@@ -42,6 +42,12 @@ const figures = new Map<string, number>();
 const failures: string[] = [];
 let runs = 0;
 
+const running = new Set<number>();
+for (const signal of ["SIGINT", "SIGTERM"] as const)
+  process.on(signal, () => {
+    for (const pid of running) killGroup(pid);
+    process.exit(1);
+  });
 console.log(`faults: seed ${firstSeed}, ${minutes} minutes`);
 await Promise.all(Array.from({ length: LANES }, lane));
 const spent = (performance.now() - startedMs) / 60_000;
@@ -66,12 +72,16 @@ async function runOne(run: number): Promise<void> {
     cwd: root,
     env: { ...process.env, ...seeds, FAULT_FIGURES: "1" },
     stdio: ["ignore", "pipe", "pipe"],
+    detached: true,
   });
+  running.add(child.pid);
   const [stdout, stderr] = await Promise.all([
     new Response(child.stdout).text(),
     new Response(child.stderr).text(),
   ]);
   const passed = (await child.exited) === 0;
+  running.delete(child.pid);
+  killGroup(child.pid);
   for (const [, line] of stdout.matchAll(/^faults: (\{.*\})$/gm))
     for (const [what, many] of Object.entries(JSON.parse(line as string) as Record<string, number>))
       figures.set(what, (figures.get(what) ?? 0) + many);
