@@ -1,0 +1,42 @@
+/**
+ * The least that could do the work of server and client, without any of the promises: a server that
+ * answers 201 to whatever comes, having written and synced it where the body is large, and a sender
+ * that posts a file in pieces of 1 MiB, one under way while the next is read.
+ *
+ *     bun bench/bare.ts serve DIRECTORY      prints its URL
+ *     bun bench/bare.ts send URL FILE
+ */
+import { fdatasync, openSync } from "node:fs";
+import { promisify } from "node:util";
+
+const PIECE_BYTES = 1024 * 1024;
+const [mode, where = "", path = ""] = Bun.argv.slice(2);
+
+if (mode === "serve") {
+  const fd = openSync(`${where}/bare.jsonl`, "a");
+  const sync = promisify(fdatasync);
+  const server = Bun.serve({
+    port: 0,
+    hostname: "127.0.0.1",
+    async fetch(request) {
+      const body = await request.bytes();
+      if (body.length > 64 * 1024) {
+        const writer = Bun.file(fd).writer();
+        await writer.write(body);
+        await writer.flush();
+        await sync(fd);
+      }
+      return new Response('{"message":"Event sent to process"}', { status: 201 });
+    },
+  });
+  console.log(`http://127.0.0.1:${server.port}`);
+} else {
+  const file = Bun.file(path);
+  let next = file.slice(0, PIECE_BYTES).bytes();
+  for (let at = 0; at < file.size; at += PIECE_BYTES) {
+    const body = await next;
+    const sent = fetch(`${where}/liveEvents`, { method: "POST", body });
+    next = file.slice(at + PIECE_BYTES, at + 2 * PIECE_BYTES).bytes();
+    if ((await sent).status !== 201) throw new Error("not taken");
+  }
+}

@@ -1,0 +1,422 @@
+/**
+ * `bun run bench [--json FILE] [--large]`: how fast, beside what somebody would use instead, in one
+ * run on one machine. Each row and its reference are measured in turn, A B A B A B, and the medians
+ * compared. Totals are checked: a run that is wrong is no figure. `--large` adds a file of 2 GB.
+ */
+import { closeSync, existsSync, mkdtempSync, openSync, rmSync, writeSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+
+import postgres from "postgres";
+
+import { openCluster } from "../lib/cluster.ts";
+
+const EVENTS = 2_000_000;
+const USERS = 100_000;
+const ROUNDS = 3;
+const root = join(import.meta.dir, "..");
+
+const { values: options } = parseArgs({
+  options: { json: { type: "string" }, large: { type: "boolean" } },
+});
+const folder = mkdtempSync(join(tmpdir(), "daybook-bench-"));
+const cluster = await openCluster(join(folder, "postgres"), () => {});
+const rows: { row: string; ratio: number | null; figures: string }[] = [];
+const peaks = new Map<string, number>();
+
+try {
+  await bench();
+} finally {
+  await cluster.close();
+  rmSync(folder, { recursive: true, force: true });
+}
+
+async function bench() {
+  const begunMs = performance.now();
+  if (!existsSync(join(root, "bench/node_modules"))) await run(["bun", "install"], {}, "bench");
+  const file = join(folder, "events.jsonl");
+  const total = writeEvents(file, EVENTS, (random) => Math.floor(random() * USERS));
+
+  await single();
+  const bulkMs = await bulk(file);
+  const postMs = await post(file, total);
+  await endToEnd(file, total, bulkMs, postMs);
+  await lag();
+  await others(postMs);
+  if (options.large) await large();
+  for (const [name, bytes] of peaks)
+    add(`memory: ${name}`, null, `${Math.round(bytes / 1e6)} MB at most`);
+
+  const width = Math.max(...rows.map(({ row }) => row.length));
+  console.log(`\n${"row".padEnd(width)}   ratio   figures (medians of ${ROUNDS})`);
+  for (const { row, ratio, figures } of rows)
+    console.log(`${row.padEnd(width)}  ${(ratio?.toFixed(2) ?? "").padStart(6)}   ${figures}`);
+  console.log(`${((performance.now() - begunMs) / 1000).toFixed(0)} s`);
+  if (options.json) await Bun.write(options.json, `${JSON.stringify(rows, null, 2)}\n`);
+}
+
+/** Durable POST /liveEvent on 64 connections, and the same to a server that only answers. */
+async function single() {
+  const ours: Load[] = [];
+  const bare: Load[] = [];
+  for (let round = 0; round < ROUNDS; round++) {
+    await using database = await openDatabase();
+    await using server = await serve(database.url, "--no-processor");
+    ours.push(await load(server.url));
+    notePeak("server", server.pid);
+    await using reference = await serveBare();
+    bare.push(await load(reference.url));
+  }
+  const rate = median(ours.map(({ rate }) => rate));
+  const bareRate = median(bare.map(({ rate }) => rate));
+  const p99 = median(ours.map(({ p99Ms }) => p99Ms));
+  const bareP99 = median(bare.map(({ p99Ms }) => p99Ms));
+  add("single / bare server", rate / bareRate, `${many(rate)} beside ${many(bareRate)} requests/s`);
+  add("single p99 / bare server's", p99 / bareP99, `${p99} beside ${bareP99} ms`);
+}
+
+/** client.ts to the last 201, and a sender and a server that only write and sync. */
+async function bulk(file: string): Promise<number> {
+  const ours: number[] = [];
+  const bare: number[] = [];
+  for (let round = 0; round < ROUNDS; round++) {
+    await using database = await openDatabase();
+    await using server = await serve(database.url, "--no-processor");
+    ours.push(await client(file, server.url));
+    notePeak("server", server.pid);
+    await using reference = await serveBare();
+    bare.push(await timed(["bun", "bench/bare.ts", "send", reference.url, file]));
+  }
+  const rates = [ours, bare].map((times) => many(EVENTS / (median(times) / 1000)));
+  add("bulk / bare writer", median(bare) / median(ours), `${rates.join(" beside ")} events/s`);
+  return median(ours);
+}
+
+/** processor.ts FILE, process start to exit; COPY and SQL; DuckDB and one upsert. */
+async function post(file: string, total: string): Promise<number> {
+  const ours: number[] = [];
+  const psql: number[] = [];
+  const duckdb: number[] = [];
+  for (let round = 0; round < ROUNDS; round++) {
+    ours.push(await posting(file, total));
+    if (Bun.which("psql")) psql.push(await copying(file, total));
+    await using database = await openDatabase();
+    duckdb.push(await timed(["bun", "bench/duckdb.ts", file], { DATABASE_URL: database.url }));
+    await database.check(total);
+  }
+  const rates = [ours, psql, duckdb].map((times) => many(EVENTS / (median(times) / 1000)));
+  if (psql.length > 0)
+    add(
+      "post / COPY and SQL",
+      median(psql) / median(ours),
+      `${rates[0]} beside ${rates[1]} events/s`,
+    );
+  else add("post / COPY and SQL", null, "psql is not here");
+  add("post / DuckDB", median(duckdb) / median(ours), `${rates[0]} beside ${rates[2]} events/s`);
+  return median(ours);
+}
+
+/** Client, server and processor at once, until all is in the ledger. */
+async function endToEnd(file: string, total: string, bulkMs: number, postMs: number) {
+  const times: number[] = [];
+  for (let round = 0; round < ROUNDS; round++) {
+    await using database = await openDatabase();
+    await using server = await serve(database.url);
+    times.push(await client(file, server.url, "--wait"));
+    notePeak("server with processor", server.pid);
+    await database.check(total);
+  }
+  const ms = median(times);
+  const slower = Math.max(bulkMs, postMs);
+  const legs = `${seconds(ms)} beside ${seconds(bulkMs)} and ${seconds(postMs)}`;
+  add("end to end / the slower leg", ms / slower, `${legs} s (less is better)`);
+  add("end to end / both legs", ms / (bulkMs + postMs), "(less is better)");
+}
+
+/** At 10,000 events a second: from the 201 until GET has it. */
+async function lag() {
+  await using database = await openDatabase();
+  await using server = await serve(database.url);
+  const headers = { authorization: "secret", "content-type": "application/x-ndjson" };
+  const lags: number[] = [];
+  const begunMs = performance.now();
+  const send = async (n: number) => {
+    const body = Array.from({ length: 100 }, (_, i) => line(`user${(n * 100 + i) % 5_000}`, 1));
+    const taken = await fetch(`${server.url}/liveEvents`, {
+      ...{ method: "POST", headers, body: body.join("") },
+    });
+    const { position } = (await taken.json()) as { position: string };
+    const answeredMs = performance.now();
+    const user = `user${(n * 100) % 5_000}`;
+    const seen = await fetch(`${server.url}/userEvents/${user}?after=${position}`);
+    if (seen.status !== 200) throw new Error(`GET answered ${seen.status}`);
+    await seen.arrayBuffer();
+    if (n > 100) lags.push(performance.now() - answeredMs);
+  };
+  const sending: Promise<void>[] = [];
+  for (let n = 0; n < 800; n++) {
+    await Bun.sleep(Math.max(0, begunMs + n * 10 - performance.now()));
+    sending.push(send(n));
+  }
+  await Promise.all(sending);
+  const sorted = lags.toSorted((a, b) => a - b);
+  const at = (part: number) => (sorted[Math.floor(sorted.length * part)] ?? 0).toFixed(0);
+  add("lag at 10,000 events/s", null, `p50 ${at(0.5)} ms, p99 ${at(0.99)} ms`);
+}
+
+/** Other users than in "post": one, all of them new, and an id on every event. */
+async function others(postMs: number) {
+  const events = EVENTS / 4;
+  const rowsPerMs = EVENTS / postMs;
+  const shapes: [string, (random: () => number, i: number) => number | string, boolean][] = [
+    ["one hot user", () => 0, false],
+    ["all users new", (_, i) => i, false],
+    ["ids on every event", (random) => Math.floor(random() * USERS), true],
+  ];
+  for (const [what, user, hasIds] of shapes) {
+    const file = join(folder, `${what}.jsonl`);
+    const total = writeEvents(file, events, user, hasIds);
+    const times: number[] = [];
+    for (let round = 0; round < ROUNDS; round++) times.push(await posting(file, total));
+    const rate = events / median(times);
+    add(`${what} / post`, rate / rowsPerMs, `${many(rate * 1000)} events/s`);
+    rmSync(file);
+  }
+}
+
+async function large() {
+  const file = join(folder, "large.jsonl");
+  const total = writeEvents(file, 33_000_000, (random) => Math.floor(random() * USERS));
+  await using database = await openDatabase();
+  await using server = await serve(database.url);
+  const ms = await client(file, server.url, "--wait");
+  notePeak("server with processor, 2 GB", server.pid);
+  await database.check(total);
+  add("end to end, 2 GB", null, `${seconds(ms)} s`);
+  await posting(file, total, "processor, 2 GB");
+  rmSync(file);
+}
+
+/** Sends a file, and returns how long that took. */
+async function client(file: string, url: string, ...args: string[]): Promise<number> {
+  return timed(["bun", "run", "client.ts", file, ...args], { SERVER_URL: url }, "client");
+}
+
+async function posting(file: string, total: string, name = "processor"): Promise<number> {
+  await using database = await openDatabase();
+  const env = { DATABASE_URL: database.url, DATA_DIR: join(folder, "data") };
+  const ms = await timed(["bun", "run", "processor.ts", file], env, name);
+  await database.check(total);
+  return ms;
+}
+
+async function copying(file: string, total: string): Promise<number> {
+  await using database = await openDatabase();
+  const script = `
+    create temp table events (event jsonb);
+    \\copy events from '${file}' with (format csv, quote e'\\x01', delimiter e'\\x02')
+    insert into users_revenue as balance (user_id, revenue)
+    select event->>'userId', sum(case event->>'name' when 'add_revenue' then 1 else -1 end
+      * (event->>'value')::numeric)
+    from events group by 1
+    on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue;`;
+  const path = join(folder, "copy.sql");
+  await Bun.write(path, script);
+  const ms = await timed(["psql", "-q", "-v", "ON_ERROR_STOP=1", "-f", path, database.url]);
+  await database.check(total);
+  return ms;
+}
+
+interface Load {
+  rate: number;
+  p99Ms: number;
+}
+
+/** wrk where it is there; else senders in this process, which are slower than it. */
+async function load(url: string): Promise<Load> {
+  const script = join(folder, "post.lua");
+  await Bun.write(
+    script,
+    `wrk.method = "POST"
+     wrk.body = '{"userId":"user1","name":"add_revenue","value":98}'
+     wrk.headers["Authorization"] = "secret"
+     wrk.headers["Content-Type"] = "application/json"`,
+  );
+  if (!Bun.which("wrk")) return loadByFetch(url);
+  const text = await run(
+    ["wrk", "-c", "64", "-t", "2", "-d", "5s", "--latency", "-s", script, `${url}/liveEvent`],
+    {},
+  );
+  if (text.includes("Non-2xx")) throw new Error(text);
+  const [, latency = "0", unit] = /99%\s+([\d.]+)(us|ms|s)/.exec(text) ?? [];
+  const [, rate = "0"] = /Requests\/sec:\s+([\d.]+)/.exec(text) ?? [];
+  return { rate: +rate, p99Ms: +latency * (unit === "us" ? 0.001 : unit === "s" ? 1000 : 1) };
+}
+
+async function loadByFetch(url: string): Promise<Load> {
+  const latencies: number[] = [];
+  const endMs = performance.now() + 5_000;
+  const headers = { authorization: "secret", "content-type": "application/json" };
+  const sender = async () => {
+    while (performance.now() < endMs) {
+      const begunMs = performance.now();
+      const body = line("user1", 98).trim();
+      const { status } = await fetch(`${url}/liveEvent`, { method: "POST", headers, body });
+      if (status !== 201) throw new Error(`answered ${status}`);
+      latencies.push(performance.now() - begunMs);
+    }
+  };
+  await Promise.all(Array.from({ length: 64 }, sender));
+  const sorted = latencies.toSorted((a, b) => a - b);
+  return { rate: sorted.length / 5, p99Ms: sorted[Math.floor(sorted.length * 0.99)] ?? 0 };
+}
+
+/** An empty ledger of its own. */
+async function openDatabase() {
+  const admin = postgres(cluster.url(), { max: 1, onnotice: () => {} });
+  const name = `bench_${crypto.randomUUID().replaceAll("-", "")}`;
+  await admin.unsafe(`create database ${name}`);
+  const url = new URL(cluster.url());
+  url.pathname = `/${name}`;
+  const sql = postgres(url.href, { max: 1, onnotice: () => {} });
+  await sql.unsafe(await Bun.file(join(root, "schema.sql")).text());
+  return {
+    url: url.href,
+    async check(total: string) {
+      const [row] = await sql`select trim_scale(sum(revenue))::text as total from users_revenue`;
+      if (row?.["total"] !== total) throw new Error(`posted ${row?.["total"]}, wanted ${total}`);
+    },
+    async [Symbol.asyncDispose]() {
+      await sql.end();
+      await admin.unsafe(`drop database ${name} with (force)`);
+      // What one row has written is not to be flushed to the disk in the middle of the next.
+      await admin.unsafe("checkpoint");
+      await admin.end();
+    },
+  };
+}
+
+/** app.ts, with a journal of its own. */
+async function serve(databaseUrl: string, ...args: string[]) {
+  const dataDir = mkdtempSync(join(folder, "data-"));
+  return spawnServer(["bun", "run", "app.ts", ...args], {
+    ...{ PORT: "0", DATA_DIR: dataDir, DATABASE_URL: databaseUrl },
+  });
+}
+
+async function serveBare() {
+  return spawnServer(["bun", "bench/bare.ts", "serve", mkdtempSync(join(folder, "bare-"))], {});
+}
+
+async function spawnServer(command: string[], env: Record<string, string>) {
+  const child = Bun.spawn(command, {
+    ...{ cwd: root, env: { ...process.env, ...env } },
+    stdio: ["ignore", "pipe", "inherit"],
+  });
+  let text = "";
+  for await (const chunk of child.stdout) {
+    text += new TextDecoder().decode(chunk);
+    if (text.includes("\n")) break;
+  }
+  return {
+    url: /http:\S+/.exec(text)?.[0] ?? "",
+    pid: child.pid,
+    async [Symbol.asyncDispose]() {
+      child.kill();
+      await child.exited;
+    },
+  };
+}
+
+/** Milliseconds from start to exit. */
+async function timed(
+  command: string[],
+  env: Record<string, string> = {},
+  name?: string,
+): Promise<number> {
+  const begunMs = performance.now();
+  await run(command, env, ".", name);
+  return performance.now() - begunMs;
+}
+
+async function run(
+  command: string[],
+  env: Record<string, string>,
+  cwd = ".",
+  name?: string,
+): Promise<string> {
+  const child = Bun.spawn(command, {
+    ...{ cwd: join(root, cwd), env: { ...process.env, ...env } },
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  const [stdout, stderr] = await Promise.all([
+    new Response(child.stdout).text(),
+    new Response(child.stderr).text(),
+  ]);
+  if ((await child.exited) !== 0) throw new Error(`${command.join(" ")}: ${stdout}${stderr}`);
+  if (name) keepPeak(name, child.resourceUsage()?.maxRSS ?? 0);
+  return stdout;
+}
+
+/** Resident memory of a process that runs, at its highest. */
+function notePeak(name: string, pid: number): void {
+  const status = new TextDecoder().decode(Bun.spawnSync(["cat", `/proc/${pid}/status`]).stdout);
+  keepPeak(name, Number(/VmHWM:\s+(\d+)/.exec(status)?.[1] ?? 0) * 1024);
+}
+
+function keepPeak(name: string, bytes: number): void {
+  peaks.set(name, Math.max(peaks.get(name) ?? 0, bytes));
+}
+
+/** Writes so many events and returns what they amount to. */
+function writeEvents(
+  path: string,
+  events: number,
+  user: (random: () => number, i: number) => number | string,
+  hasIds = false,
+): string {
+  let state = 1;
+  const random = () => {
+    state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0;
+    return state / 2 ** 32;
+  };
+  const fd = openSync(path, "w");
+  let cents = 0;
+  let text = "";
+  for (let i = 0; i < events; i++) {
+    const value = Math.floor(random() * 100_000);
+    const isAdded = random() < 0.6;
+    cents += isAdded ? value : -value;
+    text += line(`user${user(random, i)}`, value / 100, isAdded, hasIds ? `event-${i}` : undefined);
+    if (text.length > 1 << 20) {
+      writeSync(fd, text);
+      text = "";
+    }
+  }
+  writeSync(fd, text);
+  closeSync(fd);
+  return `${cents / 100}`;
+}
+
+function line(userId: string, value: number, isAdded = true, id?: string): string {
+  const name = isAdded ? "add_revenue" : "subtract_revenue";
+  return `${JSON.stringify({ userId, name, value, ...(id && { id }) })}\n`;
+}
+
+function add(row: string, ratio: number | null, figures: string): void {
+  rows.push({ row, ratio, figures });
+  console.log(`${row}: ${ratio === null ? "" : `${ratio.toFixed(2)}; `}${figures}`);
+}
+
+function median(numbers: number[]): number {
+  return numbers.toSorted((a, b) => a - b)[Math.floor(numbers.length / 2)] ?? Number.NaN;
+}
+
+function many(rate: number): string {
+  return Math.round(rate).toLocaleString("en");
+}
+
+function seconds(ms: number): string {
+  return (ms / 1000).toFixed(2);
+}
