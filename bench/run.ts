@@ -1,7 +1,8 @@
 /**
- * `bun run bench [--json FILE] [--large]`: how fast, beside what somebody would use instead, in one
+ * `bun run bench [--json FILE] [--large] [PART…]`: how fast, beside what somebody would use instead, in one
  * run on one machine. Each row and its reference are measured in turn, A B A B A B, and the medians
- * compared. Totals are checked: a run that is wrong is no figure. `--large` adds a file of 2 GB.
+ * compared. Totals are checked: a run that is wrong is no figure. `--large` adds a file of 2 GB. PART is
+ * the beginning of what is wanted: single, bulk, post, end, lag, others.
  */
 import { closeSync, existsSync, mkdtempSync, openSync, rmSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -17,9 +18,11 @@ const USERS = 100_000;
 const ROUNDS = 3;
 const root = join(import.meta.dir, "..");
 
-const { values: options } = parseArgs({
+const { values: options, positionals: parts } = parseArgs({
   options: { json: { type: "string" }, large: { type: "boolean" } },
+  allowPositionals: true,
 });
+const wants = (part: string) => parts.length === 0 || parts.some((begin) => part.startsWith(begin));
 const folder = mkdtempSync(join(tmpdir(), "daybook-bench-"));
 const cluster = await openCluster(join(folder, "postgres"), () => {});
 const rows: { row: string; ratio: number | null; figures: string }[] = [];
@@ -38,12 +41,13 @@ async function bench() {
   const file = join(folder, "events.jsonl");
   const total = writeEvents(file, EVENTS, (random) => Math.floor(random() * USERS));
 
-  await single();
-  const bulkMs = await bulk(file);
-  const postMs = await post(file, total);
-  await endToEnd(file, total, bulkMs, postMs);
-  await lag();
-  await others(postMs);
+  if (wants("single")) await single();
+  const bulkMs = wants("bulk") || wants("end") ? await bulk(file) : Number.NaN;
+  const postMs =
+    wants("post") || wants("end") || wants("others") ? await post(file, total) : Number.NaN;
+  if (wants("end")) await endToEnd(file, total, bulkMs, postMs);
+  if (wants("lag")) await lag();
+  if (wants("others")) await others(postMs);
   if (options.large) await large();
   for (const [name, bytes] of peaks)
     add(`memory: ${name}`, null, `${Math.round(bytes / 1e6)} MB at most`);
@@ -168,7 +172,7 @@ async function lag() {
 /** Other users than in "post": one, all of them new, and an id on every event. */
 async function others(postMs: number) {
   const events = EVENTS / 4;
-  const rowsPerMs = EVENTS / postMs;
+  const eventsPerMs = EVENTS / postMs;
   const shapes: [string, (random: () => number, i: number) => number | string, boolean][] = [
     ["one hot user", () => 0, false],
     ["all users new", (_, i) => i, false],
@@ -180,7 +184,7 @@ async function others(postMs: number) {
     const times: number[] = [];
     for (let round = 0; round < ROUNDS; round++) times.push(await posting(file, total));
     const rate = events / median(times);
-    add(`${what} / post`, rate / rowsPerMs, `${many(rate * 1000)} events/s`);
+    add(`${what} / post`, rate / eventsPerMs, `${many(rate * 1000)} events/s`);
     rmSync(file);
   }
 }

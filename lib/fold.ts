@@ -20,7 +20,7 @@ import { Sums } from "./sums.ts";
 const CLAIM_USERS = 2.5;
 const MAX_QUARANTINED = 1_000;
 /** The bytes of a source that are folded into one transaction: what a restart may do again. */
-export const BATCH_BYTES = 64 * 1024 * 1024;
+export const BATCH_BYTES = 128 * 1024 * 1024;
 
 export class Fold {
   /** By how much each user's balance changes. */

@@ -7,6 +7,9 @@ import type { JournalReader } from "./journal-reader.ts";
 import { openCheckpoint, readCheckpoint } from "./ledger.ts";
 import type { BatchReader } from "./source.ts";
 
+/** While a posting is on its way, the journal is looked at this often for more. */
+const LOOK_MS = 5;
+
 /** Batches of `journal` from its checkpoint on; `ahead` as `Fold` wants it. Throws JournalDamage. */
 export async function openJournalSource(
   database: Database,
@@ -43,7 +46,12 @@ export async function openJournalSource(
 
   return {
     from,
-    async next() {
+    async next(busy) {
+      let isBusy = true;
+      const ready = busy.then(
+        () => (isBusy = false),
+        () => (isBusy = false),
+      );
       const fold = new Fold(effort.users, posted);
       const batchFrom = position;
       let last = "";
@@ -55,7 +63,9 @@ export async function openJournalSource(
           position = to;
           if (fold.full) break;
         }
-        if (frames.length === 0) break;
+        if (frames.length > 0) continue;
+        if (position === batchFrom || !isBusy) break;
+        await Promise.race([ready, Bun.sleep(LOOK_MS)]);
       }
       if (position === batchFrom) return null;
       for (const [name, { to }] of fold.sources) if (posted.has(name)) posted.set(name, to);

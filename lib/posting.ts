@@ -144,7 +144,7 @@ async function postBatches(
   let posting: Promise<Outcome | null> = Promise.resolve(null);
   let garbageBytes = 0;
   for (;;) {
-    const batch = stop.aborted ? null : await batches.next();
+    const batch = stop.aborted ? null : await batches.next(posting);
     const outcome = await posting;
     if (outcome?.state === "elsewhere") return "elsewhere";
     if (outcome?.state === "ahead") return outcome.posted;

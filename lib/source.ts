@@ -15,11 +15,15 @@ import { type Block, isComplete, readBlocks, readFile, withoutBom } from "./line
 
 const BLOCK_BYTES = 1024 * 1024;
 
-/** Where batches come from: the next one, or `null` when all that is whole has been given. */
+/** Where batches come from. */
 export interface BatchReader {
   /** The checkpoint it began at. */
   readonly from: number;
-  next(): Promise<Batch | null>;
+  /**
+   * The next one, or `null` when all that is whole has been given. It cannot be posted before `busy`
+   * settles: what arrives until then can be part of it.
+   */
+  next(busy: Promise<unknown>): Promise<Batch | null>;
 }
 
 /** Opens `path` where its posting was left. `leftOver` is told of a torn last line. */

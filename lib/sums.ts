@@ -13,6 +13,7 @@ import { hashOf } from "./scan.ts";
 const BILLION = 1_000_000_000;
 /** With one more value, a sum of this size is still exact. */
 const MOST_WHOLE = 8e15;
+const FIRST_ROWS = 2048;
 const QUOTE = 0x22;
 const BACKSLASH = 0x5c;
 
@@ -20,16 +21,15 @@ export class Sums {
   /** How many users there are. */
   size = 0;
   private mask = 4095;
-  /** By hash: the row plus one, 0 where nothing is. */
-  private slots = new Int32Array(this.mask + 1);
-  private hashes = new Int32Array(2048);
-  private wholes = new Float64Array(2048);
-  private billionths = new Float64Array(2048);
-  /** What became too large for `wholes`, in units of 10^-9. */
+  /** By hash, two numbers each: the row plus one (0 where nothing is), and the user's hash. */
+  private slots = new Int32Array(2 * (this.mask + 1));
+  /** Two numbers each row: whole units and billionths. */
+  private sums = new Float64Array(2 * FIRST_ROWS);
+  /** What became too large for `sums`, in units of 10^-9. */
   private readonly large = new Map<number, bigint>();
-  /** The ids one after the other; row i ends at `ends[i]`. */
-  private ids = Buffer.allocUnsafe(32_768);
-  private ends = new Int32Array(2048);
+  /** The ids one after the other; row i is from `bounds[i]` to `bounds[i + 1]`. */
+  private ids = Buffer.allocUnsafe(16 * FIRST_ROWS);
+  private bounds = new Int32Array(FIRST_ROWS);
 
   /** Adds to the user whose id is `bytes` from `from` to `to`, with this hash (see Scanner). */
   add(
@@ -41,14 +41,13 @@ export class Sums {
     billionths: number,
   ): void {
     const row = this.find(bytes, from, to, hash);
-    const sum = (this.wholes[row] as number) + whole;
-    this.billionths[row] = (this.billionths[row] as number) + billionths;
-    if (sum < MOST_WHOLE && sum > -MOST_WHOLE) {
-      this.wholes[row] = sum;
-      return;
-    }
+    const { sums } = this;
+    const sum = (sums[2 * row] as number) + whole;
+    sums[2 * row] = sum;
+    sums[2 * row + 1] = (sums[2 * row + 1] as number) + billionths;
+    if (sum < MOST_WHOLE && sum > -MOST_WHOLE) return;
     this.large.set(row, (this.large.get(row) ?? 0n) + BigInt(sum) * UNITS);
-    this.wholes[row] = 0;
+    sums[2 * row] = 0;
   }
 
   /** Adds `amount`, in units of 10^-9. */
@@ -60,13 +59,13 @@ export class Sums {
 
   /** The users as Postgres writes an array of text. */
   userArray(): string {
-    const array = Buffer.allocUnsafe(2 * (this.ends[this.size - 1] ?? 0) + 3 * this.size + 2);
+    const array = Buffer.allocUnsafe(2 * (this.bounds[this.size] as number) + 3 * this.size + 2);
     let length = 0;
     array[length++] = 0x7b;
     for (let row = 0, at = 0; row < this.size; row++) {
       if (row > 0) array[length++] = 0x2c;
       array[length++] = QUOTE;
-      for (const end = this.ends[row] as number; at < end; at++) {
+      for (const end = this.bounds[row + 1] as number; at < end; at++) {
         const byte = this.ids[at] as number;
         if (byte === QUOTE || byte === BACKSLASH) array[length++] = BACKSLASH;
         array[length++] = byte;
@@ -86,8 +85,8 @@ export class Sums {
 
   private amount(row: number): string {
     const large = this.large.get(row);
-    let whole = this.wholes[row] as number;
-    let rest = this.billionths[row] as number;
+    let whole = this.sums[2 * row] as number;
+    let rest = this.sums[2 * row + 1] as number;
     if (large !== undefined) return formatAmount(large + BigInt(whole) * UNITS + BigInt(rest));
     const carry = Math.trunc(rest / BILLION);
     whole += carry;
@@ -106,46 +105,47 @@ export class Sums {
   }
 
   private find(bytes: Uint8Array, from: number, to: number, hash: number): number {
-    for (let slot = hash & this.mask; ; slot = (slot + 1) & this.mask) {
-      const row = (this.slots[slot] as number) - 1;
+    const { slots, mask } = this;
+    for (let slot = hash & mask; ; slot = (slot + 1) & mask) {
+      const row = (slots[2 * slot] as number) - 1;
       if (row < 0) return this.insert(slot, bytes, from, to, hash);
-      if (this.hashes[row] === hash && this.isUser(row, bytes, from, to)) return row;
+      if (slots[2 * slot + 1] === hash && this.isUser(row, bytes, from, to)) return row;
     }
   }
 
   private isUser(row: number, bytes: Uint8Array, from: number, to: number): boolean {
-    let at = row === 0 ? 0 : (this.ends[row - 1] as number);
-    if ((this.ends[row] as number) - at !== to - from) return false;
-    for (let i = from; i < to; i++) if (bytes[i] !== this.ids[at++]) return false;
+    const { ids, bounds } = this;
+    let at = bounds[row] as number;
+    if ((bounds[row + 1] as number) - at !== to - from) return false;
+    for (let i = from; i < to; i++) if (bytes[i] !== ids[at++]) return false;
     return true;
   }
 
   private insert(slot: number, bytes: Uint8Array, from: number, to: number, hash: number): number {
     const row = this.size++;
-    let at = row === 0 ? 0 : (this.ends[row - 1] as number);
-    if (row === this.ends.length) {
-      this.hashes = grown(this.hashes, Int32Array);
-      this.ends = grown(this.ends, Int32Array);
-      this.wholes = grown(this.wholes, Float64Array);
-      this.billionths = grown(this.billionths, Float64Array);
+    if (this.size === this.bounds.length) {
+      this.bounds = grown(this.bounds, Int32Array);
+      this.sums = grown(this.sums, Float64Array);
     }
-    while (at + to - from > this.ids.length)
-      this.ids = Buffer.concat([this.ids], 2 * this.ids.length);
+    let at = this.bounds[row] as number;
+    if (at + to - from > this.ids.length) this.ids = Buffer.concat([this.ids], 2 * this.ids.length);
     for (let i = from; i < to; i++) this.ids[at++] = bytes[i] as number;
-    this.ends[row] = at;
-    this.hashes[row] = hash;
-    this.slots[slot] = row + 1;
+    this.bounds[row + 1] = at;
+    this.slots[2 * slot] = row + 1;
+    this.slots[2 * slot + 1] = hash;
     if (this.size * 2 > this.mask) this.rehash();
     return row;
   }
 
   private rehash(): void {
+    const { slots } = this;
     this.mask = this.mask * 2 + 1;
-    this.slots = new Int32Array(this.mask + 1);
-    for (let row = 0; row < this.size; row++) {
-      let slot = (this.hashes[row] as number) & this.mask;
-      while (this.slots[slot] !== 0) slot = (slot + 1) & this.mask;
-      this.slots[slot] = row + 1;
+    this.slots = new Int32Array(2 * (this.mask + 1));
+    for (let old = 0; old < slots.length; old += 2) {
+      if (slots[old] === 0) continue;
+      let slot = (slots[old + 1] as number) & this.mask;
+      while (this.slots[2 * slot] !== 0) slot = (slot + 1) & this.mask;
+      this.slots.set(slots.subarray(old, old + 2), 2 * slot);
     }
   }
 }

@@ -174,7 +174,7 @@ test("a batch is handed over only when the reader itself has synced what it read
   const ledger = openDatabase(() => database.url, "test", 1);
   if (!reader) throw new Error("no journal");
   const batches = await openJournalSource(ledger, path, reader, new Effort(), new Map());
-  expect((await batches.next())?.events).toBe(1);
+  expect((await batches.next(Promise.resolve()))?.events).toBe(1);
   expect(calls.at(-1)).toBe("sync");
 
   // And when the writer has taken it back meanwhile, its sync having failed, there is no batch.
@@ -184,7 +184,7 @@ test("a batch is handed over only when the reader itself has synced what it read
   const other = await openJournalReader(path, taking);
   if (!other) throw new Error("no journal");
   const again = await openJournalSource(ledger, path, other, new Effort(), new Map());
-  await expect(again.next()).rejects.toThrow("taken back");
+  await expect(again.next(Promise.resolve())).rejects.toThrow("taken back");
   await journal.close();
   await ledger.close();
 });
