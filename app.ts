@@ -31,8 +31,8 @@ import { type Job, supervise } from "./lib/supervisor.ts";
 
 /** What is under way at SIGTERM may take this long; with all the rest the stop takes under 5 s. */
 const FINISH_MS = 1_500;
-/** A start waits this long for the ledger to say how far the journal is posted. */
-const COMPARE_MS = 2_000;
+/** A start waits this long for the ledger to say how far the journal is posted: it takes some 50. */
+const COMPARE_MS = 500;
 /** `?after=` waits this long. */
 const AFTER_MS = 5_000;
 

@@ -224,11 +224,10 @@ function writer(opened: {
       const payloads = group.map(({ lines }) => lines);
       const payloadBytes = payloads.reduce((sum, { length }) => sum + length, 0);
       const frame = encodeFrame(payloads, payloadBytes, disk.now());
-      // Removed, replaced or cut by somebody, it would take events that nobody finds again.
-      if (!file.is(path, end)) throw fail("go on with", "somebody changed the file");
       if (end > headerBytes() && end + frame.length > segmentBytes) await rotate();
       await write(frame);
       await sync();
+      // Removed, replaced or cut by somebody, it has taken events that nobody finds again.
       if (!file.is(path, end + frame.length)) throw fail("go on with", "somebody changed the file");
       end += frame.length;
       full = null;
