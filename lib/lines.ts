@@ -6,7 +6,7 @@ import { decodeEvent, MAX_EVENT_BYTES, Refusal } from "./event.ts";
 import type { Scanner } from "./scan.ts";
 
 /** As many bad lines an answer of the server lists when it is asked to. */
-export const MAX_LISTED_ERRORS = 10_000;
+export const MAX_LISTED_ERRORS = 20_000;
 
 const LF = 10;
 const BLANK = new Set([9, 13, 32]);

@@ -17,6 +17,8 @@ const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = 
   { name: "fuzz", files: ["tests/faults/fuzz.test.ts"], env: { FAULT_CASES: "50000" } },
   { name: "postgres", files: ["tests/faults/postgres.test.ts"], env: { FAULT_ROUNDS: "2" } },
   { name: "full", files: ["tests/faults/full.test.ts", "tests/faults/tail.test.ts"], env: {} },
+  { name: "scan", files: ["tests/scan.test.ts"], env: { SCAN_RUNS: "300000" } },
+  { name: "verify", files: ["tests/verify.test.ts"], env: {} },
   { name: "kills", files: ["tests/crash.test.ts", "tests/resume.test.ts"], env: {} },
   { name: "files", files: ["tests/check.test.ts", "tests/rotation.test.ts"], env: {} },
 ];
