@@ -408,7 +408,7 @@ test("a server that gives up half-way: exit code 3, and the bytes that are on it
   await using full = await openMeddler(server.url, ({ headers }) =>
     headers["upload-offset"] === `${20_000 * line.length}` ? { answer: 507 } : null,
   );
-  const file = server.write("a.jsonl", line.repeat(25_000)); // a piece has at most 10,000 lines
+  const file = server.write("a.jsonl", line.repeat(25_000)); // a piece has at most 20,000 lines
   const sent = await server.sendWith({ SERVER_URL: full.url }, file, "--retry-for", "1s");
   expect(sent.code).toBe(3);
   expect(sent.stderr).toStartWith(`${full.url} answered 507: `);
@@ -433,7 +433,7 @@ test.each<Exclude<Fault, null>>([
   { delayMs: 50 },
 ])("%j: it tries again, and every event counts once", async (fault) => {
   await using server = await openServer();
-  const file = server.write("a.jsonl", add("ann", 1).repeat(10_000) + add("ben", 2));
+  const file = server.write("a.jsonl", add("ann", 1).repeat(20_000) + add("ben", 2));
   const spoilt = new Set<string>();
   await using meddler = await openMeddler(server.url, ({ method, headers }) => {
     const request = `${method} ${headers["upload-offset"]}`;
@@ -441,9 +441,9 @@ test.each<Exclude<Fault, null>>([
   });
   const sent = await server.sendWith({ SERVER_URL: meddler.url }, file);
   expect(sent).toMatchObject({ code: 0, stderr: "" });
-  expect(sent.stdout).toStartWith("sent 10001 events (0 rejected) ");
+  expect(sent.stdout).toStartWith("sent 20001 events (0 rejected) ");
   expect(spoilt.size).toBe(3);
-  expect(server.journal()).toHaveLength(10_001);
+  expect(server.journal()).toHaveLength(20_001);
 });
 
 test("when the server names the seconds in Retry-After, it does not come back before", async () => {
