@@ -9,10 +9,10 @@ import { join } from "node:path";
 import { openapi } from "@elysiajs/openapi";
 import { Elysia, t } from "elysia";
 
-import { requireSecret } from "./lib/auth.ts";
+import { type Access, type Asking, openAuth, SCOPES } from "./lib/auth.ts";
 import { describeBody, EventBody, EventsBody, readEvent, readEvents } from "./lib/body.ts";
 import { clusterUrl, openCluster } from "./lib/cluster.ts";
-import { readCommand } from "./lib/config.ts";
+import { isLoopback, parseDuration, readCommand } from "./lib/config.ts";
 import { type Database, openDatabase, Unavailable } from "./lib/database.ts";
 import { isUserId } from "./lib/event.ts";
 import { disk } from "./lib/journal-disk.ts";
@@ -21,6 +21,7 @@ import { openJournalReader } from "./lib/journal-reader.ts";
 import { type Journal, JOURNAL_FILE, JournalFull, openJournal } from "./lib/journal.ts";
 import { checkLedger, readBalance, readCheckpoint } from "./lib/ledger.ts";
 import { MAX_LISTED_ERRORS } from "./lib/lines.ts";
+import { type Listener, listen } from "./lib/listener.ts";
 import { waitForLock } from "./lib/lock.ts";
 import { watchPosted } from "./lib/posted.ts";
 import { allowedMethods, Problem, problems, unavailable } from "./lib/problem.ts";
@@ -28,9 +29,8 @@ import { openRoom } from "./lib/room.ts";
 import { sourceHeaders, sourceName, sourceOf } from "./lib/source-header.ts";
 import { openSources, type Sources } from "./lib/sources.ts";
 import { type Job, supervise } from "./lib/supervisor.ts";
+import { openTokens, signToken, type TokenSettings } from "./lib/token.ts";
 
-/** What is under way at SIGTERM may take this long; with all the rest the stop takes under 5 s. */
-const FINISH_MS = 1_500;
 /** A start waits this long for the ledger to say how far the journal is posted: it takes some 50. */
 const COMPARE_MS = 500;
 /** `?after=` waits this long. */
@@ -40,6 +40,7 @@ const LISTED = t.Object(
   { errors: t.Integer({ default: 100, minimum: 0, maximum: MAX_LISTED_ERRORS }) },
   { additionalProperties: true },
 );
+const SOURCE = t.Object({ source: t.String() });
 const COUNTS = t.Object({
   accepted: t.Integer(),
   rejected: t.Integer(),
@@ -49,18 +50,29 @@ const COUNTS = t.Object({
 
 async function main(): Promise<number> {
   const { settings, options } = readCommand({
-    usage: "bun run app.ts [--no-processor]",
+    usage: "bun run app.ts [--no-processor | --token --scope SCOPE --expires TIME [--sub NAME]]",
     about:
       "Takes events over HTTP into the journal in DATA_DIR, posts them to the ledger in Postgres,\n" +
-      "and serves the balances.",
+      "and serves the balances. With --token, prints a token for JWT_SECRET instead.",
     options: {
       "no-processor": { type: "boolean", meaning: "the server alone; run processor.ts beside it" },
+      token: { type: "boolean", meaning: "prints a token that this server takes" },
+      scope: { type: "string", meaning: `with --token: ${SCOPES.join(", ")}, or both in quotes` },
+      expires: { type: "string", meaning: "with --token: how long it is good, like 12h or 30d" },
+      sub: { type: "string", meaning: "with --token: whose it is; may read its own balance" },
     },
     files: { atMost: 0 },
     settings: [
       "PORT",
       "HOST",
       "AUTH_SECRET",
+      "READ_SECRET",
+      "JWT_SECRET",
+      "JWKS_URL",
+      "JWT_ISSUER",
+      "JWT_AUDIENCE",
+      "TLS_CERT",
+      "TLS_KEY",
       "DATA_DIR",
       "DATABASE_URL",
       "ID_DAYS",
@@ -73,7 +85,20 @@ async function main(): Promise<number> {
       2: "wrong use, or a wrong setting",
     },
   });
-  const { HOST, PORT, AUTH_SECRET, DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null } = settings;
+  if (options["token"]) return printToken(settings, options);
+  const { HOST, PORT, DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null } = settings;
+  const {
+    AUTH_SECRET: writers,
+    READ_SECRET: readers = [],
+    TLS_CERT: cert,
+    TLS_KEY: key,
+  } = settings;
+  const access: Access = {
+    writers,
+    readers,
+    readingIsOpen: readers.length === 0 && isLoopback(HOST),
+    tokens: openTokens(settings),
+  };
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
@@ -90,8 +115,10 @@ async function main(): Promise<number> {
     // Before anything is taken on top of it, if the database can be asked at all.
     await Promise.race([compared, Bun.sleep(COMPARE_MS)]);
     const sources = openSources(join(dataDir, JOURNAL_FILE), journal, database);
-    const app = createApp({ journal, database, sources, secrets: AUTH_SECRET });
-    const server = listen(app, HOST, PORT);
+    const app = createApp({ journal, database, sources, access });
+    const tls = cert && key ? { cert, key } : null;
+    const server = listen(app.compile(), { hostname: HOST, port: PORT, tls }, () => {});
+    if (tls) process.on("SIGHUP", () => renewCertificate(server));
     process.stdout.write(`listening on ${server.origin}\n`);
     const processor = options["no-processor"]
       ? Promise.resolve()
@@ -114,16 +141,35 @@ async function main(): Promise<number> {
   }
 }
 
+/** Prints a token that a server with these settings takes. */
+async function printToken(
+  settings: TokenSettings,
+  options: Record<string, string | boolean | undefined>,
+): Promise<number> {
+  const { scope = "", expires = "", sub } = options as Record<string, string | undefined>;
+  const expiresMs = parseDuration(expires);
+  const wrong = [];
+  if (!settings.JWT_SECRET) wrong.push("JWT_SECRET: found none, wanted the one of the server");
+  if (!scope.split(" ").every((one) => SCOPES.includes(one)))
+    wrong.push(`--scope: found "${scope}", wanted ${SCOPES.join(" or ")}, or both in quotes`);
+  if (!expiresMs) wrong.push(`--expires: found "${expires}", wanted a time like 12h or 30d`);
+  for (const line of wrong) say(line);
+  if (!expiresMs || wrong.length > 0) return 2;
+  process.stdout.write(`${await signToken(settings, { scope, expiresMs, sub })}\n`);
+  return 0;
+}
+
 /** The HTTP side, over a journal and a database that are open. */
 export function createApp(parts: {
   journal: Journal;
   database: Database;
   sources: Sources;
-  secrets: readonly string[];
+  access: Access;
 }) {
-  const { journal, database, sources } = parts;
-  const authorize = requireSecret(parts.secrets);
-  const guard = ({ request }: { request: Request }) => authorize(request.headers);
+  const { journal, database, sources, access } = parts;
+  const authorize = openAuth(access);
+  const mayWrite = async ({ request, server }: Asking) =>
+    authorize({ request, server, scope: "events:write" });
   const posted = watchPosted(database);
   const room = openRoom();
   const routes: { method: string; path: string }[] = [];
@@ -147,7 +193,7 @@ export function createApp(parts: {
         return status(201, { message: "Event sent to process", position });
       },
       {
-        transform: guard,
+        transform: mayWrite,
         parse: "none",
         body: EventBody,
         response: { 201: t.Object({ message: t.String(), position: t.String() }) },
@@ -168,7 +214,7 @@ export function createApp(parts: {
         return status(201, { accepted, rejected, errors, position });
       },
       {
-        transform: guard,
+        transform: mayWrite,
         parse: "none",
         body: EventsBody,
         query: LISTED,
@@ -190,7 +236,8 @@ export function createApp(parts: {
         set.headers["journal-position"] = here();
       },
       {
-        transform: guard,
+        transform: mayWrite,
+        params: SOURCE,
         detail: { summary: "How much of a source is taken", security: [{ secret: [] }] },
       },
     )
@@ -212,8 +259,9 @@ export function createApp(parts: {
         return { accepted, rejected, errors, position: positionOf(result.position) };
       },
       {
-        transform: guard,
+        transform: mayWrite,
         parse: "none",
+        params: SOURCE,
         body: EventsBody,
         query: LISTED,
         response: { 200: COUNTS },
@@ -233,6 +281,8 @@ export function createApp(parts: {
         return { user_id: userid, revenue };
       },
       {
+        transform: async ({ request, server, params: { userid: user } }) =>
+          authorize({ request, server, scope: "balances:read", user }),
         params: t.Object({ userid: t.String() }),
         query: t.Object({ after: t.Optional(t.String()) }, { additionalProperties: true }),
         response: { 200: t.Object({ user_id: t.String(), revenue: t.String() }) },
@@ -299,25 +349,13 @@ async function answered<T>(asking: Promise<T>): Promise<T> {
   }
 }
 
-/** Serves `app`; `finish` stops accepting and lets what is under way finish. */
-function listen(app: ReturnType<typeof createApp>, hostname: string, port: number) {
-  // reusePort is Elysia's default: a second server would silently take half of the requests.
-  // The bodies' own limits answer with a problem document; Bun's would cut the connection.
-  const options = { hostname, port, reusePort: false, maxRequestBodySize: Number.MAX_SAFE_INTEGER };
-  let server: ReturnType<typeof createApp>["server"];
+function renewCertificate(server: Listener): void {
   try {
-    server = app.listen(options).server;
+    server.renew();
+    say("the certificate was read again");
   } catch (error) {
-    const [why] = (error as Error).message.split("\n");
-    throw new Error(`cannot listen on ${hostname}:${port}: ${why}; set HOST or PORT`);
+    say(`the old certificate stays: ${(error as Error).message}`);
   }
-  return {
-    origin: `http://${hostname.includes(":") ? `[${hostname}]` : hostname}:${server?.port}`,
-    async finish() {
-      await Promise.race([server?.stop(), Bun.sleep(FINISH_MS)]);
-      await server?.stop(true);
-    },
-  };
 }
 
 /** Runs the processor beside the server, once no other one follows this journal. */

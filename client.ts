@@ -32,14 +32,18 @@ async function main(): Promise<number> {
       follow: { type: "boolean", meaning: "go on as the file grows, until SIGTERM" },
       wait: { type: "boolean", meaning: "return only when everything is in the ledger" },
       source: { type: "string", meaning: "NAME of the source, instead of the file's name" },
+      token: {
+        type: "string",
+        meaning: "presented instead of AUTH_SECRET; AUTH_TOKEN does the same",
+      },
       "retry-for": { type: "string", meaning: "how long to try when the server is away (5m)" },
     },
     files: { atMost: 1 },
-    settings: ["SERVER_URL", "AUTH_SECRET"],
+    settings: ["SERVER_URL", "AUTH_SECRET", "AUTH_TOKEN"],
     exits: {
       0: "every event is on the server's disk",
       1: "the same, but some lines were rejected: see FILE.rejected.jsonl",
-      2: "wrong use, a wrong setting, no such file, or a wrong secret",
+      2: "wrong use, a wrong setting, no such file, or a wrong secret or token",
       3: "the server cannot be reached, or did not take the events",
     },
   });
@@ -57,7 +61,8 @@ async function main(): Promise<number> {
   if (!isText(name, MAX_SOURCE_BYTES) || /^\.\.?$/.test(name))
     return wrong(`--source: wanted a name of 1 to ${MAX_SOURCE_BYTES} bytes`);
 
-  const [secret = ""] = settings.AUTH_SECRET;
+  const [first = ""] = settings.AUTH_SECRET;
+  const secret = String(options["token"] ?? settings.AUTH_TOKEN ?? first);
   const stop = new AbortController();
   const remote = openRemote(settings.SERVER_URL, secret, retryMs, say, stop.signal);
   if (options["follow"])

@@ -16,6 +16,10 @@ interface Setting<T, Default extends string | undefined> {
 }
 
 const DEFAULT_SECRET = "secret";
+/** On an address that others can reach: 16 characters at random are out of reach of guessing. */
+const LEAST_SECRET = 16;
+const SECRETS = ["AUTH_SECRET", "READ_SECRET", "JWT_SECRET"] as const;
+const LOG_LEVELS = ["debug", "info", "warn", "error", "fatal", "silent"] as const;
 
 const SETTINGS = {
   PORT: setting({
@@ -35,14 +39,58 @@ const SETTINGS = {
     default: DEFAULT_SECRET,
     meaning: "what writers must present; several are separated by commas",
     wanted: "one or more secrets of printable ASCII without spaces",
-    read: (found) => (/^[!-+\--~]+(,[!-+\--~]+)*$/.test(found) ? found.split(",") : undefined),
+    read: readSecrets,
     secret: true,
+  }),
+  READ_SECRET: setting({
+    default: undefined,
+    meaning: "protects balances and metrics, which it lets read; several as above",
+    wanted: "one or more secrets of printable ASCII without spaces",
+    read: readSecrets,
+    secret: true,
+  }),
+  JWT_SECRET: setting({
+    default: undefined,
+    meaning: "takes tokens (JWT) that are signed with it, HS256",
+    wanted: "a secret of printable ASCII",
+    read: (found) => (/^[ -~]+$/.test(found) ? found : undefined),
+    secret: true,
+  }),
+  JWKS_URL: setting({
+    default: undefined,
+    meaning: "takes tokens that are signed with a key found there, RS256, ES256 or EdDSA",
+    wanted: "http://… or https://…, and no JWT_SECRET beside it",
+    read: (found) => (hasProtocol(found, "http:", "https:") ? found : undefined),
+  }),
+  JWT_ISSUER: setting({
+    default: undefined,
+    meaning: "what a token must have as iss",
+    wanted: "text",
+    read: (found) => found,
+  }),
+  JWT_AUDIENCE: setting({
+    default: undefined,
+    meaning: "what a token must have as, or among, aud",
+    wanted: "text",
+    read: (found) => found,
+  }),
+  TLS_CERT: setting({
+    default: undefined,
+    meaning: "PEM file of the certificate, and those above it: HTTPS; read again on SIGHUP",
+    wanted: "the path of a file, and TLS_KEY beside it",
+    read: readPath,
+  }),
+  TLS_KEY: setting({
+    default: undefined,
+    meaning: "PEM file of its key",
+    wanted: "the path of a file, and TLS_CERT beside it",
+    read: readPath,
   }),
   DATA_DIR: setting({
     default: "./data",
     meaning: "everything this program keeps on disk",
     wanted: "a path",
-    read: (found) => (found.includes("\0") ? undefined : found),
+    read: readPath,
   }),
   DATABASE_URL: setting({
     default: undefined,
@@ -69,6 +117,19 @@ const SETTINGS = {
     meaning: "full files that are older and wholly posted are removed; unset: never",
     wanted: "a number of days, 0 or more",
     read: (found) => (/^\d{1,5}(\.\d{1,6})?$/.test(found) ? Number(found) : undefined),
+  }),
+  LOG_LEVEL: setting({
+    default: "info",
+    meaning: `how much is said on stderr: ${LOG_LEVELS.join(", ")}`,
+    wanted: `one of ${LOG_LEVELS.join(", ")}`,
+    read: (found) => LOG_LEVELS.find((level) => level === found),
+  }),
+  AUTH_TOKEN: setting({
+    default: undefined,
+    meaning: "a token to present instead of AUTH_SECRET",
+    wanted: "printable ASCII without spaces",
+    read: (found) => (/^[!-~]+$/.test(found) ? found : undefined),
+    secret: true,
   }),
   SERVER_URL: setting({
     default: "http://127.0.0.1:8000",
@@ -108,18 +169,36 @@ export function readSettings<Name extends SettingName>(
     if (found !== undefined && settings[name] === undefined)
       wrong.push(`${name}: found ${secret ? "something else" : `"${found}"`}, wanted ${wanted}`);
   }
-  const { HOST, AUTH_SECRET } = settings as { HOST?: string; AUTH_SECRET?: string[] };
-  if (HOST && !isLoopback(HOST) && AUTH_SECRET?.includes(DEFAULT_SECRET))
-    wrong.push(
-      `AUTH_SECRET: found the default, wanted a secret of your own, because HOST ${HOST} can be reached from outside`,
-    );
+  const { HOST, JWT_SECRET, JWKS_URL, TLS_CERT, TLS_KEY } = settings as Record<string, string>;
+  if (HOST && !isLoopback(HOST))
+    for (const name of SECRETS) {
+      const secrets = [settings[name] ?? []].flat() as string[];
+      const because = `because HOST ${HOST} can be reached from outside`;
+      if (secrets.includes(DEFAULT_SECRET))
+        wrong.push(`${name}: found the default, wanted a secret of your own, ${because}`);
+      else if (secrets.some(({ length }) => length < LEAST_SECRET))
+        wrong.push(`${name}: found too short a one, wanted ${LEAST_SECRET} characters, ${because}`);
+    }
+  if (JWT_SECRET && JWKS_URL) wrong.push("JWKS_URL: found beside JWT_SECRET, wanted one of both");
+  if (!TLS_CERT !== !TLS_KEY)
+    wrong.push(`TLS_${TLS_CERT ? "KEY" : "CERT"}: found none, wanted one, as the other is set`);
   return { settings: Object.freeze(settings) as Settings<Name>, wrong };
 }
 
-/** `90`, `90s`, `5m` or `2h` in milliseconds, or `undefined`. */
+/** The settings as they may be shown: of what is secret, only that it is set. */
+export function maskSettings(settings: Partial<Settings<SettingName>>): Record<string, unknown> {
+  return Object.fromEntries(
+    Object.entries(settings).map(([name, value]) => [
+      name,
+      SETTINGS[name as SettingName].secret && value !== undefined ? "(set)" : value,
+    ]),
+  );
+}
+
+/** `90`, `90s`, `5m`, `2h` or `30d` in milliseconds, or `undefined`. */
 export function parseDuration(text: string): number | undefined {
-  const [, amount, unit = "s"] = /^(\d{1,7})(s|m|h)?$/.exec(text) ?? [];
-  const seconds = { s: 1, m: 60, h: 3600 }[unit];
+  const [, amount, unit = "s"] = /^(\d{1,7})(s|m|h|d)?$/.exec(text) ?? [];
+  const seconds = { s: 1, m: 60, h: 3600, d: 86_400 }[unit];
   return amount === undefined || !seconds ? undefined : Number(amount) * seconds * 1000;
 }
 
@@ -205,6 +284,14 @@ function help(command: Command<SettingName>): string {
 
 export function isLoopback(host: string): boolean {
   return /^(localhost|127(\.\d{1,3}){3}|::1|\[::1\])$/i.test(host);
+}
+
+function readSecrets(found: string): string[] | undefined {
+  return /^[!-+\--~]+(,[!-+\--~]+)*$/.test(found) ? found.split(",") : undefined;
+}
+
+function readPath(found: string): string | undefined {
+  return found.includes("\0") ? undefined : found;
 }
 
 function hasProtocol(found: string, ...protocols: string[]): boolean {

@@ -8,6 +8,7 @@ import { Elysia } from "elysia";
 const TITLES = {
   400: "Bad Request",
   401: "Unauthorized",
+  403: "Forbidden",
   404: "Not Found",
   405: "Method Not Allowed",
   408: "Request Timeout",
@@ -15,6 +16,7 @@ const TITLES = {
   413: "Content Too Large",
   415: "Unsupported Media Type",
   422: "Unprocessable Content",
+  429: "Too Many Requests",
   500: "Internal Server Error",
   503: "Service Unavailable",
   504: "Gateway Timeout",
@@ -51,6 +53,8 @@ export function problems(allowed: (path: string) => string[], say: (line: string
     if (error instanceof Problem) return respond(error);
     // What a parse hook throws arrives wrapped.
     if (error instanceof Error && error.cause instanceof Problem) return respond(error.cause);
+    if (code === "VALIDATION" && error.type === "params")
+      return respond(new Problem(404, "there is nothing of this name: it is not UTF-8"));
     if (code === "VALIDATION") {
       // Only the path and the rule: the summary that Elysia makes shows what was found.
       const errors = error.all.map((fault) => ({

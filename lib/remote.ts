@@ -7,7 +7,7 @@
  * | gives no answer, 408, 425      | try again: the offset tells whether the piece was taken     |
  * | 409                            | it says where the source stands: the caller decides         |
  * | 429, 5xx                       | try again, after `Retry-After` where it is given            |
- * | 401, 403                       | stop: wrong secret                                          |
+ * | 401, 403                       | stop: wrong secret or token                                 |
  * | any other                      | stop: we are wrong, or it is no Daybook server              |
  */
 import { setTimeout as sleep } from "node:timers/promises";
@@ -18,6 +18,10 @@ import type { Piece } from "./pieces.ts";
 const ANSWER_MS = 60_000;
 const FIRST_PAUSE_MS = 100;
 const LONGEST_PAUSE_MS = 5_000;
+const DENIED: Record<number, string> = {
+  401: "wrong secret, or a token that is not good (any more)",
+  403: "this secret or token does not let write",
+};
 const PASSING = new Set([408, 425, 429, 500, 502, 503, 504, 507]);
 
 /** How far a source is taken. */
@@ -150,7 +154,7 @@ export function openRemote(
     const detail = typeof problem?.detail === "string" ? problem.detail : undefined;
     // The answer to HEAD has no body to say more.
     const unsaid = status >= 500 ? "not available now" : "not as a Daybook server does";
-    const said = detail ?? (status === 401 ? "wrong secret" : unsaid);
+    const said = detail ?? DENIED[status] ?? unsaid;
     return `${server} answered ${status}: ${said}`;
   }
 }

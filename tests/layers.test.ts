@@ -96,7 +96,10 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   supervisor: { ours: [] },
   progress: { ours: [], packages: ["cli-progress"] },
   problem: { ours: [], packages: ["elysia"] },
-  auth: { ours: ["problem"] },
+  token: { ours: [], packages: ["jose"] },
+  throttle: { ours: [] },
+  auth: { ours: ["problem", "throttle", "token"] },
+  listener: { ours: [] },
   body: { ours: ["event", "lines", "problem", "room", "zstd"], packages: ["elysia"] },
   zstd: { ours: [] },
 };

@@ -108,6 +108,7 @@ for (const [name, found] of WRONG)
   });
 
 const NAMES = ["HOST", "AUTH_SECRET"] as const;
+const LONG = "sixteen-or-more!";
 for (const HOST of [
   "0.0.0.0",
   "::",
@@ -117,11 +118,18 @@ for (const HOST of [
   "localhost.me",
 ])
   test(`HOST ${HOST} wants a secret of one's own`, () => {
-    for (const AUTH_SECRET of ["secret", "", undefined, "own,secret", "secret,own"])
+    for (const AUTH_SECRET of ["secret", "", undefined, `${LONG},secret`, `secret,${LONG}`])
       expect(readSettings(NAMES, { HOST, AUTH_SECRET }).wrong).toEqual([
         expect.stringMatching(/^AUTH_SECRET\b.*HOST/),
       ]);
-    expect(readSettings(NAMES, { HOST, AUTH_SECRET: "own" }).wrong).toEqual([]);
+    for (const AUTH_SECRET of [LONG.slice(1), `${LONG},own`])
+      expect(readSettings(NAMES, { HOST, AUTH_SECRET }).wrong).toEqual([
+        expect.stringMatching(/^AUTH_SECRET: found too short.*HOST/),
+      ]);
+    const others = { READ_SECRET: "short", JWT_SECRET: "short" };
+    const names = [...NAMES, "READ_SECRET", "JWT_SECRET"] as const;
+    expect(readSettings(names, { HOST, AUTH_SECRET: LONG, ...others }).wrong).toHaveLength(2);
+    expect(readSettings(NAMES, { HOST, AUTH_SECRET: `${LONG},${LONG}` }).wrong).toEqual([]);
   });
 
 for (const HOST of ["127.0.0.1", "127.0.0.2", "::1", "localhost", "", undefined])

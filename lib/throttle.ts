@@ -1,0 +1,43 @@
+/**
+ * Slows down who presents wrong secrets: an address has some failures free, and then so many each
+ * second. Only failures wait. A team behind one load balancer is one address, and somebody's wrong
+ * secret must not shut out the others.
+ */
+
+/** The pace of failures from one address, and how many may come at once before it holds. */
+const EVERY_MS = 100;
+const FREE = 100;
+/** Nobody waits longer: who sends that much has that many connections open. */
+const LONGEST_MS = 5_000;
+/** Memory is bounded: of so many addresses, and so many who wait. */
+const MOST_ADDRESSES = 10_000;
+const MOST_WAITING = 1_000;
+
+export interface Throttle {
+  /** Returns when a failure of `address` may be answered; `false`: not at all, too many wait. */
+  failed(address: string): Promise<boolean>;
+}
+
+export function openThrottle(now: () => number = () => performance.now()): Throttle {
+  /** When the pace of each address allows for all its failures so far. */
+  const paidMs = new Map<string, number>();
+  let waiting = 0;
+
+  return {
+    async failed(address) {
+      const nowMs = now();
+      const paid = Math.max(paidMs.get(address) ?? 0, nowMs - FREE * EVERY_MS) + EVERY_MS;
+      // No more debt than is ever waited for, or a flood would be felt long after it.
+      paidMs.delete(address); // to the end of the Map: the last to be forgotten
+      paidMs.set(address, Math.min(paid, nowMs + LONGEST_MS));
+      const [oldest] = paidMs.keys();
+      if (paidMs.size > MOST_ADDRESSES && oldest !== undefined) paidMs.delete(oldest);
+      if (paid <= nowMs) return true;
+      if (waiting >= MOST_WAITING) return false;
+      waiting++;
+      await Bun.sleep(Math.min(paid - nowMs, LONGEST_MS));
+      waiting--;
+      return true;
+    },
+  };
+}
