@@ -10,11 +10,19 @@ import { openapi } from "@elysiajs/openapi";
 import { Elysia, t } from "elysia";
 
 import { type Access, type Asking, openAuth, SCOPES } from "./lib/auth.ts";
-import { describeBody, EventBody, EventsBody, readEvent, readEvents } from "./lib/body.ts";
+import {
+  describeBody,
+  describeEvent,
+  EventBody,
+  EventsBody,
+  readEvent,
+  readEvents,
+} from "./lib/body.ts";
 import { clusterUrl, openCluster } from "./lib/cluster.ts";
 import { isLoopback, parseDuration, readCommand } from "./lib/config.ts";
 import { type Database, openDatabase, Unavailable } from "./lib/database.ts";
-import { isUserId } from "./lib/event.ts";
+import { isUserId, setEventTypes } from "./lib/event.ts";
+import { type EventSchema, openEventSchema } from "./lib/event-schema.ts";
 import { disk } from "./lib/journal-disk.ts";
 import { JournalDamage } from "./lib/journal-frame.ts";
 import { openJournalReader } from "./lib/journal-reader.ts";
@@ -78,6 +86,8 @@ async function main(): Promise<number> {
       "ID_DAYS",
       "JOURNAL_SEGMENT_BYTES",
       "JOURNAL_KEEP_DAYS",
+      "EVENT_TYPES",
+      "EVENT_SCHEMA",
     ],
     exits: {
       0: "told to stop (SIGTERM, SIGINT); everything acknowledged is on the disk",
@@ -99,6 +109,8 @@ async function main(): Promise<number> {
     readingIsOpen: readers.length === 0 && isLoopback(HOST),
     tokens: openTokens(settings),
   };
+  setEventTypes(settings.EVENT_TYPES);
+  const schema = settings.EVENT_SCHEMA ? openEventSchema(settings.EVENT_SCHEMA) : null;
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
@@ -115,7 +127,7 @@ async function main(): Promise<number> {
     // Before anything is taken on top of it, if the database can be asked at all.
     await Promise.race([compared, Bun.sleep(COMPARE_MS)]);
     const sources = openSources(join(dataDir, JOURNAL_FILE), journal, database);
-    const app = createApp({ journal, database, sources, access });
+    const app = createApp({ journal, database, sources, access, schema });
     const tls = cert && key ? { cert, key } : null;
     const server = listen(app.compile(), { hostname: HOST, port: PORT, tls }, () => {});
     if (tls) process.on("SIGHUP", () => renewCertificate(server));
@@ -126,6 +138,7 @@ async function main(): Promise<number> {
           {
             ...{ dataDir, databaseUrl, idDays: settings.ID_DAYS, files: [] },
             keepDays: settings.JOURNAL_KEEP_DAYS ?? null,
+            eventTypes: settings.EVENT_TYPES,
           },
           stop.signal,
         );
@@ -165,8 +178,9 @@ export function createApp(parts: {
   database: Database;
   sources: Sources;
   access: Access;
+  schema: EventSchema | null;
 }) {
-  const { journal, database, sources, access } = parts;
+  const { journal, database, sources, access, schema } = parts;
   const authorize = openAuth(access);
   const mayWrite = async ({ request, server }: Asking) =>
     authorize({ request, server, scope: "events:write" });
@@ -188,7 +202,7 @@ export function createApp(parts: {
       "/liveEvent",
       async ({ request, status }) => {
         using hold = room.enter();
-        const line = await readEvent(request, hold);
+        const line = await readEvent(request, hold, schema);
         const position = positionOf(await taken(journal.append(line)));
         return status(201, { message: "Event sent to process", position });
       },
@@ -200,7 +214,7 @@ export function createApp(parts: {
         detail: {
           summary: "Take one event; `Idempotency-Key` is the same as its `id`",
           security: [{ secret: [] }],
-          requestBody: describeBody("application/json", EventBody),
+          requestBody: describeBody("application/json", describeEvent(schema)),
         },
       },
     )
@@ -208,7 +222,7 @@ export function createApp(parts: {
       "/liveEvents",
       async ({ request, query, status }) => {
         using hold = room.enter();
-        const lines = await readEvents(request, hold, query.errors);
+        const lines = await readEvents(request, hold, query.errors, schema);
         const { good, accepted, rejected, errors } = lines;
         const position = positionOf(await taken(journal.append(good)));
         return status(201, { accepted, rejected, errors, position });
@@ -222,7 +236,7 @@ export function createApp(parts: {
         detail: {
           summary: "Take many events, one a line; the good lines together, the bad ones listed",
           security: [{ secret: [] }],
-          requestBody: describeBody("application/x-ndjson", EventsBody),
+          requestBody: describeBody("application/x-ndjson", { type: "string" }),
         },
       },
     )
@@ -247,7 +261,7 @@ export function createApp(parts: {
         const name = sourceName(params.source);
         const { offset: from, digest } = sourceOf(request.headers);
         using hold = room.enter();
-        const lines = await readEvents(request, hold, query.errors, from);
+        const lines = await readEvents(request, hold, query.errors, schema, from);
         const { accepted, rejected, errors, ends, bytes } = lines;
         const mark = { name, from, to: from + bytes, digest, events: accepted };
         const result = await taken(sources.take(ends ? { ...mark, ends } : mark, lines.good));
@@ -268,7 +282,7 @@ export function createApp(parts: {
         detail: {
           summary: "Take the next bytes of a source, from `Upload-Offset` on",
           security: [{ secret: [] }],
-          requestBody: describeBody("application/x-ndjson", EventsBody),
+          requestBody: describeBody("application/x-ndjson", { type: "string" }),
         },
       },
     )

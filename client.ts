@@ -11,7 +11,7 @@ import { tmpdir, userInfo } from "node:os";
 import { basename, dirname, join } from "node:path";
 
 import { parseDuration, readCommand } from "./lib/config.ts";
-import { isText, MAX_SOURCE_BYTES } from "./lib/event.ts";
+import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event.ts";
 import { type Lock, tryLock } from "./lib/lock.ts";
 import { type Read, readFile, readStream } from "./lib/lines.ts";
 import { advance, begin, lastPiece, type Piece, readPieces, type Start } from "./lib/pieces.ts";
@@ -39,7 +39,7 @@ async function main(): Promise<number> {
       "retry-for": { type: "string", meaning: "how long to try when the server is away (5m)" },
     },
     files: { atMost: 1 },
-    settings: ["SERVER_URL", "AUTH_SECRET", "AUTH_TOKEN"],
+    settings: ["SERVER_URL", "AUTH_SECRET", "AUTH_TOKEN", "EVENT_TYPES"],
     exits: {
       0: "every event is on the server's disk",
       1: "the same, but some lines were rejected: see FILE.rejected.jsonl",
@@ -61,6 +61,7 @@ async function main(): Promise<number> {
   if (!isText(name, MAX_SOURCE_BYTES) || /^\.\.?$/.test(name))
     return wrong(`--source: wanted a name of 1 to ${MAX_SOURCE_BYTES} bytes`);
 
+  setEventTypes(settings.EVENT_TYPES); // for a last line without newline: is it an event?
   const [first = ""] = settings.AUTH_SECRET;
   const secret = String(options["token"] ?? settings.AUTH_TOKEN ?? first);
   const stop = new AbortController();

@@ -16,6 +16,7 @@ import { check, repair } from "./lib/check.ts";
 import { clusterUrl, openCluster } from "./lib/cluster.ts";
 import { readCommand } from "./lib/config.ts";
 import { type Database, openDatabase, Refused } from "./lib/database.ts";
+import { setEventTypes } from "./lib/event.ts";
 import { JOURNAL_FILE } from "./lib/journal.ts";
 import { waitForLock } from "./lib/lock.ts";
 import { follow, postFile } from "./lib/posting.ts";
@@ -46,7 +47,7 @@ async function main(): Promise<number> {
       },
       yes: {
         type: "boolean",
-        meaning: "with --rebuild: also where lines that have counted are no events any more",
+        meaning: "with --rebuild: also where lines are no events any more, or count otherwise",
       },
       check: {
         type: "boolean",
@@ -64,7 +65,7 @@ async function main(): Promise<number> {
       },
     },
     files: { atMost: Number.POSITIVE_INFINITY },
-    settings: ["DATA_DIR", "DATABASE_URL", "ID_DAYS", "JOURNAL_KEEP_DAYS"],
+    settings: ["DATA_DIR", "DATABASE_URL", "ID_DAYS", "JOURNAL_KEEP_DAYS", "EVENT_TYPES"],
     exits: {
       0: "done, or told to stop; nothing differs, is damaged or is in quarantine (any more)",
       1: "balances differ, the journal is damaged, or lines are in quarantine",
@@ -90,7 +91,8 @@ async function main(): Promise<number> {
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null, ID_DAYS: idDays } = settings;
-  const { JOURNAL_KEEP_DAYS: keepDays = null } = settings;
+  const { JOURNAL_KEEP_DAYS: keepDays = null, EVENT_TYPES: eventTypes } = settings;
+  setEventTypes(eventTypes);
   mkdirSync(dataDir, { recursive: true });
   const needsLedger = !options["check"] || options["repair"];
   const cluster =
@@ -98,7 +100,7 @@ async function main(): Promise<number> {
   try {
     if (tool) return await useTool(tool, dataDir, databaseUrl, files);
     if (files.length === 0 && !(await becomeTheProcessor(dataDir, stop.signal))) return 0;
-    return await run({ dataDir, databaseUrl, idDays, keepDays, files }, stop.signal);
+    return await run({ dataDir, databaseUrl, idDays, keepDays, eventTypes, files }, stop.signal);
   } finally {
     await cluster?.close();
   }
@@ -235,6 +237,7 @@ function openLedger(dataDir: string, databaseUrl: string | null): Database {
 
 /** The Worker: does the job with a database of its own. */
 async function work(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
+  setEventTypes(job.eventTypes);
   const database = openLedger(job.dataDir, job.databaseUrl);
   try {
     if (job.files.length === 0)

@@ -27,6 +27,17 @@ begin
     );
   end if;
 
+  if to_regclass('event_types') is null then
+    -- How events of a name have counted, whenever some were posted: 1, -1 or 0. More than one sign of a
+    -- name, or one that is not in force any more, and a recount would not give what was posted.
+    create table event_types (
+      name text not null,
+      sign smallint not null,
+      since timestamptz not null default now(),
+      primary key (name, sign)
+    );
+  end if;
+
   if to_regclass('event_ids') is null then
     -- The ids of events that count, claimed in the statement that adds to the balance. A date, and
     -- not a time: its index is then ten times as small.

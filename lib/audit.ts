@@ -4,7 +4,8 @@
  * so posting may go on between the two.
  */
 import { type Database, Refused, type Sql } from "./database.ts";
-import { alone, eachDrift, findDrift, mendDrift, openTally } from "./drift.ts";
+import { alone, eachDrift, findDrift, listOtherTypes, mendDrift, openTally } from "./drift.ts";
+import { getEventTypes } from "./event.ts";
 import { showProgress } from "./progress.ts";
 import { recount, type Recounted } from "./recount.ts";
 
@@ -26,7 +27,8 @@ export async function verify(
 
 /**
  * Makes the balances what `paths` hold. Throws Refused, having changed nothing, where one is missing,
- * or where lines that have counted are no events any more, unless `yes` accepts that.
+ * or where lines that have counted are no events any more, or count otherwise (EVENT_TYPES), unless
+ * `yes` accepts that.
  */
 export async function rebuild(
   database: Database,
@@ -39,9 +41,9 @@ export async function rebuild(
     database,
     () => say("waiting for another recount to end"),
     async (sql) => {
-      const { differing, strange } = await compare(sql, paths, print);
-      if (strange > 0 && !yes)
-        throw new Refused("nothing was changed; --yes makes these lines count no more");
+      const { differing, strange, others } = await compare(sql, paths, print);
+      if ((strange > 0 || others.length > 0) && !yes)
+        throw new Refused("nothing was changed; --yes makes all lines count as they do today");
       await mendDrift(sql);
       if (differing > 0) print(`${differing} balances were corrected`);
     },
@@ -53,7 +55,7 @@ async function compare(
   sql: Sql,
   paths: string[],
   print: Print,
-): Promise<Recounted & { differing: number }> {
+): Promise<Recounted & { differing: number; others: string[] }> {
   let progress: ReturnType<typeof showProgress> | null = null;
   const compared = await sql.begin("isolation level repeatable read", async (tx) => {
     const tally = await openTally(tx);
@@ -61,10 +63,11 @@ async function compare(
       progress ??= showProgress("counting again", totalBytes, 0);
       progress.update(bytes, events);
     });
-    return { ...recounted, ...(await findDrift(tx, tally)) };
+    const others = await listOtherTypes(tx, getEventTypes());
+    return { ...recounted, others, ...(await findDrift(tx, tally)) };
   });
   (progress as ReturnType<typeof showProgress> | null)?.stop();
-  const { users, differing, strange, first } = compared;
+  const { users, differing, strange, first, others } = compared;
   await eachDrift(sql, ({ userId, wanted, found, excess }) =>
     print(
       `user ${JSON.stringify(userId)}: balance ${found ?? "missing"}, wanted ${wanted ?? "none"}; off by ${excess}`,
@@ -78,6 +81,10 @@ async function compare(
   if (first)
     print(
       `${strange} lines have counted and are no events now, the first at position ${first.position} of ${first.source}: ${first.reason}`,
+    );
+  if (others.length > 0)
+    print(
+      `events were posted as ${others.join(", ")}, which is not what EVENT_TYPES says today: what differs may be that`,
     );
   return compared;
 }

@@ -2,18 +2,20 @@
 import { promisify } from "node:util";
 import { gunzip, zstdDecompress } from "node:zlib";
 
-import { t } from "elysia";
+import type { TUnsafe } from "@sinclair/typebox";
 
 import {
   decodeEvent,
   type Event,
-  EventSchema,
+  EventShape,
+  getEventTypes,
   isEventId,
   MAX_EVENT_BYTES,
   MAX_ID_BYTES,
   openScanner,
   Refusal,
 } from "./event.ts";
+import type { EventSchema } from "./event-schema.ts";
 import { eachEvent, withoutBom } from "./lines.ts";
 import { Problem } from "./problem.ts";
 import type { Hold } from "./room.ts";
@@ -23,11 +25,20 @@ import { isWholeZstd } from "./zstd.ts";
 export const MAX_EVENTS_BYTES = 16 * 1024 * 1024;
 
 /**
- * The bodies as Elysia knows them: typed for clients, described in OpenAPI, and checked by nothing
- * but `decodeEvent`, which sees the digits as written.
+ * The bodies, for typed clients only: nothing but `decodeEvent` checks them, which sees the digits as
+ * written, and a schema here would make the OpenAPI plugin leave out what `detail` says of the body,
+ * because Elysia does not parse it.
  */
-export const EventBody = t.Unsafe<Event>(t.Any({ ...EventSchema }));
-export const EventsBody = t.Unsafe<string>(t.Any({ type: "string" }));
+export const EventBody = undefined as unknown as TUnsafe<Event>;
+export const EventsBody = undefined as unknown as TUnsafe<string>;
+
+/** What an event is, in OpenAPI's words: the kinds in force, and the team's own schema. */
+export function describeEvent(own: EventSchema | null): object {
+  const { properties, ...rest } = EventShape;
+  const name = { ...properties.name, enum: [...getEventTypes().keys()] };
+  const event = { ...rest, properties: { ...properties, name } };
+  return own ? { allOf: [event, own.document] } : event;
+}
 
 /** OpenAPI's words for a body that Elysia does not parse. */
 export function describeBody(type: string, schema: object) {
@@ -39,7 +50,6 @@ const SMALL_BYTES = 64 * 1024;
 /** However slowly a sender sends, its body is here by then, or refused. */
 const BODY_MS = 30_000;
 
-const scanner = openScanner();
 const LF = 10;
 const CR = 13;
 const SPACE = 32;
@@ -53,13 +63,18 @@ const DECOMPRESS: Record<
 };
 
 /** The body of `POST /liveEvent` as a line of the journal, with the `Idempotency-Key` as its id. */
-export async function readEvent(request: Request, hold: Hold): Promise<Uint8Array> {
+export async function readEvent(
+  request: Request,
+  hold: Hold,
+  own: EventSchema | null,
+): Promise<Uint8Array> {
   requireType(request, "application/json");
   const coding = request.headers.get("content-encoding") ?? "identity";
   if (coding !== "identity")
     throw new Problem(415, "Content-Encoding: one event comes uncompressed");
   const body = withoutBom(await readBytes(request, MAX_EVENT_BYTES, hold));
-  const decoded = decodeEvent(body);
+  let decoded = decodeEvent(body);
+  if (!(decoded instanceof Refusal)) decoded = own?.refuse(body) ?? decoded;
   if (decoded instanceof Refusal) {
     const { kind, faults, reason } = decoded;
     if (kind === "json") throw new Problem(400, `the body is ${reason}`);
@@ -117,6 +132,7 @@ export async function readEvents(
   request: Request,
   hold: Hold,
   listed: number,
+  own: EventSchema | null,
   from = 0,
 ): Promise<Lines> {
   requireType(request, "application/x-ndjson");
@@ -132,6 +148,7 @@ export async function readEvents(
   let rejected = 0;
   let plain = true;
   let end = 0;
+  const scanner = openScanner();
   const take = (at: number, length: number) => {
     if (end !== at || good !== body) good.set(body.subarray(at, at + length), end);
     end += length + 1;
@@ -140,14 +157,22 @@ export async function readEvents(
     ends.push(lineEnd);
     plain &&= lineEnd === end - 1;
   };
+  const refuse = (number: number, { reason }: Refusal) => {
+    if (rejected++ < listed) errors.push({ line: number, message: reason });
+  };
   eachEvent(
     body,
     scanner,
-    (at) => take(at, scanner.end - at),
+    (at, number) => {
+      const refusal = own?.refuse(body.subarray(at, scanner.end));
+      if (refusal) refuse(number, refusal);
+      else take(at, scanner.end - at);
+    },
     (line, at, number) => {
-      const decoded = decodeEvent(line);
-      if (!(decoded instanceof Refusal)) return take(at, line.length);
-      if (rejected++ < listed) errors.push({ line: number, message: decoded.reason });
+      let decoded = decodeEvent(line);
+      if (!(decoded instanceof Refusal)) decoded = own?.refuse(line) ?? decoded;
+      if (decoded instanceof Refusal) refuse(number, decoded);
+      else take(at, line.length);
     },
   );
   return {

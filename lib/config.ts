@@ -131,6 +131,21 @@ const SETTINGS = {
     read: (found) => (/^[!-~]+$/.test(found) ? found : undefined),
     secret: true,
   }),
+  EVENT_TYPES: setting({
+    default: "add_revenue:+,subtract_revenue:-",
+    meaning: "names that events may have, and whether they count: + adds, - subtracts, 0 does not",
+    wanted: "NAME:+, NAME:- or NAME:0, separated by commas, each name once",
+    read: (found) => {
+      const names = found.split(",").map((part) => /^([\w.-]{1,64}):[+0-]$/.exec(part.trim())?.[1]);
+      return names.includes(undefined) || new Set(names).size < names.length ? undefined : found;
+    },
+  }),
+  EVENT_SCHEMA: setting({
+    default: undefined,
+    meaning: "a JSON Schema (2020-12) file that each event must satisfy besides",
+    wanted: "a path",
+    read: readPath,
+  }),
   SERVER_URL: setting({
     default: "http://127.0.0.1:8000",
     meaning: "where the client sends",

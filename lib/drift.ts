@@ -118,6 +118,18 @@ export async function readRemoved(sql: Statements, source: string): Promise<numb
   return Number(row?.position ?? 0);
 }
 
+/** Names of events that have counted otherwise than `types` has it, with how. */
+export async function listOtherTypes(
+  sql: Statements,
+  types: ReadonlyMap<string, number>,
+): Promise<string[]> {
+  const rows = await sql<{ name: string; sign: number }[]>`
+    select name, sign from event_types order by name, sign`;
+  return rows
+    .filter(({ name, sign }) => types.get(name) !== sign)
+    .map(({ name, sign }) => `${name}:${{ 1: "+", [-1]: "-" }[sign] ?? "0"}`);
+}
+
 /** Where lines of `source` end without a newline, behind `from`. */
 export async function listLineEnds(
   sql: Statements,

@@ -6,7 +6,7 @@ import { type Static, Type } from "@sinclair/typebox";
 import { TypeCompiler } from "@sinclair/typebox/compiler";
 
 import { parseAmount, UNITS } from "./amount.ts";
-import { Scanner } from "./scan.ts";
+import { Scanner, type Sign } from "./scan.ts";
 
 /** A line, or the body of `POST /liveEvent`, may have this many bytes. */
 export const MAX_EVENT_BYTES = 64 * 1024;
@@ -15,14 +15,24 @@ export const MAX_ID_BYTES = 128;
 /** The name of a source. */
 export const MAX_SOURCE_BYTES = 256;
 
+/** The kinds of events by their names. */
+export type EventTypes = ReadonlyMap<string, Sign>;
+const SIGNS: Record<string, Sign> = { "+": 1, "-": -1, "0": 0 };
+
+/** Reads `NAME:+,NAME:-,NAME:0`. */
+function parseEventTypes(text: string): EventTypes {
+  const types = text.split(",").map((part) => part.trim().split(":"));
+  return new Map(types.map(([name = "", sign = ""]) => [name, SIGNS[sign] as Sign]));
+}
+
 /** The event as it is sent; other fields are allowed and kept in the journal. */
-export const EventSchema = Type.Object(
+export const EventShape = Type.Object(
   {
     userId: Type.String({
       minLength: 1,
       description: `1 to ${MAX_USER_ID_BYTES} UTF-8 bytes, no NUL`,
     }),
-    name: Type.Union([Type.Literal("add_revenue"), Type.Literal("subtract_revenue")]),
+    name: Type.String({ description: "one of the kinds of events" }),
     value: Type.Number({
       description: "size below 10^15, at most 9 decimals and 15 significant digits as written",
     }),
@@ -38,12 +48,14 @@ export const EventSchema = Type.Object(
     examples: [{ userId: "user1", name: "add_revenue", value: 98 }],
   },
 );
-export type Event = Static<typeof EventSchema>;
+export type Event = Static<typeof EventShape>;
 
 /** What posting needs of an event: whose balance changes, and by how much (10^-9, signed). */
 export interface Change {
   userId: string;
-  name: Event["name"];
+  name: string;
+  /** 0: it is kept, and does not count. */
+  sign: Sign;
   amount: bigint;
   /** Where the event has one: with it, it counts once however often it comes. */
   id: string | undefined;
@@ -51,7 +63,7 @@ export interface Change {
 
 /** Why a line is not an event. `path` is a JSON pointer, empty for the line as a whole. */
 export interface Fault {
-  path: "" | "/userId" | "/name" | "/value" | "/id";
+  path: string;
   message: string;
 }
 
@@ -69,17 +81,37 @@ export class Refusal {
   }
 }
 
-const WANTED: Record<Fault["path"], string> = {
+const WANTED = {
   "": "an event is a JSON object with userId, name and value",
   "/userId": `must be a string of 1 to ${MAX_USER_ID_BYTES} UTF-8 bytes, without NUL or lone surrogates`,
-  "/name": 'must be "add_revenue" or "subtract_revenue"',
+  "/name": "", // depends on the kinds of events that there are
   "/value": "must be a JSON number smaller than 10^15",
   "/id": `must be a string of 1 to ${MAX_ID_BYTES} UTF-8 bytes, without NUL or lone surrogates`,
 };
+type Path = keyof typeof WANTED;
 
-const shape = TypeCompiler.Compile(EventSchema);
-const scanner = openScanner();
+const shape = TypeCompiler.Compile(EventShape);
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
+let eventTypes: EventTypes;
+let scanner: Scanner;
+setEventTypes("add_revenue:+,subtract_revenue:-");
+
+/**
+ * Says which kinds of events there are, as `NAME:+,NAME:-,NAME:0`: once, at the start of a process and of each of its Workers,
+ * before any event is read. A setting of the whole program, and not an argument of all that ever looks
+ * at a line: two tables in one process would be a mistake.
+ */
+export function setEventTypes(types: string): void {
+  eventTypes = parseEventTypes(types);
+  scanner = openScanner();
+  const names = [...eventTypes.keys()].map((name) => `"${name}"`);
+  WANTED["/name"] = `must be ${names.join(", ").replace(/, (?!.*, )/, " or ")}`;
+}
+
+export function getEventTypes(): EventTypes {
+  return eventTypes;
+}
 
 /** Reads one line (without its newline): the change it stands for, or why it is not an event. */
 export function decodeEvent(line: Uint8Array): Change | Refusal {
@@ -94,12 +126,12 @@ export function decodeEvent(line: Uint8Array): Change | Refusal {
     return refuse("json", "not UTF-8 text");
   }
 
-  let event: unknown;
+  let parsed: unknown;
   const values: { holder: unknown; written: string | undefined }[] = [];
   try {
     // The reviver is the only way to the digits as written. A nested "value" calls it too, hence
     // the holder; of a repeated key it sees the last, as JSON.parse does.
-    event = (JSON.parse as ParseWithSource)(text, function (key, value, context) {
+    parsed = (JSON.parse as ParseWithSource)(text, function (key, value, context) {
       if (key === "value") values.push({ holder: this, written: context.source });
       return value;
     });
@@ -107,8 +139,11 @@ export function decodeEvent(line: Uint8Array): Change | Refusal {
     return refuse("json", error instanceof RangeError ? "nested too deeply" : "not JSON");
   }
 
-  if (!shape.Check(event)) {
-    const paths = new Set([...shape.Errors(event)].map(({ path }) => path as Fault["path"]));
+  const event = parsed;
+  if (!shape.Check(event) || !eventTypes.has(event.name)) {
+    const paths = new Set([...shape.Errors(event)].map(({ path }) => path as Path));
+    const name = (event as Partial<Event> | null)?.name;
+    if (!paths.has("") && !eventTypes.has(name as string)) paths.add("/name");
     if (paths.has("")) return refuse("event", WANTED[""]);
     return new Refusal(
       "event",
@@ -121,17 +156,18 @@ export function decodeEvent(line: Uint8Array): Change | Refusal {
 
 /** A scanner of events, which takes some of them and refuses none. */
 export function openScanner(): Scanner {
-  return new Scanner(MAX_USER_ID_BYTES, MAX_ID_BYTES);
+  return new Scanner(MAX_USER_ID_BYTES, MAX_ID_BYTES, eventTypes);
 }
 
 /** What was scanned last, in `bytes`, as the full decoder gives it. */
 export function scannedChange(scanned: Scanner, bytes: Uint8Array): Change {
-  const { userFrom, userTo, idFrom, idTo, isAdded, whole, billionths } = scanned;
+  const { userFrom, userTo, idFrom, idTo, name, sign, whole, billionths } = scanned;
   const value = BigInt(whole) * UNITS + BigInt(billionths);
   return {
     userId: utf8.decode(bytes.subarray(userFrom, userTo)),
-    name: isAdded ? "add_revenue" : "subtract_revenue",
-    amount: isAdded ? value : -value,
+    name,
+    sign,
+    amount: BigInt(sign) * value,
     id: idTo > 0 ? utf8.decode(bytes.subarray(idFrom, idTo)) : undefined,
   };
 }
@@ -139,7 +175,7 @@ export function scannedChange(scanned: Scanner, bytes: Uint8Array): Change {
 /** The rules that a schema cannot say. */
 function change(
   userId: string,
-  name: Event["name"],
+  name: string,
   written: string,
   id: string | undefined,
 ): Change | Refusal {
@@ -147,7 +183,8 @@ function change(
   if (id !== undefined && !isEventId(id)) return refuse("event", WANTED["/id"], "/id");
   const amount = parseAmount(written);
   if (typeof amount === "string") return refuse("event", amount, "/value");
-  return { userId, name, amount: name === "add_revenue" ? amount : -amount, id };
+  const sign = eventTypes.get(name) as Sign;
+  return { userId, name, sign, amount: BigInt(sign) * amount, id };
 }
 
 /** Whether there can be a user of this name. */

@@ -107,13 +107,16 @@ export class Fold {
 
   /** Adds what the scanner has found at `at` in `bytes`. */
   private addScanned(bytes: Uint8Array, position: number, at: number): void {
-    const { userFrom, userTo, hash, idTo, isAdded, whole, billionths, end } = this.scanner;
+    const { userFrom, userTo, hash, idTo, sign, whole, billionths, end } = this.scanner;
+    if (sign === 0) {
+      this.events++;
+      return;
+    }
     if (idTo > 0) {
       const change = scannedChange(this.scanner, bytes);
       return this.claim(position, position + end - at, { ...change, id: change.id as string });
     }
-    if (isAdded) this.changes.add(bytes, userFrom, userTo, hash, whole, billionths);
-    else this.changes.add(bytes, userFrom, userTo, hash, -whole, -billionths);
+    this.changes.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
     this.events++;
   }
 
@@ -130,9 +133,10 @@ export class Fold {
   add(line: Uint8Array, position: number): void {
     const decoded = decodeEvent(line);
     if (decoded instanceof Refusal) return this.quarantine(line, position, decoded.reason);
-    const { userId, amount, id } = decoded;
-    if (id !== undefined) return this.claim(position, position + line.length, { ...decoded, id });
-    this.changes.addTo(userId, amount);
+    const { userId, sign, amount, id } = decoded;
+    if (id !== undefined && sign !== 0)
+      return this.claim(position, position + line.length, { ...decoded, id });
+    if (sign !== 0) this.changes.addTo(userId, amount);
     this.events++;
   }
 
@@ -181,7 +185,8 @@ export class Fold {
 }
 
 /** All that makes an event with an id this one and no other. */
-export function identityOf({ id, userId, name, amount }: Change & { id: string }): string {
-  const value = formatAmount(name === "add_revenue" ? amount : -amount);
+export function identityOf(change: Change & { id: string }): string {
+  const { id, userId, name, sign, amount } = change;
+  const value = formatAmount(sign < 0 ? -amount : amount);
   return JSON.stringify({ id, userId, name, value });
 }

@@ -105,6 +105,18 @@ export type Outcome =
   | { state: "elsewhere" }
   | { state: "ahead"; posted: Map<string, number> };
 
+/** Notes how events of each name count from now on. */
+export async function noteEventTypes(database: Database, types: ReadonlyMap<string, number>) {
+  await database.use(
+    (sql) => sql`
+      insert into event_types (name, sign)
+      select * from unnest(
+        ${arrayLiteral(types.keys())}::text::text[], ${`{${[...types.values()].join()}}`}::text::smallint[])
+      on conflict do nothing`,
+    POST_DEADLINE_MS,
+  );
+}
+
 /** The checkpoint of `source`, made at `start` where there is none. */
 export async function openCheckpoint(
   database: Database,

@@ -27,17 +27,17 @@ export function eachLine(
 
 /**
  * The same, but events that `scanner` takes go to `scanned`, which finds them there: `at` is the offset
- * of the event's first byte. All other lines go to `visit`.
+ * of the event's first byte, `number` its line's. All other lines go to `visit`.
  */
 export function eachEvent(
   bytes: Uint8Array,
   scanner: Scanner,
-  scanned: (at: number) => void,
+  scanned: (at: number, number: number) => void,
   visit: (line: Uint8Array, at: number, number: number, next: number) => void,
 ): void {
   for (let from = 0, number = 1; from < bytes.length; number++) {
     const next = scanner.scan(bytes, from);
-    if (next > 0) scanned(from);
+    if (next > 0) scanned(from, number);
     from = next > 0 ? next : visitLine(bytes, from, number, visit);
   }
 }

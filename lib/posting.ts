@@ -6,10 +6,18 @@ import { join } from "node:path";
 
 import { type Database, Unavailable } from "./database.ts";
 import { Effort } from "./effort.ts";
+import { getEventTypes } from "./event.ts";
 import { JOURNAL_FILE } from "./journal.ts";
 import { openJournalReader } from "./journal-reader.ts";
 import { openJournalSource } from "./journal-source.ts";
-import { type Batch, countQuarantined, type Outcome, post, pruneIds } from "./ledger.ts";
+import {
+  type Batch,
+  countQuarantined,
+  noteEventTypes,
+  type Outcome,
+  post,
+  pruneIds,
+} from "./ledger.ts";
 import { type BatchReader, openFileSource } from "./source.ts";
 import type { Job, Report } from "./supervisor.ts";
 import { watchDirectory } from "./wake.ts";
@@ -37,6 +45,7 @@ export async function follow(
   let trouble = "";
   while (!stop.aborted) {
     try {
+      await noteEventTypes(database, getEventTypes());
       const journal = await openJournalReader(path);
       if (!journal) {
         await wake.changed();
@@ -90,6 +99,7 @@ export async function postFile(
   let sent = null as Batch | null;
   while (!stop.aborted) {
     try {
+      await noteEventTypes(database, getEventTypes());
       const journal = await openJournalReader(path);
       const batches: BatchReader = journal
         ? await openJournalSource(database, path, journal, effort, ahead)

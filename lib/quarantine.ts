@@ -129,7 +129,7 @@ async function retry(sql: Sql, row: Row, line: Uint8Array | null): Promise<strin
   if (!line) return `${row.reason}, and only the beginning of it is kept`;
   const decoded = decodeEvent(line);
   if (decoded instanceof Refusal) return decoded.reason;
-  if (decoded.id === undefined) return release(sql, row, decoded);
+  if (decoded.id === undefined || decoded.sign === 0) return release(sql, row, decoded);
   const { id } = decoded;
   const event = identityOf({ ...decoded, id });
   const [known] = await sql<{ event: string }[]>`select event from event_ids where id = ${id}`;
@@ -152,7 +152,7 @@ async function retry(sql: Sql, row: Row, line: Uint8Array | null): Promise<strin
 async function release(
   sql: Sql,
   { source, position }: Row,
-  { userId, amount }: Change,
+  { userId, sign, amount }: Change,
   claim: { id: string; event: string } | null = null,
 ): Promise<null> {
   const claiming = claim
@@ -164,12 +164,13 @@ async function release(
       delete from quarantine where source = ${source} and position = ${position} returning 1
     ), claimed as (${claiming}), posted as (
       insert into users_revenue as balance (user_id, revenue)
-      select ${userId}, ${formatAmount(amount)}::numeric from gone
+      select ${userId}, ${formatAmount(amount)}::numeric from gone where ${sign !== 0}
       on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue
     ), kept as (
       insert into snapshots as snapshot (source, user_id, revenue)
       select ${source}, ${userId}, ${formatAmount(amount)}::numeric
-      from gone, removed where removed.source = ${source} and removed.position > ${position}
+      from gone, removed
+      where removed.source = ${source} and removed.position > ${position} and ${sign !== 0}
       on conflict (source, user_id) do update set revenue = snapshot.revenue + excluded.revenue
     )
     select 1 / ((select count(*) from claimed) = (select count(*) from gone))::int`;

@@ -192,10 +192,10 @@ function openCount(
         scanner,
         (at) => {
           if (leftOut.has(position + at)) return;
-          const { userFrom, userTo, hash, isAdded, whole, billionths } = scanner;
+          const { userFrom, userTo, hash, sign, whole, billionths } = scanner;
           recounted.events++;
-          if (isAdded) sums.add(lines, userFrom, userTo, hash, whole, billionths);
-          else sums.add(lines, userFrom, userTo, hash, -whole, -billionths);
+          if (sign === 0) return;
+          sums.add(lines, userFrom, userTo, hash, sign * whole, sign * billionths);
         },
         (line, at) => {
           if (parseSourceMark(line) || leftOut.has(position + at)) return;
@@ -206,7 +206,7 @@ function openCount(
             return;
           }
           recounted.events++;
-          sums.addTo(decoded.userId, decoded.amount);
+          if (decoded.sign !== 0) sums.addTo(decoded.userId, decoded.amount);
         },
       );
     },

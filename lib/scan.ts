@@ -30,9 +30,10 @@ const USER_ID = bytesOf('"userId"');
 const NAME = bytesOf('"name"');
 const VALUE = bytesOf('"value"');
 const ID = bytesOf('"id"');
-const ADD = bytesOf('"add_revenue"');
-const SUBTRACT = bytesOf('"subtract_revenue"');
 const POWERS = Array.from({ length: DECIMALS + 1 }, (_, i) => 10 ** i);
+
+/** Whether a kind of event adds to the balance, subtracts from it, or does not count. */
+export type Sign = 1 | -1 | 0;
 
 /** The last line that was scanned. Offsets are of the bytes that it was scanned in. */
 export class Scanner {
@@ -43,7 +44,8 @@ export class Scanner {
   /** `idTo` is 0 when there is no id. */
   idFrom = 0;
   idTo = 0;
-  isAdded = true;
+  name = "";
+  sign: Sign = 0;
   /**
    * The value is `whole` and `billionths` together, both of the sign that it is written with: exact
    * integers, below 10^15 and below 10^9.
@@ -53,10 +55,15 @@ export class Scanner {
   /** Where the event ends: behind its brace. */
   end = 0;
 
+  private readonly names: { text: string; bytes: Uint8Array; sign: Sign }[];
+
   constructor(
     private readonly maxUserBytes: number,
     private readonly maxIdBytes: number,
-  ) {}
+    types: ReadonlyMap<string, Sign>,
+  ) {
+    this.names = Array.from(types, ([text, sign]) => ({ text, bytes: bytesOf(`"${text}"`), sign }));
+  }
 
   /**
    * Scans the line that begins at `from` in `bytes` and ends before a newline, or at the end. Returns
@@ -85,9 +92,7 @@ export class Scanner {
 
     at = this.key(bytes, this.comma(bytes, at + 1), NAME);
     if (at < 0) return -1;
-    const added = this.skip(bytes, at, ADD);
-    this.isAdded = added >= 0;
-    at = this.isAdded ? added : this.skip(bytes, at, SUBTRACT);
+    at = this.eventName(bytes, at);
     if (at < 0) return -1;
 
     at = this.key(bytes, this.comma(bytes, at), VALUE);
@@ -117,6 +122,17 @@ export class Scanner {
     if (bytes[at] === CR) at++;
     if (bytes[at] === LF) return at + 1;
     return at === bytes.length ? at : -1;
+  }
+
+  private eventName(bytes: Uint8Array, from: number): number {
+    for (const { text, bytes: name, sign } of this.names) {
+      const at = this.skip(bytes, from, name);
+      if (at < 0) continue;
+      this.name = text;
+      this.sign = sign;
+      return at;
+    }
+    return -1;
   }
 
   private number(bytes: Uint8Array, from: number): number {

@@ -11,6 +11,8 @@ export interface Job {
   idDays: number;
   /** Full files of the journal are kept for so long; `null`: for ever. */
   keepDays: number | null;
+  /** The kinds of events, as EVENT_TYPES has them. */
+  eventTypes: string;
   files: string[];
 }
 

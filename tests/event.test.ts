@@ -16,12 +16,14 @@ test("an event is a change, signed by its name", () => {
   expect(decode(JSON.stringify(good))).toEqual({
     userId: "user1",
     name: "add_revenue",
+    sign: 1,
     amount: 98_000_000_000n,
     id: undefined,
   });
   expect(decode(JSON.stringify({ ...good, name: "subtract_revenue" }))).toEqual({
     userId: "user1",
     name: "subtract_revenue",
+    sign: -1,
     amount: -98_000_000_000n,
     id: undefined,
   });

@@ -13,6 +13,7 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
     ours: ["amount", "scan"],
     packages: ["@sinclair/typebox", "@sinclair/typebox/compiler"],
   },
+  "event-schema": { ours: ["event"], packages: ["ajv/dist/2020.js"] },
   lines: { ours: ["event", "scan"] },
   lock: { ours: [], packages: ["bun:sqlite"] },
   "journal-frame": { ours: [] },
@@ -54,6 +55,7 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
     ours: [
       "database",
       "effort",
+      "event",
       "journal",
       "journal-reader",
       "journal-source",
@@ -80,7 +82,7 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   retention: {
     ours: ["database", "journal-disk", "journal-reader", "journal-segments", "ledger", "recount"],
   },
-  audit: { ours: ["database", "drift", "progress", "recount"] },
+  audit: { ours: ["database", "drift", "event", "progress", "recount"] },
   quarantine: {
     ours: ["amount", "database", "drift", "event", "fold", "journal-reader", "ledger", "lines"],
   },
@@ -100,7 +102,10 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   throttle: { ours: [] },
   auth: { ours: ["problem", "throttle", "token"] },
   listener: { ours: [] },
-  body: { ours: ["event", "lines", "problem", "room", "zstd"], packages: ["elysia"] },
+  body: {
+    ours: ["event", "event-schema", "lines", "problem", "room", "zstd"],
+    packages: ["@sinclair/typebox"],
+  },
   zstd: { ours: [] },
 };
 const FACES = ["app", "client", "processor"];
