@@ -19,7 +19,7 @@ import {
   readEvents,
 } from "./lib/body.ts";
 import { clusterUrl, openCluster } from "./lib/cluster.ts";
-import { isLoopback, parseDuration, readCommand } from "./lib/config.ts";
+import { isLoopback, maskSettings, parseDuration, readCommand } from "./lib/config.ts";
 import { type Database, openDatabase, Unavailable } from "./lib/database.ts";
 import { isUserId, setEventTypes } from "./lib/event.ts";
 import { type EventSchema, openEventSchema } from "./lib/event-schema.ts";
@@ -29,10 +29,11 @@ import { openJournalReader } from "./lib/journal-reader.ts";
 import { type Journal, JOURNAL_FILE, JournalFull, openJournal } from "./lib/journal.ts";
 import { checkLedger, readBalance, readCheckpoint } from "./lib/ledger.ts";
 import { MAX_LISTED_ERRORS } from "./lib/lines.ts";
-import { type Listener, listen } from "./lib/listener.ts";
+import { type Listener, listen, type Seen } from "./lib/listener.ts";
 import { waitForLock } from "./lib/lock.ts";
+import { type Log, openLog, watchState } from "./lib/log.ts";
 import { watchPosted } from "./lib/posted.ts";
-import { allowedMethods, Problem, problems, unavailable } from "./lib/problem.ts";
+import { allowedMethods, Problem, problems, routeOf, unavailable } from "./lib/problem.ts";
 import { openRoom } from "./lib/room.ts";
 import { sourceHeaders, sourceName, sourceOf } from "./lib/source-header.ts";
 import { openSources, type Sources } from "./lib/sources.ts";
@@ -41,6 +42,8 @@ import { openTokens, signToken, type TokenSettings } from "./lib/token.ts";
 
 /** A start waits this long for the ledger to say how far the journal is posted: it takes some 50. */
 const COMPARE_MS = 500;
+/** Who waits for another processor to end says so after this long. */
+const STAND_BY_MS = 500;
 /** `?after=` waits this long. */
 const AFTER_MS = 5_000;
 
@@ -81,6 +84,7 @@ async function main(): Promise<number> {
       "JWT_AUDIENCE",
       "TLS_CERT",
       "TLS_KEY",
+      "LOG_LEVEL",
       "DATA_DIR",
       "DATABASE_URL",
       "ID_DAYS",
@@ -103,11 +107,13 @@ async function main(): Promise<number> {
     TLS_CERT: cert,
     TLS_KEY: key,
   } = settings;
+  const log = openLog(settings.LOG_LEVEL);
+  const say = (line: string) => log.info(line);
   const access: Access = {
     writers,
     readers,
     readingIsOpen: readers.length === 0 && isLoopback(HOST),
-    tokens: openTokens(settings),
+    tokens: openTokens(settings, watchState(log, "error", "tokens: the keys are there again")),
   };
   setEventTypes(settings.EVENT_TYPES);
   const schema = settings.EVENT_SCHEMA ? openEventSchema(settings.EVENT_SCHEMA) : null;
@@ -127,11 +133,16 @@ async function main(): Promise<number> {
     // Before anything is taken on top of it, if the database can be asked at all.
     await Promise.race([compared, Bun.sleep(COMPARE_MS)]);
     const sources = openSources(join(dataDir, JOURNAL_FILE), journal, database);
-    const app = createApp({ journal, database, sources, access, schema });
+    const app = createApp({ journal, database, sources, access, schema, log });
     const tls = cert && key ? { cert, key } : null;
-    const server = listen(app.compile(), { hostname: HOST, port: PORT, tls }, () => {});
-    if (tls) process.on("SIGHUP", () => renewCertificate(server));
+    const seen: Seen = (method, path, status, id, fromMs) => {
+      const ms = Math.round((performance.now() - fromMs) * 1000) / 1000;
+      log.debug({ id, method, route: routeOf(app.routes, path), status, ms }, "request");
+    };
+    const server = listen(app.compile(), { hostname: HOST, port: PORT, tls }, seen);
+    if (tls) process.on("SIGHUP", () => renewCertificate(server, log));
     process.stdout.write(`listening on ${server.origin}\n`);
+    log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
     const processor = options["no-processor"]
       ? Promise.resolve()
       : runProcessor(
@@ -141,13 +152,18 @@ async function main(): Promise<number> {
             eventTypes: settings.EVENT_TYPES,
           },
           stop.signal,
+          log,
         );
-
     processor.catch(() => stop.abort()); // its lock is not to be had: said below, with exit code 1
     await aborted(stop.signal);
+    log.info("stopping");
     await server.finish();
     await journal.close();
-    await Promise.all([processor, compared, database.close()]);
+    await Promise.all([processor, compared, database.close()]).catch((error: Error) => {
+      log.fatal(error.message);
+      throw new Told();
+    });
+    log.info("stopped");
     return 0;
   } finally {
     await cluster?.close();
@@ -166,7 +182,7 @@ async function printToken(
   if (!scope.split(" ").every((one) => SCOPES.includes(one)))
     wrong.push(`--scope: found "${scope}", wanted ${SCOPES.join(" or ")}, or both in quotes`);
   if (!expiresMs) wrong.push(`--expires: found "${expires}", wanted a time like 12h or 30d`);
-  for (const line of wrong) say(line);
+  for (const line of wrong) complain(line);
   if (!expiresMs || wrong.length > 0) return 2;
   process.stdout.write(`${await signToken(settings, { scope, expiresMs, sub })}\n`);
   return 0;
@@ -179,17 +195,21 @@ export function createApp(parts: {
   sources: Sources;
   access: Access;
   schema: EventSchema | null;
+  log: Log;
 }) {
-  const { journal, database, sources, access, schema } = parts;
+  const { journal, database, sources, access, schema, log } = parts;
   const authorize = openAuth(access);
   const mayWrite = async ({ request, server }: Asking) =>
     authorize({ request, server, scope: "events:write" });
+  const taking = watchState(log, "error", "journal: events are taken again");
+  const asking = watchState(log, "warn", "database: it answers again");
+  const failing = watchState(log, "error", "");
   const posted = watchPosted(database);
   const room = openRoom();
   const routes: { method: string; path: string }[] = [];
 
   const app = new Elysia({ normalize: false, strictPath: true })
-    .use(problems((path) => allowedMethods(routes, path), say))
+    .use(problems((path) => allowedMethods(routes, path), failing.bad))
     .use(
       openapi({
         documentation: {
@@ -335,49 +355,56 @@ export function createApp(parts: {
         headers: { "retry-after": "1" },
       });
   }
-}
 
-/** What the journal took, or the answer for why it did not. */
-async function taken<T>(taking: Promise<T>): Promise<T> {
-  try {
-    return await taking;
-  } catch (error) {
-    const { message } = error as Error;
-    if (message !== told) say((told = message));
-    if (error instanceof JournalFull) throw new Problem(507, message);
-    throw unavailable(message);
+  /** What the journal took, or the answer for why it did not. */
+  async function taken<T>(appending: Promise<T>): Promise<T> {
+    try {
+      const result = await appending;
+      taking.good();
+      return result;
+    } catch (error) {
+      const { message } = error as Error;
+      taking.bad(message);
+      if (error instanceof JournalFull) throw new Problem(507, message);
+      throw unavailable(message);
+    }
+  }
+
+  /** What the database answered, or 503. */
+  async function answered<T>(reading: Promise<T>): Promise<T> {
+    try {
+      const result = await reading;
+      asking.good();
+      return result;
+    } catch (error) {
+      if (!(error instanceof Unavailable)) throw error;
+      // Anybody may ask for a balance: what exactly is wrong is for the log.
+      asking.bad(error.message);
+      throw unavailable("the database does not answer; this passes, or the log says why");
+    }
   }
 }
 
-let told = "";
-
-/** What the database answered, or 503. */
-async function answered<T>(asking: Promise<T>): Promise<T> {
-  try {
-    return await asking;
-  } catch (error) {
-    if (!(error instanceof Unavailable)) throw error;
-    // Anybody may ask for a balance: what exactly is wrong is for the log.
-    if (error.message !== told) say((told = error.message));
-    throw unavailable("the database does not answer; this passes, or the log says why");
-  }
-}
-
-function renewCertificate(server: Listener): void {
+function renewCertificate(server: Listener, log: Log): void {
   try {
     server.renew();
-    say("the certificate was read again");
+    log.info("the certificate was read again");
   } catch (error) {
-    say(`the old certificate stays: ${(error as Error).message}`);
+    log.error(`the old certificate stays: ${(error as Error).message}`);
   }
 }
 
 /** Runs the processor beside the server, once no other one follows this journal. */
-async function runProcessor(job: Job, stop: AbortSignal): Promise<void> {
+async function runProcessor(job: Job, stop: AbortSignal, log: Log): Promise<void> {
+  const standingBy = "processor: standing by: another one follows this journal";
+  const said = setTimeout(() => log.info(standingBy), STAND_BY_MS);
   const lock = await waitForLock(join(job.dataDir, "processor.lock"), stop);
+  clearTimeout(said);
   if (!lock) return;
+  log.info(`processor: following ${join(job.dataDir, JOURNAL_FILE)}`);
   const processor = supervise(new URL("./processor.ts", import.meta.url), job, (report) => {
-    if (report.type === "say" || report.type === "failed") say(report.line);
+    if (report.type === "say") log[report.level ?? "info"](report.line);
+    if (report.type === "failed") log.fatal(report.line);
   });
   await aborted(stop);
   await processor.stop();
@@ -416,13 +443,17 @@ function aborted(signal: AbortSignal): Promise<null> {
   });
 }
 
-function say(line: string): void {
+/** A start that fails says why in plain text, for whoever has typed it. */
+function complain(line: string): void {
   process.stderr.write(`${line}\n`);
 }
 
+/** The log has it already. */
+class Told extends Error {}
+
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say((error as Error).message);
+    if (!(error instanceof Told)) complain((error as Error).message);
     return 1;
   });
   process.exit();

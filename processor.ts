@@ -14,11 +14,12 @@ import { basename, join } from "node:path";
 import { rebuild, verify } from "./lib/audit.ts";
 import { check, repair } from "./lib/check.ts";
 import { clusterUrl, openCluster } from "./lib/cluster.ts";
-import { readCommand } from "./lib/config.ts";
+import { maskSettings, readCommand } from "./lib/config.ts";
 import { type Database, openDatabase, Refused } from "./lib/database.ts";
 import { setEventTypes } from "./lib/event.ts";
 import { JOURNAL_FILE } from "./lib/journal.ts";
 import { waitForLock } from "./lib/lock.ts";
+import { openLog } from "./lib/log.ts";
 import { follow, postFile } from "./lib/posting.ts";
 import { type Progress, showProgress } from "./lib/progress.ts";
 import { listQuarantine, retryQuarantine } from "./lib/quarantine.ts";
@@ -65,7 +66,10 @@ async function main(): Promise<number> {
       },
     },
     files: { atMost: Number.POSITIVE_INFINITY },
-    settings: ["DATA_DIR", "DATABASE_URL", "ID_DAYS", "JOURNAL_KEEP_DAYS", "EVENT_TYPES"],
+    settings: [
+      ...(["DATA_DIR", "DATABASE_URL", "ID_DAYS", "JOURNAL_KEEP_DAYS"] as const),
+      ...(["EVENT_TYPES", "LOG_LEVEL"] as const),
+    ],
     exits: {
       0: "done, or told to stop; nothing differs, is damaged or is in quarantine (any more)",
       1: "balances differ, the journal is damaged, or lines are in quarantine",
@@ -95,12 +99,20 @@ async function main(): Promise<number> {
   setEventTypes(eventTypes);
   mkdirSync(dataDir, { recursive: true });
   const needsLedger = !options["check"] || options["repair"];
+  // Who stays has a log; what a person waits for speaks plainly.
+  const log = openLog(settings.LOG_LEVEL);
+  const stays = !tool && files.length === 0;
+  const tell: Tell = stays ? (line, level = "info") => log[level](line) : say;
   const cluster =
-    databaseUrl || !needsLedger ? null : await openCluster(join(dataDir, "postgres"), say);
+    databaseUrl || !needsLedger ? null : await openCluster(join(dataDir, "postgres"), tell);
   try {
     if (tool) return await useTool(tool, dataDir, databaseUrl, files);
-    if (files.length === 0 && !(await becomeTheProcessor(dataDir, stop.signal))) return 0;
-    return await run({ dataDir, databaseUrl, idDays, keepDays, eventTypes, files }, stop.signal);
+    if (stays) log.info({ settings: maskSettings(settings) }, "started");
+    if (stays && !(await becomeTheProcessor(dataDir, stop.signal, tell))) return 0;
+    const job = { dataDir, databaseUrl, idDays, keepDays, eventTypes, files };
+    const code = await run(job, stop.signal, tell);
+    if (stays) log.info("stopped");
+    return code;
   } finally {
     await cluster?.close();
   }
@@ -167,16 +179,20 @@ async function useTool(
 }
 
 /** Waits until no other processor follows this journal. `false`: told to stop before. */
-async function becomeTheProcessor(dataDir: string, stop: AbortSignal): Promise<boolean> {
-  const said = setTimeout(say, 500, "standing by: another processor follows this journal");
+async function becomeTheProcessor(
+  dataDir: string,
+  stop: AbortSignal,
+  tell: Tell,
+): Promise<boolean> {
+  const said = setTimeout(tell, 500, "standing by: another processor follows this journal");
   const lock = await waitForLock(join(dataDir, "processor.lock"), stop);
   clearTimeout(said);
-  if (lock) say(`following ${join(dataDir, JOURNAL_FILE)}`);
+  if (lock) tell(`following ${join(dataDir, JOURNAL_FILE)}`);
   return lock !== null;
 }
 
 /** Runs the job in its Worker, shows how it goes, and returns the exit code. */
-async function run(job: Job, stop: AbortSignal): Promise<number> {
+async function run(job: Job, stop: AbortSignal, tell: Tell): Promise<number> {
   const startedMs = performance.now();
   const total = { events: 0, quarantined: 0, bytes: 0 };
   let progress: Progress | null = null;
@@ -185,7 +201,7 @@ async function run(job: Job, stop: AbortSignal): Promise<number> {
   let failed = false;
 
   const processor = supervise(new URL(import.meta.url), job, (report) => {
-    if (report.type === "say") say(report.line);
+    if (report.type === "say") tell(report.line, report.level);
     if (report.type === "opened") {
       progress?.stop();
       progress = showProgress(basename(report.file), report.bytes, report.from);
@@ -201,7 +217,7 @@ async function run(job: Job, stop: AbortSignal): Promise<number> {
     }
     if (report.type === "failed") {
       progress?.stop();
-      say(report.line);
+      tell(report.line, "error");
       failed = true;
     }
   });
@@ -220,6 +236,8 @@ async function run(job: Job, stop: AbortSignal): Promise<number> {
     );
   return failed ? 3 : total.quarantined > 0 && job.files.length > 0 ? 1 : 0;
 }
+
+type Tell = (line: string, level?: "info" | "warn" | "error") => void;
 
 function say(line: string): void {
   process.stderr.write(`${line}\n`);

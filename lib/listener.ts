@@ -26,7 +26,13 @@ interface Served {
 }
 
 /** Hears of each answer; `fromMs` is when its request came (performance.now). */
-export type Seen = (request: Request, status: number, id: string, fromMs: number) => void;
+export type Seen = (
+  method: string,
+  path: string,
+  status: number,
+  id: string,
+  fromMs: number,
+) => void;
 
 export interface Listener {
   /** `http://HOST:PORT` */
@@ -91,7 +97,7 @@ export function listen(app: Served, address: Address, seen: Seen): Listener {
     const id = given !== null && REQUEST_ID.test(given) ? given : crypto.randomUUID();
     const response = await fetch(request);
     response.headers.set("x-request-id", id);
-    seen(request, response.status, id, fromMs);
+    seen(request.method, pathOf(request.url), response.status, id, fromMs);
     return response;
   }
 
@@ -105,6 +111,13 @@ export function listen(app: Served, address: Address, seen: Seen): Listener {
     }
     return pair;
   }
+}
+
+/** Without the origin and the query. */
+function pathOf(url: string): string {
+  const from = url.indexOf("/", 8);
+  const query = url.indexOf("?", from);
+  return query < 0 ? url.slice(from) : url.slice(from, query);
 }
 
 interface Pair {

@@ -64,7 +64,8 @@ export async function follow(
       ahead = ended instanceof Map ? ended : new Map();
     } catch (error) {
       const { message } = error as Error;
-      if (message !== trouble) report({ type: "say", line: `processor: waiting; ${message}` });
+      if (message !== trouble)
+        report({ type: "say", level: "warn", line: `processor: waiting; ${message}` });
       trouble = message;
       await Bun.sleep(error instanceof Unavailable && error.passing ? 200 : 2_000);
     }

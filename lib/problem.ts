@@ -76,17 +76,30 @@ export function problems(allowed: (path: string) => string[], say: (line: string
   }
 }
 
+interface Route {
+  method: string;
+  path: string;
+}
+
 /** The methods that `routes` take for `path`: `/userEvents/:userid` stands for any one segment. */
-export function allowedMethods(
-  routes: readonly { method: string; path: string }[],
-  path: string,
-): string[] {
-  const segments = path.split("/");
-  const fits = (route: string[]) =>
-    route.length === segments.length &&
-    route.every((part, i) => (part.startsWith(":") ? segments[i] !== "" : part === segments[i]));
-  const methods = routes.filter((route) => fits(route.path.split("/"))).map(({ method }) => method);
+export function allowedMethods(routes: readonly Route[], path: string): string[] {
+  const methods = routes.filter((route) => fits(route.path, path)).map(({ method }) => method);
   return [...new Set(methods.includes("GET") ? [...methods, "HEAD"] : methods)];
+}
+
+/** The path of the route that `path` is of: one of few, whatever is asked for. */
+export function routeOf(routes: readonly Route[], path: string): string {
+  return routes.find((route) => fits(route.path, path))?.path ?? "other";
+}
+
+function fits(route: string, path: string): boolean {
+  if (!route.includes(":")) return route === path;
+  const segments = path.split("/");
+  const parts = route.split("/");
+  return (
+    parts.length === segments.length &&
+    parts.every((part, i) => (part.startsWith(":") ? segments[i] !== "" : part === segments[i]))
+  );
 }
 
 function respond({ status, detail, more: { errors, headers } }: Problem): Response {

@@ -18,7 +18,7 @@ export interface Job {
 
 /** What it tells on the way. `failed` is final. */
 export type Report =
-  | { type: "say"; line: string }
+  | { type: "say"; line: string; level?: "warn" | "error" }
   | { type: "opened"; file: string; bytes: number; from: number }
   | { type: "posted"; events: number; quarantined: number; bytes: number }
   | { type: "done" }
@@ -67,11 +67,11 @@ export function supervise(program: URL, job: Job, report: (report: Report) => vo
     };
     worker.onerror = (event) => {
       event.preventDefault();
-      report({ type: "say", line: `processor: ${event.message.split("\n")[0]}` });
+      report({ type: "say", level: "error", line: `processor: ${event.message.split("\n")[0]}` });
     };
     worker.addEventListener("close", () => {
       if (finished || stopping) return end();
-      report({ type: "say", line: "processor: died; starting it again" });
+      report({ type: "say", level: "error", line: "processor: died; starting it again" });
       setTimeout(start, pauseMs);
       pauseMs = Math.min(pauseMs * 2, LONGEST_PAUSE_MS);
     });

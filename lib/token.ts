@@ -75,14 +75,18 @@ export function isToken(text: string): boolean {
   return /^[\w-]+\.[\w-]+\.[\w-]*$/.test(text);
 }
 
-/** The check for tokens as the settings want it, or `null` where they want none. */
+/**
+ * The check for tokens as the settings want it, or `null` where they want none. `having` hears whether
+ * there are keys to be had.
+ */
 export function openTokens(
   { JWT_SECRET, JWKS_URL, JWT_ISSUER, JWT_AUDIENCE }: TokenSettings,
+  having: { bad(reason: string): void; good(): void },
   { fetch, now }: World = world,
 ): Verify | null {
   if (!JWT_SECRET && !JWKS_URL) return null;
   const secret = JWT_SECRET ? new TextEncoder().encode(JWT_SECRET) : null;
-  const key = secret ? () => secret : openKeys(JWKS_URL as string, fetch, now);
+  const key = secret ? () => secret : openKeys(JWKS_URL as string, having, { fetch, now });
   const options = {
     algorithms: secret ? ["HS256"] : KEY_ALGORITHMS,
     clockTolerance: TOLERANCE_S,
@@ -123,7 +127,11 @@ export function signToken(
  * The keys at `url`, asked for when the first token comes. While the issuer is away, those that were
  * good stay good; a key that is not among them cannot be judged then (KeysAway).
  */
-function openKeys(url: string, fetch: World["fetch"], now: World["now"]): JWTVerifyGetKey {
+function openKeys(
+  url: string,
+  having: { bad(reason: string): void; good(): void },
+  { fetch, now }: World,
+): JWTVerifyGetKey {
   let keys: ReturnType<typeof createLocalJWKSet> | null = null;
   let loading: Promise<void> | null = null;
   let loadedMs = Number.NEGATIVE_INFINITY;
@@ -163,9 +171,12 @@ function openKeys(url: string, fetch: World["fetch"], now: World["now"]): JWTVer
       keys = createLocalJWKSet((await response.json()) as JSONWebKeySet);
       loadedMs = now();
       away = null;
+      having.good();
     } catch (error) {
       awayMs = now();
-      away = new KeysAway(`no keys from ${url}: ${(error as Error).message}`);
+      const { host, pathname } = new URL(url); // its query and user may be secrets
+      away = new KeysAway(`no keys from ${host}${pathname}: ${(error as Error).message}`);
+      having.bad(`tokens: ${away.message}`);
       throw away;
     }
   }

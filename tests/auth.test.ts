@@ -376,6 +376,8 @@ test("keys: asked for once in 30 s at most for an unknown one; the good ones out
   let away = false;
   let asked = 0;
   const served = [ec.jwk];
+  const said: string[] = [];
+  const having = { bad: () => said.push("bad"), good: () => said.push("good") };
   const world = {
     now: () => nowMs,
     fetch: async () => {
@@ -384,7 +386,7 @@ test("keys: asked for once in 30 s at most for an unknown one; the good ones out
       return Response.json({ keys: served });
     },
   };
-  const verify = openTokens({ JWKS_URL: "http://issuer.test/" }, world)!;
+  const verify = openTokens({ JWKS_URL: "http://issuer.test/" }, having, world)!;
   const outcome = async (key: Key) =>
     verify(await signWith(key, both)).then(
       () => "good",
@@ -407,4 +409,5 @@ test("keys: asked for once in 30 s at most for an unknown one; the good ones out
   served.splice(0, 1);
   expect(await outcome(ed)).toBe("unknown_key");
   expect(await outcome(ec)).toBe("unknown_key");
+  expect(said).toEqual(["good", "good", "good", "bad", "good", "good"]);
 });

@@ -102,6 +102,7 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   throttle: { ours: [] },
   auth: { ours: ["problem", "throttle", "token"] },
   listener: { ours: [] },
+  log: { ours: [], packages: ["pino"] },
   body: {
     ours: ["event", "event-schema", "lines", "problem", "room", "zstd"],
     packages: ["@sinclair/typebox"],

@@ -6,7 +6,7 @@ import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 
 import { readSettings, type SettingName } from "../lib/config.ts";
-import { run, spawn, startApp, tempDir, until } from "./support.ts";
+import { messages, run, spawn, startApp, tempDir, until } from "./support.ts";
 
 const SECRET = "quokka-in-a-secret";
 const PROGRAMS = ["app.ts", "processor.ts", "client.ts"];
@@ -272,7 +272,11 @@ for (const signal of ["SIGTERM", "SIGINT"] as const)
     app.kill(signal);
     expect(await app.exit()).toBe(0);
     expect(app.stdout.text()).toBe(`listening on ${app.url}\n`);
-    expect(app.stderr.text()).toBe("");
+    expect(messages(app.stderr.text())).toEqual([
+      `info: listening on ${app.url}`,
+      "info: stopping",
+      "info: stopped",
+    ]);
   });
 
 test("SIGTERM ends processor.ts with 0, also while the database is away", async () => {

@@ -163,6 +163,15 @@ export async function startApp(options: Run & { dataDir: string; databaseUrl?: s
   };
 }
 
+/** What a program that stays has said: the messages of its log, each after its level. */
+export function messages(stderr: string): string[] {
+  const lines = stderr.split("\n").filter((line) => line !== "");
+  return lines.map((line) => {
+    const { level, msg } = JSON.parse(line) as { level: string; msg: string };
+    return `${level}: ${msg}`;
+  });
+}
+
 /** A way to the Postgres at `url` that can be cut and mended. */
 export async function openProxy(url: string) {
   const target = new URL(url);
