@@ -121,6 +121,7 @@ export async function postFile(
         },
       });
       if (ended === "end") return;
+      sent = null; // it was refused, for somebody else had posted it
       ahead = ended instanceof Map ? ended : new Map();
       // Another processor posts the same file: let it, and look again in case it dies.
       if (ended === "elsewhere") await Bun.sleep(pauseMs);
