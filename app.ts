@@ -26,12 +26,20 @@ import { type EventSchema, openEventSchema } from "./lib/event-schema.ts";
 import { disk } from "./lib/journal-disk.ts";
 import { JournalDamage } from "./lib/journal-frame.ts";
 import { openJournalReader } from "./lib/journal-reader.ts";
-import { type Journal, JOURNAL_FILE, JournalFull, openJournal } from "./lib/journal.ts";
+import {
+  type Commit,
+  type Journal,
+  JOURNAL_FILE,
+  JournalFull,
+  openJournal,
+} from "./lib/journal.ts";
+import { type LagWatch, watchLag } from "./lib/lag.ts";
 import { checkLedger, readBalance, readCheckpoint } from "./lib/ledger.ts";
 import { MAX_LISTED_ERRORS } from "./lib/lines.ts";
 import { type Listener, listen, type Seen } from "./lib/listener.ts";
 import { waitForLock } from "./lib/lock.ts";
 import { type Log, openLog, watchState } from "./lib/log.ts";
+import { type Metrics, openMetrics } from "./lib/metrics.ts";
 import { watchPosted } from "./lib/posted.ts";
 import { allowedMethods, Problem, problems, routeOf, unavailable } from "./lib/problem.ts";
 import { openRoom } from "./lib/room.ts";
@@ -120,7 +128,10 @@ async function main(): Promise<number> {
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
-  const journal = await openJournal(dataDir, say, disk, settings.JOURNAL_SEGMENT_BYTES);
+  let watch: (commit: Commit) => void = () => {};
+  const segmentBytes = settings.JOURNAL_SEGMENT_BYTES;
+  const journal = await openJournal(dataDir, say, disk, segmentBytes, (commit) => watch(commit));
+  const path = join(dataDir, JOURNAL_FILE);
   const cluster = databaseUrl
     ? null
     : await Promise.race([openCluster(join(dataDir, "postgres"), say), aborted(stop.signal)]);
@@ -128,16 +139,28 @@ async function main(): Promise<number> {
     if (stop.signal.aborted) return 0;
     const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
     const database = openDatabase(url, "server", 4);
-    const compared = compareWithLedger(join(dataDir, JOURNAL_FILE), database, stop.signal);
+    const compared = compareWithLedger(path, database, stop.signal);
     compared.catch(() => stop.abort());
     // Before anything is taken on top of it, if the database can be asked at all.
     await Promise.race([compared, Bun.sleep(COMPARE_MS)]);
-    const sources = openSources(join(dataDir, JOURNAL_FILE), journal, database);
-    const app = createApp({ journal, database, sources, access, schema, log });
+    const lag = watchLag(path, journal, database);
+    const metrics = openMetrics({
+      journalBytes: journal.end,
+      isWritable: () => journal.trouble() === null,
+      lag,
+    });
+    watch = (commit) => {
+      lag.committed(commit);
+      metrics.committed(commit);
+    };
+    const sources = openSources(path, journal, database);
+    const app = createApp({ journal, database, sources, access, schema, log, lag, metrics });
     const tls = cert && key ? { cert, key } : null;
     const seen: Seen = (method, path, status, id, fromMs) => {
+      const route = routeOf(app.routes, path);
+      metrics.answered(method, route, status);
       const ms = Math.round((performance.now() - fromMs) * 1000) / 1000;
-      log.debug({ id, method, route: routeOf(app.routes, path), status, ms }, "request");
+      log.debug({ id, method, route, status, ms }, "request");
     };
     const server = listen(app.compile(), { hostname: HOST, port: PORT, tls }, seen);
     if (tls) process.on("SIGHUP", () => renewCertificate(server, log));
@@ -153,12 +176,14 @@ async function main(): Promise<number> {
           },
           stop.signal,
           log,
+          metrics,
         );
     processor.catch(() => stop.abort()); // its lock is not to be had: said below, with exit code 1
     await aborted(stop.signal);
     log.info("stopping");
     await server.finish();
     await journal.close();
+    lag.close();
     await Promise.all([processor, compared, database.close()]).catch((error: Error) => {
       log.fatal(error.message);
       throw new Told();
@@ -196,11 +221,15 @@ export function createApp(parts: {
   access: Access;
   schema: EventSchema | null;
   log: Log;
+  lag: LagWatch;
+  metrics: Metrics;
 }) {
-  const { journal, database, sources, access, schema, log } = parts;
+  const { journal, database, sources, access, schema, log, lag, metrics } = parts;
   const authorize = openAuth(access);
   const mayWrite = async ({ request, server }: Asking) =>
     authorize({ request, server, scope: "events:write" });
+  const mayRead = async ({ request, server }: Asking) =>
+    authorize({ request, server, scope: "balances:read" });
   const taking = watchState(log, "error", "journal: events are taken again");
   const asking = watchState(log, "warn", "database: it answers again");
   const failing = watchState(log, "error", "");
@@ -222,8 +251,9 @@ export function createApp(parts: {
       "/liveEvent",
       async ({ request, status }) => {
         using hold = room.enter();
-        const line = await readEvent(request, hold, schema);
+        const line = await readEvent(request, hold, schema, metrics.rejected);
         const position = positionOf(await taken(journal.append(line)));
+        metrics.accepted(1);
         return status(201, { message: "Event sent to process", position });
       },
       {
@@ -242,9 +272,10 @@ export function createApp(parts: {
       "/liveEvents",
       async ({ request, query, status }) => {
         using hold = room.enter();
-        const lines = await readEvents(request, hold, query.errors, schema);
+        const lines = await readEvents(request, hold, query.errors, schema, metrics.rejected);
         const { good, accepted, rejected, errors } = lines;
         const position = positionOf(await taken(journal.append(good)));
+        metrics.accepted(accepted);
         return status(201, { accepted, rejected, errors, position });
       },
       {
@@ -281,7 +312,7 @@ export function createApp(parts: {
         const name = sourceName(params.source);
         const { offset: from, digest } = sourceOf(request.headers);
         using hold = room.enter();
-        const lines = await readEvents(request, hold, query.errors, schema, from);
+        const lines = await readEvents(request, hold, query.errors, schema, metrics.rejected, from);
         const { accepted, rejected, errors, ends, bytes } = lines;
         const mark = { name, from, to: from + bytes, digest, events: accepted };
         const result = await taken(sources.take(ends ? { ...mark, ends } : mark, lines.good));
@@ -289,6 +320,7 @@ export function createApp(parts: {
           throw new Problem(409, `the source stands at ${result.offset}, not at ${from}`, {
             headers: { ...sourceHeaders(result), "journal-position": here() },
           });
+        metrics.accepted(accepted);
         Object.assign(set.headers, sourceHeaders({ offset: mark.to, digest }));
         return { accepted, rejected, errors, position: positionOf(result.position) };
       },
@@ -331,9 +363,30 @@ export function createApp(parts: {
       async () => {
         if (journal.trouble()) throw unavailable("the journal takes nothing now; the log says why");
         await answered(checkLedger(database));
-        return { status: "ready" };
+        const { bytes: lagBytes, seconds: lagSeconds } = await answered(lag.look());
+        return { status: "ready", lagBytes, lagSeconds };
       },
-      { detail: { summary: "200 when events can be taken and balances read" } },
+      {
+        response: {
+          200: t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() }),
+        },
+        detail: {
+          summary: "200 when events can be taken and balances read; how far posting is behind",
+        },
+      },
+    )
+    .get(
+      "/metrics",
+      async ({ set }) => {
+        const { type, text } = await metrics.scrape();
+        set.headers["content-type"] = type;
+        return text;
+      },
+      {
+        transform: mayRead,
+        response: { 200: t.String() },
+        detail: { summary: "Figures for Prometheus", security: [{ secret: [] }] },
+      },
     );
   routes.push(...app.routes);
   return app;
@@ -395,7 +448,12 @@ function renewCertificate(server: Listener, log: Log): void {
 }
 
 /** Runs the processor beside the server, once no other one follows this journal. */
-async function runProcessor(job: Job, stop: AbortSignal, log: Log): Promise<void> {
+async function runProcessor(
+  job: Job,
+  stop: AbortSignal,
+  log: Log,
+  metrics: Metrics,
+): Promise<void> {
   const standingBy = "processor: standing by: another one follows this journal";
   const said = setTimeout(() => log.info(standingBy), STAND_BY_MS);
   const lock = await waitForLock(join(job.dataDir, "processor.lock"), stop);
@@ -405,6 +463,7 @@ async function runProcessor(job: Job, stop: AbortSignal, log: Log): Promise<void
   const processor = supervise(new URL("./processor.ts", import.meta.url), job, (report) => {
     if (report.type === "say") log[report.level ?? "info"](report.line);
     if (report.type === "failed") log.fatal(report.line);
+    if (report.type === "posted") metrics.posted(report);
   });
   await aborted(stop);
   await processor.stop();

@@ -62,11 +62,15 @@ const DECOMPRESS: Record<
   zstd: promisify(zstdDecompress) as never,
 };
 
-/** The body of `POST /liveEvent` as a line of the journal, with the `Idempotency-Key` as its id. */
+/**
+ * The body of `POST /liveEvent` as a line of the journal, with the `Idempotency-Key` as its id; `refused`
+ * hears why it is none.
+ */
 export async function readEvent(
   request: Request,
   hold: Hold,
   own: EventSchema | null,
+  refused: (refusal: Refusal) => void,
 ): Promise<Uint8Array> {
   requireType(request, "application/json");
   const coding = request.headers.get("content-encoding") ?? "identity";
@@ -76,6 +80,7 @@ export async function readEvent(
   let decoded = decodeEvent(body);
   if (!(decoded instanceof Refusal)) decoded = own?.refuse(body) ?? decoded;
   if (decoded instanceof Refusal) {
+    refused(decoded);
     const { kind, faults, reason } = decoded;
     if (kind === "json") throw new Problem(400, `the body is ${reason}`);
     throw new Problem(422, "the body is not an event", { errors: faults });
@@ -133,6 +138,7 @@ export async function readEvents(
   hold: Hold,
   listed: number,
   own: EventSchema | null,
+  refused: (refusal: Refusal) => void,
   from = 0,
 ): Promise<Lines> {
   requireType(request, "application/x-ndjson");
@@ -157,8 +163,9 @@ export async function readEvents(
     ends.push(lineEnd);
     plain &&= lineEnd === end - 1;
   };
-  const refuse = (number: number, { reason }: Refusal) => {
-    if (rejected++ < listed) errors.push({ line: number, message: reason });
+  const refuse = (number: number, refusal: Refusal) => {
+    refused(refusal);
+    if (rejected++ < listed) errors.push({ line: number, message: refusal.reason });
   };
   eachEvent(
     body,

@@ -36,6 +36,8 @@ export class Fold {
   /** The sources of the journal that move, by their names in the ledger. */
   readonly sources = new Map<string, SourceMove>();
   events = 0;
+  /** Events that came before, as far as the fold can know. */
+  private duplicates = 0;
   /** How many of them were there before, in the same batch. */
   private repeated = 0;
   /** The `turn` in which the last of `uncounted` was added. */
@@ -74,6 +76,7 @@ export class Fold {
       end = ends + 1;
       index++;
       if (ends > postedTo) return true;
+      this.duplicates++;
       this.leaveOut(position + at, position + at + length, "came by another server");
       return false;
     };
@@ -150,6 +153,7 @@ export class Fold {
     else if (first.event !== event) this.rivals.push(claim);
     else {
       this.repeated++;
+      this.duplicates++;
       this.leaveOut(from, to, SAME_ID);
     }
   }
@@ -172,9 +176,9 @@ export class Fold {
 
   /** What to post for bytes `from` to `to` of `source`. */
   batch(source: string, from: number, to: number, digest: string | null): Batch {
-    const { changes, claims, rivals, quarantined, uncounted, sources, events } = this;
+    const { changes, claims, rivals, quarantined, uncounted, sources, events, duplicates } = this;
     const content = { changes, claims, rivals, quarantined, uncounted, sources, events };
-    return { source, from, to, digest, ...content };
+    return { source, from, to, digest, ...content, duplicates };
   }
 
   quarantine(line: Uint8Array, position: number, reason: string): void {

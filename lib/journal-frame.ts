@@ -72,6 +72,11 @@ export function encodeFrame(payloads: Uint8Array[], payloadBytes: number, at: nu
   return Buffer.concat([Buffer.from(header), ...payloads], header.length + payloadBytes);
 }
 
+/** When the frame of this header line was written. */
+export function frameTime(header: string): number {
+  return Number(FRAME.exec(header)?.[3]);
+}
+
 /**
  * Reads the whole frames that `bytes` begins with. `end` is where the last of them ends; `rest`
  * says what follows: nothing, a frame that is not all there (yet), or something unreadable, in

@@ -63,6 +63,17 @@ export interface Journal {
   close(): Promise<void>;
 }
 
+/** What a commit was, for whoever counts. */
+export interface Commit {
+  /** The position at which its frame begins, and when it was written. */
+  from: number;
+  atMs: number;
+  bytes: number;
+  /** How many appends shared it. */
+  appends: number;
+  syncMs: number;
+}
+
 interface Waiting {
   lines: Uint8Array;
   resolve(position: number): void;
@@ -71,7 +82,7 @@ interface Waiting {
 
 /**
  * Opens the journal in `directory`, making what is missing, cutting off a torn last frame. A file is
- * full at `segmentBytes`, and holds one frame at least. Throws JournalHeld, JournalDamage, or what
+ * full at `segmentBytes`, and holds one frame at least. `committed` hears of each frame. Throws JournalHeld, JournalDamage, or what
  * the disk says.
  */
 export async function openJournal(
@@ -79,6 +90,7 @@ export async function openJournal(
   say: (line: string) => void,
   disk: Disk = realDisk,
   segmentBytes = Number.POSITIVE_INFINITY,
+  committed: (commit: Commit) => void = () => {},
 ): Promise<Journal> {
   await disk.makeDirectory(directory);
   const path = join(directory, JOURNAL_FILE);
@@ -88,7 +100,7 @@ export async function openJournal(
   try {
     file = await disk.openForAppend(path);
     const { id, base, end } = await recover(path, file, disk, say);
-    return writer({ path, id, base, end, file, lock, disk, segmentBytes });
+    return writer({ path, id, base, end, file, lock, disk, segmentBytes, committed });
   } catch (error) {
     await file?.close();
     lock.release();
@@ -162,8 +174,9 @@ function writer(opened: {
   lock: Lock;
   disk: Disk;
   segmentBytes: number;
+  committed(commit: Commit): void;
 }): Journal {
-  const { path, id, lock, disk, segmentBytes } = opened;
+  const { path, id, lock, disk, segmentBytes, committed } = opened;
   let { file, base, end } = opened;
   /** The header of the active file ends here: before the first frame nothing is full. */
   const headerBytes = () => encodeJournalHeader(id, base).length;
@@ -223,14 +236,19 @@ function writer(opened: {
       if (failed) throw failed;
       const payloads = group.map(({ lines }) => lines);
       const payloadBytes = payloads.reduce((sum, { length }) => sum + length, 0);
-      const frame = encodeFrame(payloads, payloadBytes, disk.now());
+      const atMs = disk.now();
+      const frame = encodeFrame(payloads, payloadBytes, atMs);
       if (end > headerBytes() && end + frame.length > segmentBytes) await rotate();
       await write(frame);
+      const writtenMs = performance.now();
       await sync();
+      const syncMs = performance.now() - writtenMs;
       // Removed, replaced or cut by somebody, it has taken events that nobody finds again.
       if (!file.is(path, end + frame.length)) throw fail("go on with", "somebody changed the file");
+      const from = base + end;
       end += frame.length;
       full = null;
+      committed({ from, atMs, bytes: frame.length, appends: group.length, syncMs });
       for (const { resolve } of group) resolve(base + end);
     } catch (error) {
       for (const { reject } of group) reject(error as Error);

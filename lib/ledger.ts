@@ -48,6 +48,8 @@ export interface Batch {
   sources: ReadonlyMap<string, SourceMove>;
   /** How many events it stands for. */
   events: number;
+  /** Events that do not count because they came before, as far as that is known without the ledger. */
+  duplicates: number;
 }
 
 /** An event with an id; `event` is all that makes it this one and no other. */
@@ -101,7 +103,7 @@ export interface Checkpoint {
  * in both.
  */
 export type Outcome =
-  | { state: "posted"; quarantined: number }
+  | { state: "posted"; quarantined: number; duplicates: number }
   | { state: "elsewhere" }
   | { state: "ahead"; posted: Map<string, number> };
 
@@ -185,8 +187,9 @@ export function post(database: Database, batch: Batch, timeoutMs: number): Promi
     if (Number(checkpoint?.position) !== from) return { state: "elsewhere" };
     const posted = await lockSources(tx, batch.sources);
     if (posted) return { state: "ahead", posted };
-    const disputed = await move(tx, batch);
-    return { state: "posted", quarantined: batch.quarantined.length + disputed };
+    const { disputed, repeated } = await move(tx, batch);
+    const quarantined = batch.quarantined.length + disputed;
+    return { state: "posted", quarantined, duplicates: batch.duplicates + repeated };
   };
   return database.use((sql) => sql.begin(posting) as Promise<Outcome>, timeoutMs + GRACE_MS);
 }
@@ -213,15 +216,18 @@ async function lockSources(
 /**
  * THE statement: checkpoints, balances, ids, quarantine and what is not counted together, and only
  * if every checkpoint is where the batch begins: otherwise it divides by zero, and nothing of it has
- * happened. Returns how many events have ids that belong to other events.
+ * happened. Returns how many events have ids that belong to other events, and how many came before.
  */
-async function move(tx: Transaction, batch: Batch): Promise<number> {
+async function move(
+  tx: Transaction,
+  batch: Batch,
+): Promise<{ disputed: number; repeated: number }> {
   const { source, from, to, digest } = batch;
   const moves: SourceMove[] = [{ source, from, to, digest }, ...batch.sources.values()];
   const { changes, claims, quarantined, uncounted } = batch;
   const hasClaims = claims.size > 0;
 
-  const rows = await tx<{ disputed: string | null }[]>`
+  const [row] = await tx<{ disputed: string; repeated: string }[]>`
     with moved as (
       update checkpoints as checkpoint set
         position = move.ends, digest = coalesce(move.digest, checkpoint.digest), posted_at = now()
@@ -254,9 +260,14 @@ async function move(tx: Transaction, batch: Batch): Promise<number> {
       order by user_id collate "C"
       on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue
     )
-    select holds, ${hasClaims ? tx`(select count(*) from disputed)` : tx`0`} as disputed
-    from fence`;
-  return Number(rows[0]?.disputed ?? 0);
+    select holds, ${hasClaims ? counts(tx) : tx`0 as disputed, 0 as repeated`} from fence`;
+  return { disputed: Number(row?.disputed ?? 0), repeated: Number(row?.repeated ?? 0) };
+}
+
+function counts(tx: Transaction) {
+  return tx`
+    (select count(*) from disputed) as disputed,
+    (select count(*) from late where is_same) as repeated`;
 }
 
 function leavingOut(tx: Transaction, source: string, uncounted: readonly Uncounted[]) {

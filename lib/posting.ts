@@ -107,7 +107,7 @@ export async function postFile(
         : await openFileSource(database, path, effort, leftOver);
       // The answer to its COMMIT was lost, but not the COMMIT.
       if (sent && batches.from === sent.to)
-        report(reportOf(sent, await countQuarantined(database, sent)));
+        report(reportOf(sent, { ...sent, quarantined: await countQuarantined(database, sent) }, 0));
       sent = null;
       const { size: bytes } = await Bun.file(path).stat();
       report({ type: "opened", file: path, bytes, from: batches.from });
@@ -168,10 +168,11 @@ async function postBatches(
         garbageBytes = 0;
       }
       on.sent?.(batch);
+      const fromMs = performance.now();
       posting = post(database, batch, effort.timeoutMs).then((outcome) => {
         if (outcome.state === "posted") {
           effort.succeeded();
-          on.posted(reportOf(batch, outcome.quarantined));
+          on.posted(reportOf(batch, outcome, performance.now() - fromMs));
         }
         return outcome;
       });
@@ -184,6 +185,11 @@ async function postBatches(
   }
 }
 
-function reportOf({ events, from, to }: Batch, quarantined: number): Report {
-  return { type: "posted", events, quarantined, bytes: to - from };
+function reportOf(
+  { events, from, to, changes, claims }: Batch,
+  { quarantined, duplicates }: { quarantined: number; duplicates: number },
+  ms: number,
+): Report {
+  const users = changes.size + new Set(claims.values().map(({ userId }) => userId)).size;
+  return { type: "posted", events, quarantined, duplicates, bytes: to - from, users, ms };
 }

@@ -20,7 +20,17 @@ export interface Job {
 export type Report =
   | { type: "say"; line: string; level?: "warn" | "error" }
   | { type: "opened"; file: string; bytes: number; from: number }
-  | { type: "posted"; events: number; quarantined: number; bytes: number }
+  | {
+      type: "posted";
+      events: number;
+      quarantined: number;
+      /** Events among them that had come before. */
+      duplicates: number;
+      bytes: number;
+      users: number;
+      /** How long the posting took. */
+      ms: number;
+    }
   | { type: "done" }
   | { type: "failed"; line: string };
 

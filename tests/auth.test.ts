@@ -95,7 +95,7 @@ const json = { "content-type": "application/json" };
 const ndjson = { "content-type": "application/x-ndjson" };
 
 /** A route of each kind: the request, and what it answers to whom it serves. */
-const ROUTES: Record<"write" | "ann" | "ben" | "open", [RequestInit, () => string, number][]> = {
+const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => string, number][]> = {
   write: [
     [{ method: "POST", headers: json, body: EVENT }, () => "/liveEvent", 201],
     [{ method: "POST", headers: ndjson, body: EVENT }, () => "/liveEvents", 201],
@@ -114,7 +114,10 @@ const ROUTES: Record<"write" | "ann" | "ben" | "open", [RequestInit, () => strin
     [{}, () => "/userEvents/ann", 200],
     [{ method: "HEAD" }, () => "/userEvents/ann", 200],
   ],
-  ben: [[{}, () => "/userEvents/ben", 200]],
+  other: [
+    [{}, () => "/userEvents/ben", 200],
+    [{}, () => "/metrics", 200],
+  ],
   open: [
     [{}, () => "/healthz", 200],
     [{}, () => "/readyz", 200],
@@ -128,10 +131,10 @@ const ROUTES: Record<"write" | "ann" | "ben" | "open", [RequestInit, () => strin
 type Row = [who: string, credential: string | null, answers: Answers, word?: string];
 type Answers = Partial<Record<keyof typeof ROUTES, number>>;
 const ALL: Answers = {};
-const NONE: Answers = { write: 401, ann: 401, ben: 401 };
+const NONE: Answers = { write: 401, ann: 401, other: 401 };
 const READS: Answers = { write: 403 };
-const WRITES: Answers = { ann: 403, ben: 403 };
-const OWN: Answers = { write: 403, ben: 403 };
+const WRITES: Answers = { ann: 403, other: 403 };
+const OWN: Answers = { write: 403, other: 403 };
 
 async function expectRow(app: App, [who, credential, answers, word]: Row): Promise<void> {
   const url = app.url.replace("0.0.0.0", "127.0.0.1");
@@ -274,7 +277,7 @@ test("app.ts --token prints a token that the server takes, and says what it lack
     "ann",
   );
   expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
-  await expectRow(secretly, ["printed", `Bearer ${stdout.trim()}`, { ben: 403 }]);
+  await expectRow(secretly, ["printed", `Bearer ${stdout.trim()}`, { other: 403 }]);
   const claims = JSON.parse(atob(stdout.split(".")[1]!)) as { exp: number; iat: number };
   expect(claims.exp - claims.iat).toBe(30 * 86_400);
   const wrong = await run("app.ts", { args: ["--token", "--scope", "all"] });

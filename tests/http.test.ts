@@ -54,6 +54,7 @@ const ALLOWED: Record<string, string[]> = {
   "/userEvents/a%2Fb%20c": ["GET", "HEAD"],
   "/healthz": ["GET", "HEAD"],
   "/readyz": ["GET", "HEAD"],
+  "/metrics": ["GET", "HEAD"],
   "/openapi": ["GET", "HEAD"],
   "/openapi/json": ["GET", "HEAD"],
 };
@@ -86,7 +87,7 @@ for (const path of [
   for (const method of ["GET", "HEAD", "POST", "DELETE", "OPTIONS"])
     test(`${method} ${path} is answered 404`, () => refused(path, { method }, 404));
 
-for (const path of ["/healthz", "/readyz", "/openapi", "/openapi/json"])
+for (const path of ["/healthz", "/readyz", "/metrics", "/openapi", "/openapi/json"])
   test(`GET ${path} is answered 200 without a secret, and HEAD the same without a body`, async () => {
     const get = await send(path);
     const head = await send(path, { method: "HEAD" });
@@ -124,6 +125,7 @@ test("/openapi is a page, /openapi/json describes every route", async () => {
     "/userEvents/{userid}": ["get"],
     "/healthz": ["get"],
     "/readyz": ["get"],
+    "/metrics": ["get"],
   });
 });
 

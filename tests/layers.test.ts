@@ -102,6 +102,8 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   throttle: { ours: [] },
   auth: { ours: ["problem", "throttle", "token"] },
   listener: { ours: [] },
+  lag: { ours: ["database", "journal", "journal-frame", "journal-reader", "ledger"] },
+  metrics: { ours: ["event", "journal", "lag", "supervisor"], packages: ["prom-client"] },
   log: { ours: [], packages: ["pino"] },
   body: {
     ours: ["event", "event-schema", "lines", "problem", "room", "zstd"],
