@@ -54,12 +54,12 @@ const POINTS: Record<string, Alteration> = {
     `${DIE} base = header.base;`,
   ),
   "after the statement is sent": inLedger(
-    "const disputed = await move(tx, batch);",
-    `const moving = move(tx, batch); setTimeout(() => { ${DIE} }, 1); const disputed = await moving;`,
+    "const { disputed, repeated } = await move(tx, batch);",
+    `const moving = move(tx, batch); setTimeout(() => { ${DIE} }, 1); const { disputed, repeated } = await moving;`,
   ),
   "after the statement, before COMMIT": inLedger(
-    'return { state: "posted", quarantined:',
-    `${DIE} return { state: "posted", quarantined:`,
+    'return { state: "posted", quarantined,',
+    `${DIE} return { state: "posted", quarantined,`,
   ),
   "before a segment goes whose snapshot is taken": {
     file: "lib/retention.ts",
