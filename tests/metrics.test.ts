@@ -127,8 +127,10 @@ test("posting that lags is told in bytes and seconds, by /readyz too, and over a
     const found = await scrape(app.url);
     return found["daybook_posting_lag_bytes"] === 0 && found["daybook_database_up"] === 1;
   });
-  const ready = await (await fetch(`${app.url}/readyz`)).json();
-  expect(ready).toEqual({ status: "ready", lagBytes: 0, lagSeconds: 0 });
+  await until(async () => {
+    const ready = await (await fetch(`${app.url}/readyz`)).json();
+    return Bun.deepEquals(ready, { status: "ready", lagBytes: 0, lagSeconds: 0 });
+  });
 });
 
 test("a journal that takes nothing is told until there is room", async () => {
