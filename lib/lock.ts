@@ -11,6 +11,12 @@ export interface Lock {
   release(): void;
 }
 
+/**
+ * All that are held: a database that nobody refers to is collected, and its lock with it. A second
+ * processor then followed the same journal, two seconds after the first had begun.
+ */
+const held = new Set<Database>();
+
 /** Takes the lock of `path`, or answers `null` when somebody alive has it. Never waits. */
 export function tryLock(path: string): Lock | null {
   let db: Database | null = null;
@@ -26,8 +32,14 @@ export function tryLock(path: string): Lock | null {
     if (code === "SQLITE_BUSY") return null;
     throw new Error(`cannot lock ${path}: ${message}`);
   }
-  const held = db;
-  return { release: () => held.close() };
+  const lock = db;
+  held.add(lock);
+  return {
+    release() {
+      lock.close();
+      held.delete(lock);
+    },
+  };
 }
 
 /** Waits for the lock of `path`, asking every `everyMs`, until `signal` says to stop (`null`). */

@@ -7,6 +7,7 @@ import { appendFileSync, copyFileSync, mkdirSync, writeFileSync } from "node:fs"
 import { dirname, join } from "node:path";
 
 import { encodeFrame, encodeJournalHeader } from "../lib/journal-frame.ts";
+import { tryLock } from "../lib/lock.ts";
 import {
   balances,
   connectTest,
@@ -325,6 +326,18 @@ test("an event is in the ledger within a second after its 201", async () => {
     expect((await app.post(add(user, 1))).status).toBe(201);
     await until(async () => (await app.balance(user)) === "1", 1_000);
   }
+});
+
+test("a lock is held also by who does not keep it in hand", () => {
+  using dir = tempDir();
+  const release = (() => {
+    tryLock(dir.file("forgotten.lock"));
+    return tryLock(dir.file("kept.lock"))?.release;
+  })();
+  Bun.gc(true);
+  for (const name of ["forgotten.lock", "kept.lock"]) expect(tryLock(dir.file(name))).toBeNull();
+  release?.();
+  expect(tryLock(dir.file("kept.lock"))).not.toBeNull();
 });
 
 test("a second follower stands by and takes over when the first is killed", async () => {
