@@ -213,6 +213,9 @@ async function printToken(
   return 0;
 }
 
+/** The API's type, for clients: `treaty<App>("http://…")` of `@elysiajs/eden`. */
+export type App = ReturnType<typeof createApp>;
+
 /** The HTTP side, over a journal and a database that are open. */
 export function createApp(parts: {
   journal: Journal;

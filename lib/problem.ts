@@ -48,7 +48,9 @@ export function unavailable(detail: string): Problem {
  * after them. `allowed` names the methods that a path does have.
  */
 export function problems(allowed: (path: string) => string[], say: (line: string) => void) {
-  return new Elysia({ name: "problems" }).onError({ as: "global" }, ({ code, error, path }) => {
+  const plugin = new Elysia({ name: "problems" });
+  // Not chained: a typed client would take each answer for one that may be one of these Responses.
+  plugin.onError({ as: "global" }, ({ code, error, path }) => {
     if (code === "NOT_FOUND") return respond(notFound(path));
     if (error instanceof Problem) return respond(error);
     // What a parse hook throws arrives wrapped.
@@ -67,6 +69,7 @@ export function problems(allowed: (path: string) => string[], say: (line: string
     say(`fault: ${error instanceof Error ? error.message : code}`);
     return respond(new Problem(500, "the server failed at this; its own log says why"));
   });
+  return plugin;
 
   function notFound(path: string): Problem {
     const methods = allowed(path);
