@@ -421,6 +421,7 @@ export function createApp(parts: {
     } catch (error) {
       const { message } = error as Error;
       taking.bad(message);
+      metrics.failed();
       if (error instanceof JournalFull) throw new Problem(507, message);
       throw unavailable(message);
     }

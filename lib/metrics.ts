@@ -10,6 +10,8 @@ import type { Commit } from "./journal.ts";
 import type { LagWatch } from "./lag.ts";
 import type { Report } from "./supervisor.ts";
 
+/** Who writes may wait long before trying again: a disk that was full counts as full for so long. */
+const BELIEVED_MS = 600_000;
 const OTHER = "other";
 const METHODS = new Set(["GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS", OTHER]);
 const FIELDS = new Set(["/userId", "/name", "/value", "/id"]);
@@ -19,6 +21,8 @@ const UNTOLD = /^nodejs_(?!eventloop_lag_seconds)|^process_heap_bytes/;
 export interface Metrics {
   answered(method: string, route: string, status: number): void;
   accepted(events: number): void;
+  /** The journal did not take what it should. */
+  failed(): void;
   rejected(refusal: Refusal): void;
   committed(commit: Commit): void;
   posted(report: Extract<Report, { type: "posted" }>): void;
@@ -40,6 +44,7 @@ export function openMetrics(state: {
   const requests = new Map<string, { method: string; route: string; status: string; n: number }>();
   const refusals = new Map<string, number>();
   let accepted = 0;
+  let failedMs = Number.NEGATIVE_INFINITY;
 
   new Counter({
     name: "daybook_http_requests_total",
@@ -115,8 +120,10 @@ export function openMetrics(state: {
     registers,
   });
   gauge("daybook_journal_bytes", "Bytes ever written to the journal.", state.journalBytes);
-  gauge("daybook_journal_writable", "1 while the journal takes events, 0 when not.", () =>
-    Number(state.isWritable()),
+  gauge(
+    "daybook_journal_writable",
+    "0 once an event could not be put on the disk, until one is or nobody has tried for long.",
+    () => Number(state.isWritable() && performance.now() - failedMs > BELIEVED_MS),
   );
   gauge("daybook_database_up", "1 when the database answered last, 0 when not.", () =>
     Number(state.lag.isAnswered()),
@@ -143,6 +150,9 @@ export function openMetrics(state: {
     accepted(events) {
       accepted += events;
     },
+    failed() {
+      failedMs = performance.now();
+    },
     rejected({ kind, faults }) {
       const path = faults[0]?.path ?? "";
       // Below or beside an event's own fields a path is a sender's or a schema's word.
@@ -150,6 +160,7 @@ export function openMetrics(state: {
       refusals.set(reason, (refusals.get(reason) ?? 0) + 1);
     },
     committed({ syncMs, bytes, appends }) {
+      failedMs = Number.NEGATIVE_INFINITY;
       syncSeconds.observe(syncMs / 1000);
       frameBytes.observe(bytes);
       frameAppends.observe(appends);
