@@ -55,8 +55,10 @@ const STAND_BY_MS = 500;
 /** `?after=` waits this long. */
 const AFTER_MS = 5_000;
 
-const LISTED = t.Object(
-  { errors: t.Integer({ default: 100, minimum: 0, maximum: MAX_LISTED_ERRORS }) },
+/** So many bad lines are listed for who does not say how many. */
+const LISTED = 100;
+const LISTING = t.Object(
+  { errors: t.Optional(t.Integer({ default: LISTED, minimum: 0, maximum: MAX_LISTED_ERRORS })) },
   { additionalProperties: true },
 );
 const SOURCE = t.Object({ source: t.String() });
@@ -275,7 +277,8 @@ export function createApp(parts: {
       "/liveEvents",
       async ({ request, query, status }) => {
         using hold = room.enter();
-        const lines = await readEvents(request, hold, query.errors, schema, metrics.rejected);
+        const { errors: listed = LISTED } = query;
+        const lines = await readEvents(request, hold, listed, schema, metrics.rejected);
         const { good, accepted, rejected, errors } = lines;
         const position = positionOf(await taken(journal.append(good)));
         metrics.accepted(accepted);
@@ -285,7 +288,7 @@ export function createApp(parts: {
         transform: mayWrite,
         parse: "none",
         body: EventsBody,
-        query: LISTED,
+        query: LISTING,
         response: { 201: COUNTS },
         detail: {
           summary: "Take many events, one a line; the good lines together, the bad ones listed",
@@ -315,7 +318,8 @@ export function createApp(parts: {
         const name = sourceName(params.source);
         const { offset: from, digest } = sourceOf(request.headers);
         using hold = room.enter();
-        const lines = await readEvents(request, hold, query.errors, schema, metrics.rejected, from);
+        const { errors: listed = LISTED } = query;
+        const lines = await readEvents(request, hold, listed, schema, metrics.rejected, from);
         const { accepted, rejected, errors, ends, bytes } = lines;
         const mark = { name, from, to: from + bytes, digest, events: accepted };
         const result = await taken(sources.take(ends ? { ...mark, ends } : mark, lines.good));
@@ -332,7 +336,7 @@ export function createApp(parts: {
         parse: "none",
         params: SOURCE,
         body: EventsBody,
-        query: LISTED,
+        query: LISTING,
         response: { 200: COUNTS },
         detail: {
           summary: "Take the next bytes of a source, from `Upload-Offset` on",
