@@ -24,8 +24,7 @@ import { type Database, openDatabase, Unavailable } from "./lib/database.ts";
 import { isUserId, setEventTypes } from "./lib/event.ts";
 import { type EventSchema, openEventSchema } from "./lib/event-schema.ts";
 import { disk } from "./lib/journal-disk.ts";
-import { JournalDamage } from "./lib/journal-frame.ts";
-import { openJournalReader } from "./lib/journal-reader.ts";
+import { refuseOlderCopy } from "./lib/journal-source.ts";
 import {
   type Commit,
   type Journal,
@@ -34,7 +33,7 @@ import {
   openJournal,
 } from "./lib/journal.ts";
 import { type LagWatch, watchLag } from "./lib/lag.ts";
-import { checkLedger, readBalance, readCheckpoint } from "./lib/ledger.ts";
+import { checkLedger, readBalance } from "./lib/ledger.ts";
 import { MAX_LISTED_ERRORS } from "./lib/lines.ts";
 import { type Listener, listen, type Seen } from "./lib/listener.ts";
 import { waitForLock } from "./lib/lock.ts";
@@ -141,7 +140,7 @@ async function main(): Promise<number> {
     if (stop.signal.aborted) return 0;
     const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
     const database = openDatabase(url, "server", 4);
-    const compared = compareWithLedger(path, database, stop.signal);
+    const compared = refuseOlderCopy(path, database, stop.signal);
     compared.catch(() => stop.abort());
     // Before anything is taken on top of it, if the database can be asked at all.
     await Promise.race([compared, Bun.sleep(COMPARE_MS)]);
@@ -476,31 +475,6 @@ async function runProcessor(
   await aborted(stop);
   await processor.stop();
   lock.release();
-}
-
-/**
- * A journal that ends before what the ledger has posted of it is an older copy: what it takes would
- * never be posted. Throws JournalDamage as soon as the database can be asked.
- */
-async function compareWithLedger(
-  path: string,
-  database: Database,
-  stop: AbortSignal,
-): Promise<void> {
-  const reader = await openJournalReader(path);
-  while (reader && !stop.aborted) {
-    try {
-      const posted = (await readCheckpoint(database, `journal:${reader.id}`))?.position ?? 0;
-      // Read after the checkpoint: what is posted was in the file before.
-      const end = await reader.end();
-      if (posted <= end) return;
-      const what = `it ends there, but the ledger has posted it up to ${posted}`;
-      throw new JournalDamage(path, end, what);
-    } catch (error) {
-      if (!(error instanceof Unavailable)) throw error;
-      await Bun.sleep(500);
-    }
-  }
 }
 
 function aborted(signal: AbortSignal): Promise<null> {

@@ -3,7 +3,7 @@ import { type Database, Unavailable } from "./database.ts";
 import type { Effort } from "./effort.ts";
 import { BATCH_BYTES, Fold } from "./fold.ts";
 import { JournalDamage } from "./journal-frame.ts";
-import type { JournalReader } from "./journal-reader.ts";
+import { type JournalReader, openJournalReader } from "./journal-reader.ts";
 import { openCheckpoint, readCheckpoint } from "./ledger.ts";
 import type { BatchReader } from "./source.ts";
 
@@ -77,4 +77,29 @@ export async function openJournalSource(
       return fold.batch(source, batchFrom, position, last);
     },
   };
+}
+
+/**
+ * A journal that ends before what the ledger has posted of it is an older copy: what it takes would
+ * never be posted. Throws JournalDamage as soon as the database can be asked.
+ */
+export async function refuseOlderCopy(
+  path: string,
+  database: Database,
+  stop: AbortSignal,
+): Promise<void> {
+  const reader = await openJournalReader(path);
+  while (reader && !stop.aborted) {
+    try {
+      const posted = (await readCheckpoint(database, `journal:${reader.id}`))?.position ?? 0;
+      // Read after the checkpoint: what is posted was in the file before.
+      const end = await reader.end();
+      if (posted <= end) return;
+      const what = `it ends there, but the ledger has posted it up to ${posted}`;
+      throw new JournalDamage(path, end, what);
+    } catch (error) {
+      if (!(error instanceof Unavailable)) throw error;
+      await Bun.sleep(500);
+    }
+  }
 }
