@@ -4,7 +4,15 @@
  * so posting may go on between the two.
  */
 import { type Database, Refused, type Sql } from "./database.ts";
-import { alone, eachDrift, findDrift, listOtherTypes, mendDrift, openTally } from "./drift.ts";
+import {
+  alone,
+  eachDrift,
+  findDrift,
+  listOtherTypes,
+  mendDrift,
+  openTally,
+  settleTypes,
+} from "./drift.ts";
 import { getEventTypes } from "./event.ts";
 import { showProgress } from "./progress.ts";
 import { recount, type Recounted } from "./recount.ts";
@@ -45,6 +53,7 @@ export async function rebuild(
       if ((strange > 0 || others.length > 0) && !yes)
         throw new Refused("nothing was changed; --yes makes all lines count as they do today");
       await mendDrift(sql);
+      await settleTypes(sql, getEventTypes());
       if (differing > 0) print(`${differing} balances were corrected`);
     },
   );

@@ -7,7 +7,7 @@
  * thousands of batches each one would walk through thousands of versions of its users.
  */
 import type { Database, Fragment, Sql, Statements } from "./database.ts";
-import type { Checkpoint } from "./ledger.ts";
+import { arrayLiteral, type Checkpoint, numbers } from "./ledger.ts";
 import type { Sums } from "./sums.ts";
 
 /** A recount of terabytes may take this long. */
@@ -128,6 +128,25 @@ export async function listOtherTypes(
   return rows
     .filter(({ name, sign }) => types.get(name) !== sign)
     .map(({ name, sign }) => `${name}:${{ 1: "+", [-1]: "-" }[sign] ?? "0"}`);
+}
+
+/** From here on all that is posted counts as `types` has it. */
+export async function settleTypes(
+  sql: Statements,
+  types: ReadonlyMap<string, number>,
+): Promise<void> {
+  const names = arrayLiteral(types.keys());
+  const signs = numbers([...types.values()], (sign) => sign);
+  await sql`
+    with today as (
+      select * from unnest(${names}::text::text[], ${signs}::text::smallint[]) as today (name, sign)
+    ), gone as (
+      delete from event_types as known
+      where not exists (
+        select from today where today.name = known.name and today.sign = known.sign
+      )
+    )
+    insert into event_types (name, sign) select name, sign from today on conflict do nothing`;
 }
 
 /** Where lines of `source` end without a newline, behind `from`. */

@@ -6,10 +6,10 @@
 import { formatAmount } from "./amount.ts";
 import type { Database, Sql, Statements } from "./database.ts";
 import { alone } from "./drift.ts";
-import { type Change, decodeEvent, Refusal } from "./event.ts";
+import { type Change, decodeEvent, getEventTypes, Refusal } from "./event.ts";
 import { identityOf } from "./fold.ts";
 import { type JournalReader, openJournalReader } from "./journal-reader.ts";
-import { OTHER_EVENT, SAME_ID } from "./ledger.ts";
+import { noteEventTypes, OTHER_EVENT, SAME_ID } from "./ledger.ts";
 import { eachLine, SHOWN_BYTES } from "./lines.ts";
 
 const PAGE = 500;
@@ -50,6 +50,7 @@ export async function retryQuarantine(
   print: Print,
   say: Print,
 ): Promise<number> {
+  await noteEventTypes(database, getEventTypes());
   const journals = new Map<string, JournalReader>();
   for (const path of paths) {
     const journal = await openJournalReader(path);

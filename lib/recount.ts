@@ -12,13 +12,14 @@ import {
   aloneNow,
   type LeftOut,
   listLineEnds,
+  listOtherTypes,
   listRecountable,
   openLeftOut,
   openTally,
   readRemoved,
   type Tally,
 } from "./drift.ts";
-import { decodeEvent, openScanner, Refusal } from "./event.ts";
+import { decodeEvent, getEventTypes, openScanner, Refusal } from "./event.ts";
 import { type JournalReader, openJournalReader } from "./journal-reader.ts";
 import type { Checkpoint } from "./ledger.ts";
 import { eachEvent, readBlocks } from "./lines.ts";
@@ -96,6 +97,12 @@ export async function snapshotUpTo(
     await sql`insert into removed (source, position) values (${source}, 0) on conflict do nothing`;
     const from = await readRemoved(sql, source);
     if (from >= position) return true;
+    // What is let go of could not be told any more from what has counted.
+    const others = await listOtherTypes(sql, getEventTypes());
+    if (others.length > 0)
+      throw new Refused(
+        `events were posted as ${others.join(", ")}, which is not what EVENT_TYPES says today: put it back, or see processor.ts --rebuild`,
+      );
     const tally = await openTally(sql);
     const recounted: Recounted = { events: 0, strange: 0, first: null };
     const leftOut = await openLeftOut(sql, source, from, position);

@@ -1,5 +1,6 @@
 /** The kinds of events that a team has, and its own rules for them. */
 import { expect, setDefaultTimeout, test } from "bun:test";
+import { readdirSync } from "node:fs";
 
 import { balances, run, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
 
@@ -94,6 +95,36 @@ test("another sign changes nothing that is posted, and a rebuild with it asks fo
   expect(await balances(ledger.url)).toEqual({ ann: "8" });
   expect((await ledger.tool(["--rebuild", "--yes"], other)).code).toBe(0);
   expect(await balances(ledger.url)).toEqual({ ann: "12" });
+  // From here on there is nothing else to ask for.
+  expect(await ledger.tool(["--rebuild"], other)).toMatchObject({ code: 0, stderr: "" });
+});
+
+test("with another sign no segment goes, for nobody could tell any more what it has counted", async () => {
+  await using ledger = await openLedger("add_revenue:+,refund:-");
+  const keep = { JOURNAL_SEGMENT_BYTES: "300" };
+  {
+    await using server = await ledger.start(keep);
+    for (let i = 0; i < 5; i++) await server.post(event("ann", "refund", 1));
+    await until(async () => (await server.balance("ann")) === "-5");
+  }
+  const other = { ...keep, EVENT_TYPES: "add_revenue:+,refund:+", JOURNAL_KEEP_DAYS: "0" };
+  const segments = () =>
+    readdirSync(ledger.env.DATA_DIR).filter((name) => /\.\d+\.jsonl$/.test(name));
+  const before = segments();
+  expect(before.length).toBeGreaterThan(1);
+  {
+    await using server = await ledger.start(other);
+    await until(() => server.stderr.text().includes("old segments are kept for now"), 30_000);
+    expect(segments()).toEqual(before);
+    expect((await ledger.tool(["--verify"])).code).toBe(0);
+  }
+  expect((await ledger.tool(["--rebuild", "--yes"], other)).code).toBe(0);
+  {
+    await using server = await ledger.start(other);
+    await until(() => segments().length === 0, 30_000);
+    expect(await server.balance("ann")).toBe("5");
+  }
+  expect((await ledger.tool(["--verify"], other)).code).toBe(0);
 });
 
 test("EVENT_SCHEMA holds at the door, with the path of what it does not like", async () => {
