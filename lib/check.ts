@@ -45,7 +45,10 @@ export async function repair(
   try {
     const { id, files } = await checkJournal(path, disk);
     if (!id)
-      throw new Error(`${path}: no file says which journal it is; put its first line back by hand`);
+      throw new Error(
+        `${path}: no file says which journal it is; put its first line back by hand (its name is ` +
+          "in the table checkpoints: journal:NAME)",
+      );
     const checkpoint = await readCheckpoint(database, `journal:${id}`);
     const last = files.at(-1);
     if (last && checkpoint) missTail(last, checkpoint.position);

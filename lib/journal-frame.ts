@@ -11,6 +11,8 @@
  * - at most one frame, the last, can be torn: short, or with a checksum that does not fit. It was
  *   never acknowledged. A reader takes it for the end of the journal, a writer cuts it off;
  * - anything unreadable that has more behind it is damage to what was acknowledged.
+ * The uuid ends in a checksum of itself: by one wrong bit the journal would be another one, all of
+ * whose events the ledger has not posted yet.
  * An event line is never taken for a header: events have a `userId`, headers have the exact form.
  */
 import { crc32 } from "node:zlib";
@@ -57,10 +59,22 @@ export function encodeJournalHeader(id: string, base: number): Buffer {
   return Buffer.from(`{"journal":"${id}","base":${base},"version":1}\n`);
 }
 
+/** A name for a new journal: a UUID (version 8) whose last 8 digits are the CRC-32 of the others. */
+export function newJournalId(): string {
+  const random = crypto.randomUUID();
+  const digits = `${random.slice(0, 14)}8${random.slice(15, 28)}`;
+  return digits + hex(crc32(digits));
+}
+
+/** Whether nothing shows that it is not as it was given; of other versions than 8 nothing can. */
+function isJournalId(id: string): boolean {
+  return id[14] === "4" || (id[14] === "8" && id.endsWith(hex(crc32(id.slice(0, 28)))));
+}
+
 /** Reads the header line that `bytes` begins with, or `null` when there is none. */
 export function parseJournalHeader(bytes: Buffer): JournalHeader | null {
   const match = JOURNAL.exec(firstLine(bytes, 0) ?? "");
-  if (!match) return null;
+  if (!match || !isJournalId(match[1] as string)) return null;
   return { id: match[1] as string, base: Number(match[2]), bytes: match[0].length + 1 };
 }
 

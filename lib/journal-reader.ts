@@ -8,6 +8,7 @@
  */
 import { disk as realDisk, type Disk } from "./journal-disk.ts";
 import {
+  findFrame,
   type Frame,
   JournalDamage,
   type JournalHeader,
@@ -55,6 +56,14 @@ export async function openJournalReader(
   const segments = await listSegments(path, disk);
   id = active?.id ?? segments.at(-1)?.id;
   if (!id) return null;
+  const last = segments.at(-1);
+  const isRenamed = segments.some(({ base }) => base === active?.base);
+  if (active && last && !isRenamed && (last.id !== id || last.to !== active.base))
+    throw new JournalDamage(
+      path,
+      0,
+      `the file before it is ${last.path}, which ends at ${last.to}`,
+    );
   const start = segments[0]?.base ?? active?.base ?? 0;
   let segment: Place | undefined;
 
@@ -119,9 +128,13 @@ export async function openJournalReader(
 
   /** The header of the active file, `null` for the moment in which one takes the place of another. */
   async function readHeader(): Promise<JournalHeader | null> {
-    const header = parseJournalHeader(await disk.read(path, 0, MAX_HEADER_BYTES));
+    const head = await disk.read(path, 0, 2 * MAX_HEADER_BYTES);
+    const header = parseJournalHeader(head);
     // Whole frames, too, may lie in another journal, at the same place.
     if (header && id && header.id !== id) throw notHere();
+    // A file that is just being made has no whole line yet, one of mere events has no frames.
+    if (!header && (id ? head.includes("\n") : findFrame(head) >= 0))
+      throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
     return header;
   }
 

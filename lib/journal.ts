@@ -22,6 +22,7 @@ import {
   type JournalHeader,
   MAX_FRAME_BYTES,
   MAX_HEADER_BYTES,
+  newJournalId,
   parseFrames,
   parseJournalHeader,
 } from "./journal-frame.ts";
@@ -121,7 +122,7 @@ async function recover(path: string, file: JournalFile, disk: Disk, say: (line: 
     const begun = size < MAX_HEADER_BYTES && !head.includes("\n");
     if (size > 0 && !begun)
       throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
-    header = await begin(file, last?.id ?? crypto.randomUUID(), last?.to ?? 0);
+    header = await begin(file, last?.id ?? newJournalId(), last?.to ?? 0);
     end = header.bytes;
   } else if (last && (last.id !== header.id || last.to !== header.base)) {
     const wanted = `the next file begins at ${last.to} of journal ${last.id}`;

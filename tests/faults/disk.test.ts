@@ -51,6 +51,65 @@ async function live(seed: number): Promise<number> {
   return acknowledged.size;
 }
 
+test("a flipped bit in any file of a journal is named, or costs the last frame; no line is ever wrong", async () => {
+  const first = Number(FAULT_SEED ?? FAULT_SEED_FIRST ?? Math.floor(Math.random() * 2 ** 30));
+  const count = FAULT_SEED ? 1 : Number(FAULT_SEEDS);
+  const ends = { named: 0, healed: 0, "without effect": 0 };
+  for (let seed = first; seed < first + count; seed++) {
+    const end = await flip(seed).catch((error) => {
+      throw new Error(`FAULT_SEED=${seed}: ${(error as Error).message}`, { cause: error });
+    });
+    ends[end]++;
+  }
+  figure("flipped bits", count);
+  if (count >= 1000) for (const many of Object.values(ends)) expect(many).toBeGreaterThan(0);
+}, 120_000);
+
+/** A journal of some segments with one bit flipped; returns what became of that. */
+async function flip(seed: number): Promise<"named" | "healed" | "without effect"> {
+  const random = randomOf(seed);
+  const disk = new SimulatedDisk(random, { noRoom: 0, failedSync: 0 });
+  const mounted = disk.mount();
+  const journal = await openJournal("data", () => {}, mounted, 100 + random() * 2_000);
+  const frames: string[] = [];
+  for (let i = Math.ceil(random() * 12); i > 0; i--) {
+    frames.push(`${seed}.${i}${"x".repeat(Math.floor(random() ** 4 * 1_000))}`);
+    await journal.append(Buffer.from(`${frames.at(-1)}\n`));
+  }
+  await journal.close();
+  const path = disk.paths()[Math.floor(random() * disk.paths().length)] as string;
+  disk.change(path, (bytes) => {
+    const bit = Math.floor(random() * bytes.length * 8);
+    bytes[bit >> 3] = (bytes[bit >> 3] as number) ^ (1 << (bit & 7));
+    return bytes;
+  });
+
+  // First as a processor that only reads, then as a server that starts, and a processor behind it.
+  const orDamage = (error: unknown) => {
+    if (!(error instanceof JournalDamage)) throw error;
+    return error;
+  };
+  const here = (lines: string[]) => {
+    const whole = frames.slice(0, lines.length);
+    if (lines.join() !== whole.join())
+      throw new Error(`wrong lines: ${lines.join().slice(0, 200)}`);
+    if (lines.length < frames.length - 1) throw new Error(`${path}: lost without a word`);
+    return lines.length < frames.length;
+  };
+  const isThere = (await openJournalReader(PATH, mounted).catch(orDamage)) !== null;
+  const read = isThere ? await readAll(disk, mounted, journal.id).catch(orDamage) : null;
+  if (read && !(read instanceof JournalDamage)) here(read);
+  const again = await openJournal("data", () => {}, mounted, 2_000).catch(orDamage);
+  if (again instanceof JournalDamage) return "named";
+  if (!isThere) throw new Error(`${path}: no reader finds the journal, and nobody says why`);
+  const left = await readAll(disk, mounted, journal.id).catch(orDamage);
+  if (left instanceof JournalDamage) return "named";
+  const healed = here(left);
+  await again.append(Buffer.from("last\n"));
+  expect(await readAll(disk, mounted)).toEqual([...left, "last"]);
+  return healed ? "healed" : "without effect";
+}
+
 async function oneLife(
   disk: SimulatedDisk,
   random: () => number,
@@ -84,8 +143,14 @@ async function oneLife(
   }
 }
 
-async function readAll(disk: SimulatedDisk, mounted = disk.mount()): Promise<string[]> {
+async function readAll(
+  disk: SimulatedDisk,
+  mounted = disk.mount(),
+  id?: string,
+): Promise<string[]> {
   const reader = await openJournalReader(PATH, mounted);
+  if (id && reader?.id !== id)
+    throw new Error(`it is taken for the journal ${reader?.id}, not ${id}`);
   const lines: string[] = [];
   for (let position = reader?.start ?? 0; reader;) {
     const frames = await reader.read(position);

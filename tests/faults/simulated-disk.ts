@@ -1,7 +1,8 @@
 /**
  * A disk in memory that does what disks do when the power fails: what was not synced is lost page by
  * page, out of order, or stays; a file whose name was not synced may be gone; writes are cut short,
- * there is no room, a sync fails and forgets what it should have written. All by one seed.
+ * there is no room, a sync fails and forgets what it should have written: the next one then succeeds
+ * and has written nothing, as Linux has it. All by one seed.
  */
 import type { Disk, JournalFile } from "../../lib/journal-disk.ts";
 
@@ -23,6 +24,8 @@ interface SimulatedFile {
   bytes: Buffer;
   /** What is on the platter: survives the crash for sure. */
   platter: Buffer;
+  /** The pages that the next sync writes. */
+  dirty: Set<number>;
 }
 
 /** What was done to the directory: a file got a name, or (`null`) a name was taken away. */
@@ -59,10 +62,12 @@ export class SimulatedDisk {
     };
     const fail = (code: string) => Object.assign(new Error(code), { code });
     const openForAppend = (path: string): JournalFile => {
-      const file = this.files.get(path) ?? { bytes: empty, platter: empty };
+      const file = this.files.get(path) ?? { bytes: empty, platter: empty, dirty: new Set() };
       if (!this.files.has(path)) this.name(new Map([[path, file]]));
       const write = (bytes: Uint8Array) => {
+        const from = file.bytes.length;
         file.bytes = Buffer.concat([file.bytes, bytes]);
+        for (let page = pageOf(from); page * PAGE < file.bytes.length; page++) file.dirty.add(page);
       };
       return {
         append: (bytes) =>
@@ -76,12 +81,18 @@ export class SimulatedDisk {
         sync: () =>
           alive(() => {
             this.syncs++;
-            if (this.random() < this.odds.failedSync) throw fail("EIO");
-            file.platter = file.bytes;
+            if (this.random() < this.odds.failedSync) {
+              flush(file, () => this.random() < 0.5);
+              throw fail("EIO");
+            }
+            flush(file);
           }),
         truncate: (bytes) =>
           alive(() => {
+            if (this.random() < this.odds.failedSync) throw fail("EIO");
+            if (bytes >= file.bytes.length) return;
             file.bytes = file.bytes.subarray(0, bytes);
+            for (const page of file.dirty) if (page * PAGE >= bytes) file.dirty.delete(page);
           }),
         is: (path, bytes) => this.files.get(path) === file && file.bytes.length === bytes,
         close: () => alive(() => {}),
@@ -91,6 +102,7 @@ export class SimulatedDisk {
       openForAppend: (path) => alive(() => openForAppend(path)),
       syncDirectory: () =>
         alive(() => {
+          if (this.random() < this.odds.failedSync) throw fail("EIO");
           this.named = new Map(this.files);
           this.namings = [];
         }),
@@ -110,7 +122,7 @@ export class SimulatedDisk {
       syncFile: (path) =>
         alive(() => {
           const file = this.files.get(path);
-          if (file) file.platter = file.bytes;
+          if (file) flush(file);
         }),
       lock: () => {
         if (this.locked === life) return null;
@@ -132,7 +144,10 @@ export class SimulatedDisk {
     for (const naming of this.namings) if (this.random() < 0.5) apply(this.named, naming);
     this.files = new Map(this.named);
     this.namings = [];
-    for (const file of new Set(this.files.values())) file.bytes = file.platter = this.leftOf(file);
+    for (const file of new Set(this.files.values())) {
+      file.bytes = file.platter = this.leftOf(file);
+      file.dirty.clear();
+    }
   }
 
   private name(naming: Naming): void {
@@ -141,7 +156,7 @@ export class SimulatedDisk {
   }
 
   /** Of what was not synced, any page may be there, or zeros, or be missing at the end. */
-  private leftOf({ bytes, platter }: SimulatedFile): Buffer {
+  private leftOf({ bytes, platter, dirty }: SimulatedFile): Buffer {
     const longest = Math.max(bytes.length, platter.length);
     const shortest = Math.min(platter.length, bytes.length);
     const length = shortest + Math.floor(this.random() * (longest - shortest + 1));
@@ -149,9 +164,15 @@ export class SimulatedDisk {
     platter.copy(left, 0, 0, Math.min(length, platter.length));
     for (let page = 0; page < length; page += PAGE) {
       const end = Math.min(page + PAGE, length, bytes.length);
-      if (end > page && this.random() < 0.5) bytes.copy(left, page, page, end);
+      if (end > page && dirty.has(pageOf(page)) && this.random() < 0.5)
+        bytes.copy(left, page, page, end);
     }
     return left;
+  }
+
+  /** The files that have something in them, in the order of their names. */
+  paths(): string[] {
+    return [...this.files.keys()].filter((path) => this.files.get(path)?.bytes.length).toSorted();
   }
 
   /** Changes what is on the disk, as rot or a person does. */
@@ -162,6 +183,18 @@ export class SimulatedDisk {
 }
 
 const empty = Buffer.alloc(0);
+const pageOf = (byte: number) => Math.floor(byte / PAGE);
+
+/** Writes the dirty pages to the platter, those that `arrives` lets; clean are then all of them. */
+function flush(file: SimulatedFile, arrives = () => true): void {
+  const { bytes, platter, dirty } = file;
+  const written = Buffer.alloc(bytes.length);
+  platter.copy(written, 0, 0, Math.min(platter.length, bytes.length));
+  for (const page of dirty)
+    if (arrives()) bytes.copy(written, page * PAGE, page * PAGE, (page + 1) * PAGE);
+  file.platter = written;
+  dirty.clear();
+}
 
 function apply(directory: Map<string, SimulatedFile>, naming: Naming): void {
   for (const [path, file] of naming)

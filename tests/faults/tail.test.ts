@@ -89,3 +89,39 @@ test("a flipped bit in the last 20 frames is named with its frame; in the very l
   }
   expect(butLast.length).toBeGreaterThan(200);
 }, 60_000);
+
+test("no bit of a header makes a journal another one, or puts it elsewhere", async () => {
+  const disk = new SimulatedDisk(randomOf(1), { noRoom: 0, failedSync: 0 });
+  const mounted = disk.mount();
+  const journal = await openJournal("data", () => {}, mounted, 250);
+  for (let i = 0; i < 6; i++) await journal.append(Buffer.from(`line ${i} ${"x".repeat(100)}\n`));
+  await journal.close();
+  const flip = (path: string, bit: number) =>
+    disk.change(path, (bytes) => {
+      bytes[bit >> 3] = (bytes[bit >> 3] as number) ^ (1 << (bit & 7));
+      return bytes;
+    });
+  const read = async () => {
+    const reader = await openJournalReader(PATH, mounted);
+    const frames = [];
+    for (let position = reader?.start ?? 0; reader; position = frames.at(-1)?.to ?? 0) {
+      const more = await reader.read(position);
+      if (more.length === 0) break;
+      frames.push(...more);
+    }
+    const found = frames.map(({ from, payload }) => `${from} ${payload}`);
+    return reader ? `${reader.id} ${found.join()}` : "no journal";
+  };
+  const whole = await read();
+  const newline = encodeJournalHeader(journal.id, 0).length - 1;
+  expect(disk.paths().length).toBeGreaterThan(2);
+  for (const path of disk.paths()) {
+    for (let bit = 0; bit < 8 * newline; bit++) {
+      flip(path, bit);
+      const found = await read().catch((error) => error);
+      if (!(found instanceof JournalDamage) && found !== whole)
+        throw new Error(`${path}, bit ${bit}: ${found}`);
+      flip(path, bit);
+    }
+  }
+}, 60_000);
