@@ -3,7 +3,7 @@
  * two at a time, with other seeds each time, until the time is up, and prints what that amounts to.
  * Exit code 0 when nothing failed, 1 otherwise; what failed is told with the command that repeats it.
  *
- * `bun run faults --breaks` tests the suite itself: see breaks.ts.
+ * `bun run faults --breaks [NAME]` tests the suite itself: see breaks.ts.
  */
 import { parseArgs } from "node:util";
 
@@ -23,14 +23,15 @@ const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = 
   { name: "files", files: ["tests/check.test.ts", "tests/rotation.test.ts"], env: {} },
 ];
 
-const { values } = parseArgs({
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
   options: {
     seed: { type: "string" },
     minutes: { type: "string", default: "30" },
     breaks: { type: "boolean" },
   },
 });
-if (values.breaks) process.exit(await tryBreaks());
+if (values.breaks) process.exit(await tryBreaks(positionals[0]));
 
 const minutes = Number(values.minutes);
 const firstSeed = Number(values.seed ?? Math.floor(Math.random() * 2 ** 30));
