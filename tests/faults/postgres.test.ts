@@ -28,7 +28,7 @@ const LOCKED_MS = ROUNDS > 1 ? 30_000 : 3_000;
 setDefaultTimeout(120_000 * ROUNDS);
 
 /** What becomes of the packet that a client sends: forwarded, or the end of its connection. */
-type Verdict = "pass" | "cut" | "cut behind";
+type Verdict = "pass" | "cut" | "cut behind" | "swallow the answers";
 
 /** A way to the Postgres at `url` on which `judge` sees each packet from the client. */
 async function openJudge(url: string, judge: (packet: Buffer, number: number) => Verdict) {
@@ -52,7 +52,7 @@ async function openJudge(url: string, judge: (packet: Buffer, number: number) =>
       if (verdict !== "pass") count("cut connections");
       if (verdict === "cut") return void client.destroy();
       // The answer is never seen: what Postgres does with it is the same.
-      if (verdict === "cut behind") postgres.removeAllListeners("data");
+      if (verdict !== "pass") postgres.removeAllListeners("data").resume();
       postgres.write(packet, () => {
         if (verdict === "cut behind") setTimeout(() => client.destroy(), 20);
       });
@@ -138,6 +138,30 @@ test("the connection is cut behind each of the first COMMITs: every event counts
   await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 30_000);
 });
 
+test.if(ROUNDS > 1)(
+  "the answer to a COMMIT never comes, and its connection stays open: every event counts once",
+  async () => {
+    await using database = await testDatabase();
+    using dir = tempDir();
+    let swallowed = 0;
+    await using way = await openJudge(database.url, (packet) =>
+      packet.toString("latin1").toLowerCase().includes("commit") && ++swallowed <= 2
+        ? "swallow the answers"
+        : "pass",
+    );
+    await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url });
+    let sent = 0;
+    const add = async () => {
+      const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1 });
+      expect(status).toBe(201);
+      sent++;
+    };
+    // Until the deadline of a posting, and once more.
+    await until(async () => (await add(), swallowed > 2), 90_000, 50);
+    await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 60_000);
+  },
+);
+
 test("while the table is locked events are taken, GET answers in time, and everything catches up", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
@@ -154,7 +178,7 @@ test("while the table is locked events are taken, GET answers in time, and every
       expect((await add()).status).toBe(201);
       sent++;
       const { status } = await fetch(`${server.url}/userEvents/ann`, {
-        signal: AbortSignal.timeout(15_000),
+        signal: AbortSignal.timeout(10_000),
       });
       expect(status).toBe(503);
     }

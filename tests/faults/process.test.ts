@@ -75,6 +75,87 @@ test.each(Object.entries(POINTS))("killed %s, it counts every event once", (_, p
   })(),
 );
 
+test(
+  "a processor of its own, killed after the statement, after COMMIT and before it: the server takes events, and each counts once",
+  seeded(async (random) => {
+    for (let round = 0; round < ROUNDS; round++) await dieApart(random);
+  }),
+);
+
+/** One server, behind which processors die at each point between a batch and its report. */
+async function dieApart(random: () => number) {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
+  const app = { dataDir: dir.path, databaseUrl: database.url, args: ["--no-processor"] };
+  await using server = await startApp({ ...app, env: { JOURNAL_SEGMENT_BYTES: "1500" } });
+  const sender = openSender(random);
+  const points = Object.entries(POINTS).filter(([, { file }]) => /ledger|posting/.test(file));
+  expect(points).toHaveLength(3);
+  for (const [, point] of points) {
+    using copy = alteredCopy([point]);
+    const FAULT_PASS = `${1 + Math.floor(random() * 3)}`;
+    await using processor = spawn("processor.ts", { home: copy.path, env: { ...env, FAULT_PASS } });
+    while (processor.child.exitCode === null && processor.child.signalCode === null) {
+      expect(await sender.send(server)).toBe(true);
+      await Bun.sleep(random() * 20);
+    }
+    expect(processor.child.signalCode, processor.stderr.text()).toBe("SIGKILL");
+    count("kills");
+  }
+  await using processor = spawn("processor.ts", { env });
+  await until(() => sender.isPosted(database.url), 60_000).catch(() => {});
+  expect(await balances(database.url), processor.stderr.text()).toEqual(sender.balances());
+}
+
+const CLIENT_POINTS: Record<string, Alteration> = {
+  "before a piece is sent": {
+    file: "client.ts",
+    find: "const answer = await remote.take(source, piece);",
+    put: `${DIE} const answer = await remote.take(source, piece);`,
+  },
+  "before it notes what the server rejected": {
+    file: "client.ts",
+    find: "on.rejected.add(piece, answer.errors);",
+    put: `${DIE} on.rejected.add(piece, answer.errors);`,
+  },
+  "half-way through noting it": {
+    file: "lib/rejected.ts",
+    find: "if (text && writes) appendFileSync(path, text);",
+    put: `if (text && writes) { appendFileSync(path, text.slice(0, text.length / 2)); ${DIE} appendFileSync(path, text.slice(text.length / 2)); }`,
+  },
+};
+
+test(
+  "a client killed at each point between a piece and the next: every event counts once, every bad line is told once",
+  seeded(async (random) => {
+    for (let round = 0; round < ROUNDS; round++) await dieSending(random);
+  }),
+);
+
+async function dieSending(random: () => number) {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const file = dir.file("a.jsonl");
+  const { bad, balances: wanted } = writeEvents(file, 12_000, random);
+  await using server = await startApp({ dataDir: dir.file("data"), databaseUrl: database.url });
+  const env = { SERVER_URL: server.url };
+  for (const [name, point] of Object.entries(CLIENT_POINTS)) {
+    using copy = alteredCopy([point]);
+    const FAULT_PASS = `${1 + Math.floor(random() * 2)}`;
+    await using client = spawn("client.ts", {
+      ...{ home: copy.path, args: [file], env: { ...env, FAULT_PASS } },
+    });
+    await client.exit();
+    expect(client.child.signalCode, `${name}: ${client.stderr.text()}`).toBe("SIGKILL");
+    count("kills");
+  }
+  const last = await run("client.ts", { args: [file, "--wait"], env });
+  expect(last.stderr + last.stdout).toContain("all of it is in the ledger");
+  expect(await balances(database.url)).toEqual(wanted);
+  expect(rejectedFaults(file, bad)).toEqual([]);
+}
+
 /** Some lives that end at `point`, then one that does not. */
 async function dieAt(point: Alteration, random: () => number) {
   await using database = await testDatabase();
@@ -150,25 +231,26 @@ async function dieAnywhere(random: () => number) {
 }
 
 test(
-  "the private Postgres killed and stopped at any time: every event counts once",
+  "the private Postgres killed, stopped and told to go at any time: every event counts once",
   seeded(async (random) => {
     using dir = tempDir();
     await using server = await startApp({ dataDir: dir.path });
     const sender = openSender(random);
-    for (let kill = 0; kill < 2 * ROUNDS; kill++) {
-      for (let i = 0; i < 20; i++) await sender.send(server);
-      const pid = await until(() => postmaster(dir.path), 30_000);
-      if (random() < 0.5) {
-        process.kill(pid, "SIGSTOP");
-        await sender.send(server);
-        await Bun.sleep(random() * 1_000);
-        process.kill(pid, "SIGCONT");
-        count("stops");
-      } else {
-        process.kill(pid, "SIGKILL");
-        count("kills");
+    // INT: Postgres ends what it does and goes. QUIT: it goes at once, as after a crash.
+    const signals = ["SIGKILL", "SIGSTOP", "SIGINT", "SIGQUIT"] as const;
+    for (let round = 0; round < ROUNDS; round++) {
+      for (const signal of signals.toSorted(() => random() - 0.5)) {
+        for (let i = 0; i < 20; i++) await sender.send(server);
+        const pid = await until(() => postmaster(dir.path), 60_000);
+        process.kill(pid, signal);
+        if (signal === "SIGSTOP") {
+          await sender.send(server);
+          await Bun.sleep(random() * 1_000);
+          process.kill(pid, "SIGCONT");
+          count("stops");
+        } else count("kills");
+        await Bun.sleep(random() * 300);
       }
-      await Bun.sleep(random() * 300);
     }
     await sender.sendRest(server);
     for (const [user, revenue] of Object.entries(sender.balances()))
