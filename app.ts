@@ -40,7 +40,7 @@ import { waitForLock } from "./lib/lock.ts";
 import { type Log, openLog, watchState } from "./lib/log.ts";
 import { type Metrics, openMetrics } from "./lib/metrics.ts";
 import { watchPosted } from "./lib/posted.ts";
-import { allowedMethods, Problem, problems, routeOf, unavailable } from "./lib/problem.ts";
+import { allowedMethods, Problem, problems, routeFinder, unavailable } from "./lib/problem.ts";
 import { openRoom } from "./lib/room.ts";
 import { sourceHeaders, sourceName, sourceOf } from "./lib/source-header.ts";
 import { openSources, type Sources } from "./lib/sources.ts";
@@ -157,9 +157,12 @@ async function main(): Promise<number> {
     const sources = openSources(path, journal, database);
     const app = createApp({ journal, database, sources, access, schema, log, lag, metrics });
     const tls = cert && key ? { cert, key } : null;
+    const routeOf = routeFinder(app.routes);
+    const isLogged = log.isLevelEnabled("debug");
     const seen: Seen = (method, path, status, id, fromMs) => {
-      const route = routeOf(app.routes, path);
+      const route = routeOf(path);
       metrics.answered(method, route, status);
+      if (!isLogged) return;
       const ms = Math.round((performance.now() - fromMs) * 1000) / 1000;
       log.debug({ id, method, route, status, ms }, "request");
     };

@@ -90,9 +90,14 @@ export function allowedMethods(routes: readonly Route[], path: string): string[]
   return [...new Set(methods.includes("GET") ? [...methods, "HEAD"] : methods)];
 }
 
-/** The path of the route that `path` is of: one of few, whatever is asked for. */
-export function routeOf(routes: readonly Route[], path: string): string {
-  return routes.find((route) => fits(route.path, path))?.path ?? "other";
+/** Finds the path of the route that a path is of: one of few, whatever is asked for. */
+export function routeFinder(routes: readonly Route[]): (path: string) => string {
+  const plain = new Set(routes.filter(({ path }) => !path.includes(":")).map(({ path }) => path));
+  const patterns = routes.filter(({ path }) => path.includes(":"));
+  return (path) => {
+    if (plain.has(path)) return path;
+    return patterns.find((route) => fits(route.path, path))?.path ?? "other";
+  };
 }
 
 function fits(route: string, path: string): boolean {
