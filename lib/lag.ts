@@ -62,9 +62,15 @@ export function watchLag(path: string, journal: Journal, database: Database): La
 
   function now(): Lag {
     const bytes = Math.max(0, journal.end() - posted);
+    dropPosted();
     const sinceMs = marks[0]?.atMs;
     if (bytes === 0 || sinceMs === undefined) return { bytes, seconds: 0 };
     return { bytes, seconds: Math.max(0, Date.now() - sinceMs) / 1000 };
+  }
+
+  /** Also of what has come since the ledger was asked: else the age of an event would be that of the one before. */
+  function dropPosted() {
+    while ((marks[1]?.from ?? Number.POSITIVE_INFINITY) <= posted) marks.shift();
   }
 
   function lookOnce(): Promise<Lag> {
@@ -82,7 +88,7 @@ export function watchLag(path: string, journal: Journal, database: Database): La
       answered &&= !(error instanceof Unavailable);
       throw error;
     }
-    while ((marks[1]?.from ?? Number.POSITIVE_INFINITY) <= posted) marks.shift();
+    dropPosted();
     const first = marks[0]?.from ?? Number.POSITIVE_INFINITY;
     // What was there before this process: the journal itself knows when.
     if (posted < journal.end() && posted < first) {

@@ -133,6 +133,21 @@ test("posting that lags is told in bytes and seconds, by /readyz too, and over a
   });
 });
 
+test("the first event after a pause lags since it came, not since the one before", async () => {
+  using dir = tempDir();
+  await using database = await testDatabase();
+  await using app = await startApp({ dataDir: dir.path, databaseUrl: database.url });
+  for (let i = 0; i < 3; i++) {
+    const fromMs = performance.now();
+    await app.post(event({}));
+    const found = await scrape(app.url);
+    const seconds = (performance.now() - fromMs) / 1000;
+    expect(found["daybook_posting_lag_seconds"]).toBeLessThan(seconds + 0.5);
+    await until(async () => (await scrape(app.url))["daybook_posting_lag_bytes"] === 0);
+    await Bun.sleep(1_500);
+  }
+});
+
 test("a journal that takes nothing is told until there is room", async () => {
   using dir = tempDir();
   await using app = await startApp({
