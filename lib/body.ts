@@ -77,20 +77,27 @@ export async function readEvent(
   if (coding !== "identity")
     throw new Problem(415, "Content-Encoding: one event comes uncompressed");
   const body = withoutBom(await readBytes(request, MAX_EVENT_BYTES, hold));
-  let decoded = decodeEvent(body);
-  if (!(decoded instanceof Refusal)) decoded = own?.refuse(body) ?? decoded;
-  if (decoded instanceof Refusal) {
-    refused(decoded);
-    const { kind, faults, reason } = decoded;
-    if (kind === "json") throw new Problem(400, `the body is ${reason}`);
-    throw new Problem(422, "the body is not an event", { errors: faults });
+  const decoded = decodeEvent(body);
+  if (decoded instanceof Refusal) throw notAnEvent(decoded);
+  const line = withKey(oneLine(body), decoded.id, request.headers.get("idempotency-key"));
+  const refusal = own?.refuse(line);
+  if (refusal) throw notAnEvent(refusal);
+  return line;
+
+  function notAnEvent(refusal: Refusal): Problem {
+    refused(refusal);
+    const { kind, faults, reason } = refusal;
+    if (kind === "json") return new Problem(400, `the body is ${reason}`);
+    return new Problem(422, "the body is not an event", { errors: faults });
   }
-  const line = oneLine(body);
-  const header = request.headers.get("idempotency-key");
+}
+
+/** The line with its `Idempotency-Key` as its id. */
+function withKey(line: Uint8Array, id: string | undefined, header: string | null): Uint8Array {
   if (header === null) return line;
   // HTTP hands over bytes as Latin-1; senders mean UTF-8, as in an event's own id.
   const key = Buffer.from(header, "latin1").toString();
-  return key === decoded.id ? line : withId(line, key, decoded.id);
+  return key === id ? line : withId(line, key, id);
 }
 
 /**

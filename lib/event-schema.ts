@@ -4,9 +4,18 @@
  */
 import { readFileSync } from "node:fs";
 
-import { Ajv2020, type ErrorObject } from "ajv/dist/2020.js";
+import { Ajv2020, type ErrorObject, type ValidateFunction } from "ajv/dist/2020.js";
 
 import { type Fault, Refusal } from "./event.ts";
+
+/**
+ * Of a long event only the first fault is told, and never more than some: each element of an array can
+ * be one. All of them, of a body of 12 MB, were an answer of 80 MB, after 3.5 s in which nothing else was served.
+ */
+const MANY_FAULTS_BYTES = 4096;
+const MOST_FAULTS = 10;
+/** A path may be made of the sender's own words. */
+const MOST_PATH = 256;
 
 export interface EventSchema {
   /** The schema itself, for the API's description of itself. */
@@ -23,10 +32,12 @@ export function openEventSchema(path: string): EventSchema {
   } catch (error) {
     throw new Error(`EVENT_SCHEMA: cannot read ${path} as JSON: ${(error as Error).message}`);
   }
-  const ajv = new Ajv2020({ allErrors: true, strict: false, logger: false });
-  let validate: ReturnType<typeof ajv.compile>;
+  let first: ValidateFunction;
+  let all: ValidateFunction;
   try {
-    validate = ajv.compile(document);
+    const options = { strict: false, logger: false } as const;
+    first = new Ajv2020(options).compile(document);
+    all = new Ajv2020({ ...options, allErrors: true }).compile(document);
   } catch (error) {
     throw new Error(
       `EVENT_SCHEMA: ${path} is no JSON Schema (2020-12): ${(error as Error).message}`,
@@ -35,8 +46,11 @@ export function openEventSchema(path: string): EventSchema {
   return {
     document,
     refuse(line) {
-      if (validate(JSON.parse(Buffer.from(line).toString()))) return null;
-      return new Refusal("event", (validate.errors ?? []).map(faultOf));
+      const event = JSON.parse(Buffer.from(line).toString());
+      if (first(event)) return null;
+      const validate = line.length > MANY_FAULTS_BYTES ? first : all;
+      validate(event);
+      return new Refusal("event", (validate.errors ?? []).slice(0, MOST_FAULTS).map(faultOf));
     },
   };
 }
@@ -46,5 +60,5 @@ function faultOf({
   instancePath,
   message = "is not as EVENT_SCHEMA wants it",
 }: ErrorObject): Fault {
-  return { path: instancePath, message };
+  return { path: instancePath.slice(0, MOST_PATH), message };
 }

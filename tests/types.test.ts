@@ -2,7 +2,7 @@
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync } from "node:fs";
 
-import { balances, run, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
+import { balances, run, SECRET, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
 
 setDefaultTimeout(60_000);
 
@@ -156,6 +156,45 @@ test("EVENT_SCHEMA holds at the door, with the path of what it does not like", a
   const api = await (await fetch(`${server.url}/openapi/json`)).json();
   const body = api.paths["/liveEvent"].post.requestBody.content["application/json"].schema;
   expect(body.allOf[1]).toEqual(schema);
+});
+
+test("an Idempotency-Key is the id that EVENT_SCHEMA asks for", async () => {
+  await using ledger = await openLedger("add_revenue:+");
+  const EVENT_SCHEMA = ledger.dir.file("schema.json");
+  await Bun.write(EVENT_SCHEMA, '{"required":["id"],"properties":{"id":{"pattern":"^order-"}}}');
+  await using server = await ledger.start({ EVENT_SCHEMA });
+  const post = (headers: Record<string, string>) =>
+    fetch(`${server.url}/liveEvent`, {
+      method: "POST",
+      headers: { authorization: SECRET, "content-type": "application/json", ...headers },
+      body: JSON.stringify(event("ann", "add_revenue", 1)),
+    }).then(({ status }) => status);
+  expect(await post({ "idempotency-key": "order-1" })).toBe(201);
+  expect(await post({ "idempotency-key": "bill-1" })).toBe(422);
+  expect(await post({})).toBe(422);
+});
+
+test("of an event with many faults by EVENT_SCHEMA some are told, and serving goes on", async () => {
+  await using ledger = await openLedger("add_revenue:+");
+  const EVENT_SCHEMA = ledger.dir.file("schema.json");
+  const text = { type: "string" };
+  const schema = { additionalProperties: text, properties: { tags: { items: text }, value: true } };
+  await Bun.write(EVENT_SCHEMA, JSON.stringify(schema));
+  await using server = await ledger.start({ EVENT_SCHEMA });
+  const errorsOf = async (more: object) => {
+    const response = await server.post(event("ann", "add_revenue", 1, more));
+    return ((await response.json()) as { errors: { path: string }[] }).errors;
+  };
+  expect((await errorsOf({ tags: [1, "a", 2] })).map(({ path }) => path)).toEqual([
+    "/tags/0",
+    "/tags/2",
+  ]);
+  expect(await errorsOf({ tags: Array(1_000).fill(1) })).toHaveLength(10);
+  expect((await errorsOf({ ["x".repeat(3_000)]: 1 }))[0]?.path).toHaveLength(256);
+  const many = JSON.stringify(event("ann", "add_revenue", 1, { tags: Array(20_000).fill(1) }));
+  const answer = await (await server.postLines(`${many}\n`.repeat(100))).text();
+  expect(JSON.parse(answer)).toMatchObject({ accepted: 0, rejected: 100 });
+  expect(answer.length).toBeLessThan(50_000);
 });
 
 test("a schema or a table that cannot be used ends the start with one line", async () => {
