@@ -61,6 +61,7 @@ const SETTINGS = {
     meaning: "takes tokens that are signed with a key found there, RS256, ES256 or EdDSA",
     wanted: "http://… or https://…, and no JWT_SECRET beside it",
     read: (found) => (hasProtocol(found, "http:", "https:") ? found : undefined),
+    secret: true, // a user or a query in it may be one
   }),
   JWT_ISSUER: setting({
     default: undefined,

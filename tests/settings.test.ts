@@ -92,6 +92,7 @@ const WRONG: [name: SettingName, found: string][] = [
   ["AUTH_SECRET", `${SECRET}\n`],
   ["AUTH_SECRET", `${SECRET},,${SECRET}`],
   ["AUTH_SECRET", ","],
+  ["JWKS_URL", `ftp://user:${SECRET}@127.0.0.1/keys`],
   ["DATABASE_URL", SECRET],
   ["DATABASE_URL", `mysql://daybook:${SECRET}@127.0.0.1/daybook`],
   ["DATABASE_URL", `postgres://daybook:${SECRET}@127.0.0.1:port/daybook`],
@@ -102,7 +103,7 @@ for (const [name, found] of WRONG)
     expect(wrong).toEqual([
       expect.stringMatching(new RegExp(`^${name}: found .+, wanted .+$`, "s")),
     ]);
-    const secret = name === "AUTH_SECRET" || name === "DATABASE_URL";
+    const secret = /SECRET|TOKEN|_URL$/.test(name) && name !== "SERVER_URL";
     if (secret) expect(wrong[0]).not.toContain(SECRET);
     else expect(wrong[0]).toContain(found);
   });
