@@ -11,7 +11,7 @@ import { JournalDamage } from "../../lib/journal-frame.ts";
 import { JournalFailed, JournalFull, openJournal } from "../../lib/journal.ts";
 import { openJournalReader } from "../../lib/journal-reader.ts";
 import { count as figure } from "./figures.ts";
-import { randomOf, SimulatedDisk } from "./simulated-disk.ts";
+import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
 
 const { FAULT_SEED, FAULT_SEED_FIRST, FAULT_SEEDS = "1000" } = process.env;
 const PATH = "data/eventsPost.jsonl";
@@ -32,7 +32,11 @@ test("what was acknowledged survives every crash of the simulated disk, once and
 /** Some lives of one journal, each ended by a crash; returns how many lines were acknowledged. */
 async function live(seed: number): Promise<number> {
   const random = randomOf(seed);
-  const odds = { noRoom: random() * 0.1, failedSync: random() * 0.05 };
+  const odds = {
+    noRoom: random() * 0.1,
+    failedSync: random() * 0.05,
+    failedChange: random() * 0.02,
+  };
   const disk = new SimulatedDisk(random, odds);
   // Small enough that a life rotates some times, or not at all.
   const segmentBytes = 100 + Math.floor(random() ** 2 * 100_000);
@@ -42,7 +46,7 @@ async function live(seed: number): Promise<number> {
     await oneLife(disk, random, `${seed}.${life}`, acknowledged, sent, segmentBytes);
     disk.crash();
   }
-  Object.assign(odds, { noRoom: 0, failedSync: 0 });
+  Object.assign(odds, { noRoom: 0, failedSync: 0, failedChange: 0 });
   const journal = await openJournal("data", () => {}, disk.mount(), segmentBytes);
   await journal.append(Buffer.from("last\n"));
   sent.add("last");
@@ -65,10 +69,36 @@ test("a flipped bit in any file of a journal is named, or costs the last frame; 
   if (count >= 1000) for (const many of Object.values(ends)) expect(many).toBeGreaterThan(0);
 }, 120_000);
 
+test("what could not be synced is nowhere for a reader, though its own sync of it succeeds", async () => {
+  const odds = { noRoom: 0, failedSync: 0, failedChange: 0 };
+  const disk = new SimulatedDisk(randomOf(1), odds);
+  const mounted = disk.mount();
+  const journal = await openJournal("data", () => {}, mounted);
+  await journal.append(Buffer.from("good\n"));
+  odds.failedSync = 1;
+  const refused = journal.append(Buffer.from("bad\n"));
+  await expect(refused).rejects.toThrow(JournalFailed);
+  odds.failedSync = 0;
+  await expect(journal.append(Buffer.from("more\n"))).rejects.toThrow(JournalFailed);
+  expect(await readAll(disk, mounted)).toEqual(["good"]);
+});
+
+test("a journal that is closed answers first what has come before", async () => {
+  const disk = new SimulatedDisk(randomOf(1), HARMLESS);
+  const mounted = disk.mount();
+  const journal = await openJournal("data", () => {}, mounted);
+  const first = journal.append(Buffer.from("first\n"));
+  const behind = journal.append(Buffer.from("behind\n"));
+  const closing = journal.close();
+  await Promise.all([first, behind, closing]);
+  expect(await readAll(disk, mounted)).toEqual(["first", "behind"]);
+  await expect(journal.append(Buffer.from("late\n"))).rejects.toThrow(JournalFailed);
+});
+
 /** A journal of some segments with one bit flipped; returns what became of that. */
 async function flip(seed: number): Promise<"named" | "healed" | "without effect"> {
   const random = randomOf(seed);
-  const disk = new SimulatedDisk(random, { noRoom: 0, failedSync: 0 });
+  const disk = new SimulatedDisk(random, HARMLESS);
   const mounted = disk.mount();
   const journal = await openJournal("data", () => {}, mounted, 100 + random() * 2_000);
   const frames: string[] = [];

@@ -14,7 +14,7 @@ import { openJournal } from "../../lib/journal.ts";
 import { openJournalReader } from "../../lib/journal-reader.ts";
 import { run, SECRET, startApp, tempDir, testDatabase, until } from "../support.ts";
 import { count } from "./figures.ts";
-import { randomOf, SimulatedDisk } from "./simulated-disk.ts";
+import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
 
 const { FAULT_SEED, FAULT_SEED_FIRST, FAULT_CASES = FAULT_SEED ? "10" : "5000" } = process.env;
 const CASES = Number(FAULT_CASES);
@@ -235,7 +235,7 @@ async function mutateJournal(seed: number) {
   const parts = [encodeJournalHeader("3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11", 0)];
   for (const [i, text] of payloads.entries())
     parts.push(encodeFrame([Buffer.from(text)], text.length, 1_700_000_000_000 + i));
-  const disk = new SimulatedDisk(random, { noRoom: 0, failedSync: 0 });
+  const disk = new SimulatedDisk(random, HARMLESS);
   const mounted = disk.mount();
   await mounted.openForAppend("data/eventsPost.jsonl");
   disk.change("data/eventsPost.jsonl", () => mutated(Buffer.concat(parts), random));

@@ -34,7 +34,11 @@ type Naming = Map<string, SimulatedFile | null>;
 export interface Odds {
   noRoom: number;
   failedSync: number;
+  /** Of a cut, a rename, a sync of the directory. */
+  failedChange: number;
 }
+
+export const HARMLESS: Odds = { noRoom: 0, failedSync: 0, failedChange: 0 };
 
 export class SimulatedDisk {
   private files = new Map<string, SimulatedFile>();
@@ -89,7 +93,7 @@ export class SimulatedDisk {
           }),
         truncate: (bytes) =>
           alive(() => {
-            if (this.random() < this.odds.failedSync) throw fail("EIO");
+            if (this.random() < this.odds.failedChange) throw fail("EIO");
             if (bytes >= file.bytes.length) return;
             file.bytes = file.bytes.subarray(0, bytes);
             for (const page of file.dirty) if (page * PAGE >= bytes) file.dirty.delete(page);
@@ -102,7 +106,7 @@ export class SimulatedDisk {
       openForAppend: (path) => alive(() => openForAppend(path)),
       syncDirectory: () =>
         alive(() => {
-          if (this.random() < this.odds.failedSync) throw fail("EIO");
+          if (this.random() < this.odds.failedChange) throw fail("EIO");
           this.named = new Map(this.files);
           this.namings = [];
         }),
@@ -110,6 +114,7 @@ export class SimulatedDisk {
       list: () => alive(() => [...this.files.keys()].map((path) => path.slice("data/".length))),
       rename: (from, to) =>
         alive(() => {
+          if (this.random() < this.odds.failedChange) throw fail("EIO");
           const file = this.files.get(from);
           if (!file) throw fail("ENOENT");
           this.name(new Map<string, SimulatedFile | null>([[from, null]]).set(to, file));

@@ -1,10 +1,11 @@
 /** Every way in which the end of a journal can be cut, and every bit of it flipped. */
 import { expect, test } from "bun:test";
 
+import type { Disk } from "../../lib/journal-disk.ts";
 import { encodeFrame, encodeJournalHeader, JournalDamage } from "../../lib/journal-frame.ts";
 import { openJournal } from "../../lib/journal.ts";
 import { openJournalReader } from "../../lib/journal-reader.ts";
-import { randomOf, SimulatedDisk } from "./simulated-disk.ts";
+import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
 
 const PATH = "data/eventsPost.jsonl";
 const ID = "3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11";
@@ -37,7 +38,7 @@ function makeJournal() {
 
 /** What is left after a start on these bytes, or the damage that it named. */
 async function start(bytes: Buffer): Promise<string[] | JournalDamage> {
-  const disk = new SimulatedDisk(randomOf(1), { noRoom: 0, failedSync: 0 });
+  const disk = new SimulatedDisk(randomOf(1), HARMLESS);
   const mounted = disk.mount();
   await mounted.openForAppend(PATH);
   disk.change(PATH, () => bytes);
@@ -90,38 +91,63 @@ test("a flipped bit in the last 20 frames is named with its frame; in the very l
   expect(butLast.length).toBeGreaterThan(200);
 }, 60_000);
 
-test("no bit of a header makes a journal another one, or puts it elsewhere", async () => {
-  const disk = new SimulatedDisk(randomOf(1), { noRoom: 0, failedSync: 0 });
-  const mounted = disk.mount();
-  const journal = await openJournal("data", () => {}, mounted, 250);
-  for (let i = 0; i < 6; i++) await journal.append(Buffer.from(`line ${i} ${"x".repeat(100)}\n`));
-  await journal.close();
-  const flip = (path: string, bit: number) =>
+/** Flips each bit from byte `from` to byte `to` in turn, and hands over what a reader then finds. */
+async function eachFlip(
+  disk: SimulatedDisk,
+  path: string,
+  [from, to]: [number, number],
+  check: (found: unknown, bit: number) => void,
+) {
+  const flip = (bit: number) =>
     disk.change(path, (bytes) => {
       bytes[bit >> 3] = (bytes[bit >> 3] as number) ^ (1 << (bit & 7));
       return bytes;
     });
-  const read = async () => {
-    const reader = await openJournalReader(PATH, mounted);
-    const frames = [];
-    for (let position = reader?.start ?? 0; reader; position = frames.at(-1)?.to ?? 0) {
-      const more = await reader.read(position);
-      if (more.length === 0) break;
-      frames.push(...more);
-    }
-    const found = frames.map(({ from, payload }) => `${from} ${payload}`);
-    return reader ? `${reader.id} ${found.join()}` : "no journal";
-  };
-  const whole = await read();
-  const newline = encodeJournalHeader(journal.id, 0).length - 1;
-  expect(disk.paths().length).toBeGreaterThan(2);
-  for (const path of disk.paths()) {
-    for (let bit = 0; bit < 8 * newline; bit++) {
-      flip(path, bit);
-      const found = await read().catch((error) => error);
-      if (!(found instanceof JournalDamage) && found !== whole)
-        throw new Error(`${path}, bit ${bit}: ${found}`);
-      flip(path, bit);
+  for (let bit = 8 * from; bit < 8 * to; bit++) {
+    flip(bit);
+    check(await read(disk.mount()).catch((error) => error), bit);
+    flip(bit);
+  }
+}
+
+/** The journal's name, and its frames with their positions. */
+async function read(mounted: Disk): Promise<string> {
+  const reader = await openJournalReader(PATH, mounted);
+  if (!reader) return "no journal";
+  const found = [reader.id];
+  for (let position = reader.start; ;) {
+    const frames = await reader.read(position);
+    if (frames.length === 0) return found.join("\n");
+    for (const { from, to, payload } of frames) {
+      found.push(`${from} ${payload}`);
+      position = to;
     }
   }
-}, 60_000);
+}
+
+test("no bit of a journal's name makes it another journal", async () => {
+  const disk = new SimulatedDisk(randomOf(1), HARMLESS);
+  const mounted = disk.mount();
+  const journal = await openJournal("data", () => {}, mounted);
+  await journal.append(Buffer.from("line\n"));
+  const [name] = encodeJournalHeader(journal.id, 0).toString().split(journal.id) as [string];
+  await eachFlip(disk, PATH, [name.length, name.length + journal.id.length], (found, bit) => {
+    if (!(found instanceof JournalDamage)) throw new Error(`bit ${bit}: ${found}`);
+  });
+  expect(await read(disk.mount())).toStartWith(journal.id);
+});
+
+test("no bit of the headers of many files puts an event elsewhere", async () => {
+  const disk = new SimulatedDisk(randomOf(1), HARMLESS);
+  const mounted = disk.mount();
+  const journal = await openJournal("data", () => {}, mounted, 250);
+  for (let i = 0; i < 6; i++) await journal.append(Buffer.from(`line ${i} ${"x".repeat(100)}\n`));
+  const whole = await read(mounted);
+  const newline = encodeJournalHeader(journal.id, 0).length - 1;
+  expect(disk.paths().length).toBeGreaterThan(2);
+  for (const path of disk.paths())
+    await eachFlip(disk, path, [0, newline], (found, bit) => {
+      if (!(found instanceof JournalDamage) && found !== whole)
+        throw new Error(`${path}, bit ${bit}: ${found}`);
+    });
+});
