@@ -8,6 +8,7 @@ import { appendFileSync, readFileSync, writeFileSync } from "node:fs";
 import { connect } from "node:net";
 
 import { encodeFrame, parseJournalHeader } from "../lib/journal-frame.ts";
+import { count } from "./faults/figures.ts";
 import {
   balances,
   connectTest,
@@ -35,6 +36,7 @@ test(
       await sending.underWay();
       await Bun.sleep(random() * 300);
       app.kill("SIGKILL");
+      count("kills");
       await sending.end;
     }
     await ledger.postRest();
@@ -55,6 +57,7 @@ test(
       await until(async () => (await ledger.position()) > from || processor.child.exitCode);
       await Bun.sleep(random() * 80);
       processor.kill("SIGKILL");
+      count("kills");
     }
     const last = await run("processor.ts", { args: [file], env: ledger.env });
     expect(last.stderr).toBe("");
@@ -78,6 +81,7 @@ test(
       await until(async () => (await ledger.position()) > from);
       await Bun.sleep(random() * 100);
       processor.kill("SIGKILL");
+      count("kills");
     }
     await sending.stop();
     await ledger.postRest();

@@ -6,6 +6,7 @@
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync, statSync } from "node:fs";
 
+import { count } from "./faults/figures.ts";
 import {
   balances,
   type Fault,
@@ -110,12 +111,14 @@ async function openLedger() {
         await reach(Math.max(size(), (bytes * (kill + random())) / 14));
         if (kill % 3 === 0) {
           server.kill("SIGKILL");
+          count("kills");
           await server.exit();
           server = await startApp({ ...app, env: { PORT: new URL(server.url).port } });
           await reach(size());
         }
         await Bun.sleep(random() * 10);
         client.kill("SIGKILL");
+        count("kills");
         await client.exit();
         expect(client.child.signalCode).toBe("SIGKILL"); // it was not through before
       }

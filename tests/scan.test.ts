@@ -7,6 +7,7 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { formatAmount, parseAmount } from "../lib/amount.ts";
 import { type Change, decodeEvent, openScanner, Refusal, scannedChange } from "../lib/event.ts";
 import { eachEvent, eachLine } from "../lib/lines.ts";
+import { hashOf } from "../lib/scan.ts";
 import { Sums } from "../lib/sums.ts";
 import { count } from "./faults/figures.ts";
 import { randomOf } from "./faults/simulated-disk.ts";
@@ -142,6 +143,15 @@ test("the sums of users are exact, whatever their amounts and names", () => {
     for (const [i, amount] of [...wanted.values()].entries())
       expect(exact(amounts[i] ?? ""), `TEST_SEED=${seed}`).toBe(formatAmount(amount));
   }
+});
+
+test("two users with the same hash are two users", () => {
+  const users = ["costarring", "liquid", "declinate", "macallums"].map((user) => Buffer.from(user));
+  const [a, b, c, d] = users.map((user) => hashOf(user, 0, user.length));
+  expect([a, c]).toEqual([b, d]);
+  const sums = new Sums();
+  for (const user of [...users, ...users]) sums.addTo(user.toString(), parseAmount("1") as bigint);
+  expect(sums.amountArray()).toBe("{2,2,2,2}");
 });
 
 test("ten values of the largest size stay exact", () => {

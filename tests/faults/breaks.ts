@@ -253,8 +253,7 @@ export const BREAKS: readonly Break[] = [
     "the next life of a processor that died",
     "setTimeout(start, pauseMs);",
     "",
-    "tests/driver.test.ts",
-    "tests/processor.test.ts",
+    "tests/faults/process.test.ts",
   ),
   inFile("lib/source.ts")(
     "the digest of a file's posted bytes",

@@ -108,6 +108,33 @@ async function dieApart(random: () => number) {
   expect(await balances(database.url), processor.stderr.text()).toEqual(sender.balances());
 }
 
+test.each([
+  ["throws outside of every promise", 'setTimeout(() => { throw new Error("as told"); });'],
+  ["ends without a word", "process.exit(0);"],
+])(
+  "a processor that %s after each few batches is started again, and every event counts once",
+  (_, end) =>
+    seeded(async (random) => {
+      await using database = await testDatabase();
+      using dir = tempDir();
+      const { file, find, put } = POINTS["after COMMIT"] as Alteration;
+      const every = "if ((globalThis.passes = (globalThis.passes ?? 0) + 1) == 3)";
+      using copy = alteredCopy([{ file, find, put: put.replace(DIE, `${every} { ${end} }`) }]);
+      const app = { home: copy.path, dataDir: dir.path, databaseUrl: database.url };
+      await using server = await startApp(app);
+      const sender = openSender(random);
+      const deaths = () => server.stderr.text().split("starting it again").length - 1;
+      await until(async () => {
+        expect(await sender.send(server)).toBe(true);
+        await Bun.sleep(random() * 20);
+        return deaths() >= 2;
+      }, 60_000);
+      await until(() => sender.isPosted(database.url), 60_000).catch(() => {});
+      expect(await balances(database.url), server.stderr.text()).toEqual(sender.balances());
+      count("kills", deaths());
+    })(),
+);
+
 const CLIENT_POINTS: Record<string, Alteration> = {
   "before a piece is sent": {
     file: "client.ts",

@@ -5,6 +5,9 @@
  *
  * `bun run faults --breaks [NAME]` tests the suite itself: see breaks.ts.
  */
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { parseArgs } from "node:util";
 
 import { root } from "./altered.ts";
@@ -21,30 +24,25 @@ const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = 
   { name: "verify", files: ["tests/verify.test.ts"], env: {} },
   { name: "kills", files: ["tests/crash.test.ts", "tests/resume.test.ts"], env: {} },
   { name: "files", files: ["tests/check.test.ts", "tests/rotation.test.ts"], env: {} },
+  { name: "driver", files: ["tests/driver.test.ts", "tests/ledger.test.ts"], env: {} },
+  { name: "events", files: ["tests/event.test.ts", "tests/ids.test.ts"], env: {} },
 ];
 
-const { values, positionals } = parseArgs({
-  allowPositionals: true,
-  options: {
-    seed: { type: "string" },
-    minutes: { type: "string", default: "30" },
-    breaks: { type: "boolean" },
-  },
-});
+const { values, positionals } = readArgs();
 if (values.breaks) process.exit(await tryBreaks(positionals[0]));
 
 const minutes = Number(values.minutes);
 const firstSeed = Number(values.seed ?? Math.floor(Math.random() * 2 ** 30));
-if (!(minutes > 0) || !Number.isSafeInteger(firstSeed)) {
-  console.error("usage: bun run faults [--seed N] [--minutes N] [--breaks]");
-  process.exit(2);
-}
+if (!(minutes > 0) || !Number.isSafeInteger(firstSeed)) usage();
 
 const startedMs = performance.now();
 const figures = new Map<string, number>();
 const failures: string[] = [];
 let runs = 0;
 
+// What a test that dies leaves goes with this folder.
+const temporary = mkdtempSync(join(tmpdir(), "daybook-test-"));
+process.on("exit", () => rmSync(temporary, { recursive: true, force: true }));
 const running = new Set<number>();
 for (const signal of ["SIGINT", "SIGTERM"] as const)
   process.on(signal, () => {
@@ -61,6 +59,24 @@ console.log(`${failures.length.toString().padStart(14)} failures`);
 for (const failure of failures) console.log(failure);
 process.exit(failures.length > 0 ? 1 : 0);
 
+function readArgs() {
+  const options = {
+    seed: { type: "string" },
+    minutes: { type: "string", default: "30" },
+    breaks: { type: "boolean" },
+  } as const;
+  try {
+    return parseArgs({ options, allowPositionals: true });
+  } catch {
+    return usage();
+  }
+}
+
+function usage(): never {
+  console.error("usage: bun run faults [--seed N] [--minutes N] | --breaks [NAME]");
+  process.exit(2);
+}
+
 async function lane(): Promise<void> {
   while ((performance.now() - startedMs) / 60_000 < minutes) await runOne(runs++);
 }
@@ -73,7 +89,7 @@ async function runOne(run: number): Promise<void> {
   const beganMs = performance.now();
   const child = Bun.spawn([process.execPath, "test", ...files], {
     cwd: root,
-    env: { ...process.env, ...seeds, FAULT_FIGURES: "1" },
+    env: { ...process.env, ...seeds, FAULT_FIGURES: "1", TMPDIR: temporary },
     stdio: ["ignore", "pipe", "pipe"],
     detached: true,
   });
