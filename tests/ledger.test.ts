@@ -1,10 +1,12 @@
 /** Posting, where the driver does what it was seen to do: run statements outside their transaction. */
-import { expect, test } from "bun:test";
+import { expect, setDefaultTimeout, test } from "bun:test";
 
 import { type Database, openDatabase, type Sql } from "../lib/database.ts";
 import { Fold } from "../lib/fold.ts";
 import { openCheckpoint, post } from "../lib/ledger.ts";
 import { balances, testDatabase } from "./support.ts";
+
+setDefaultTimeout(30_000);
 
 const TIMEOUT_MS = 10_000;
 

@@ -85,7 +85,7 @@ test(
     ];
     const before = await balances(ledger.url);
     const { code, stdout, stderr } = await ledger.tool("--verify", ...sources);
-    expect(stderr + stdout).toBe(`${Object.keys(before).length} balances are what was sent\n`);
+    expect(stdout, stderr).toBe(`${Object.keys(before).length} balances are what was sent\n`);
     expect(code).toBe(0);
 
     // The claims of ids are not needed for it: they are forgotten after ID_DAYS.
