@@ -19,7 +19,13 @@ import {
   readEvents,
 } from "./lib/body.ts";
 import { clusterUrl, openCluster } from "./lib/cluster.ts";
-import { isLoopback, maskSettings, parseDuration, readCommand } from "./lib/config.ts";
+import {
+  isLoopback,
+  maskSettings,
+  parseDuration,
+  readCommand,
+  WrongSetting,
+} from "./lib/config.ts";
 import { type Database, openDatabase, Unavailable } from "./lib/database.ts";
 import { isUserId, setEventTypes } from "./lib/event.ts";
 import { type EventSchema, openEventSchema } from "./lib/event-schema.ts";
@@ -35,7 +41,7 @@ import {
 import { type LagWatch, watchLag } from "./lib/lag.ts";
 import { checkLedger, readBalance } from "./lib/ledger.ts";
 import { MAX_LISTED_ERRORS } from "./lib/lines.ts";
-import { type Listener, listen, type Seen } from "./lib/listener.ts";
+import { type Listener, listen, readPair, type Seen } from "./lib/listener.ts";
 import { waitForLock } from "./lib/lock.ts";
 import { type Log, openLog, watchState } from "./lib/log.ts";
 import { type Metrics, openMetrics } from "./lib/metrics.ts";
@@ -126,6 +132,8 @@ async function main(): Promise<number> {
   };
   setEventTypes(settings.EVENT_TYPES);
   const schema = settings.EVENT_SCHEMA ? openEventSchema(settings.EVENT_SCHEMA) : null;
+  const tls = cert && key ? { cert, key } : null;
+  if (tls) readPair(tls); // before anything is made
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
@@ -156,7 +164,6 @@ async function main(): Promise<number> {
     };
     const sources = openSources(path, journal, database);
     const app = createApp({ journal, database, sources, access, schema, log, lag, metrics });
-    const tls = cert && key ? { cert, key } : null;
     const routeOf = routeFinder(app.routes);
     const isLogged = log.isLevelEnabled("debug");
     const seen: Seen = (method, path, status, id, fromMs) => {
@@ -498,7 +505,7 @@ class Told extends Error {}
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
     if (!(error instanceof Told)) complain((error as Error).message);
-    return 1;
+    return error instanceof WrongSetting ? 2 : 1;
   });
   process.exit();
 }

@@ -211,6 +211,9 @@ export function maskSettings(settings: Partial<Settings<SettingName>>): Record<s
   );
 }
 
+/** What a setting names cannot be used. Ends the start with exit code 2, as a wrong setting does. */
+export class WrongSetting extends Error {}
+
 /** `90`, `90s`, `5m`, `2h` or `30d` in milliseconds, or `undefined`. */
 export function parseDuration(text: string): number | undefined {
   const [, amount, unit = "s"] = /^(\d{1,7})(s|m|h|d)?$/.exec(text) ?? [];

@@ -2,6 +2,7 @@
  * A team's own rules for events (EVENT_SCHEMA): a JSON Schema, besides what every event must be. They
  * hold at the door and only there: what was taken under yesterday's rules is posted all the same.
  */
+import { WrongSetting } from "./config.ts";
 import { readFileSync } from "node:fs";
 
 import { Ajv2020, type ErrorObject, type ValidateFunction } from "ajv/dist/2020.js";
@@ -30,7 +31,9 @@ export function openEventSchema(path: string): EventSchema {
   try {
     document = JSON.parse(readFileSync(path, "utf8"));
   } catch (error) {
-    throw new Error(`EVENT_SCHEMA: cannot read ${path} as JSON: ${(error as Error).message}`);
+    throw new WrongSetting(
+      `EVENT_SCHEMA: cannot read ${path} as JSON: ${(error as Error).message}`,
+    );
   }
   let first: ValidateFunction;
   let all: ValidateFunction;
@@ -39,7 +42,7 @@ export function openEventSchema(path: string): EventSchema {
     first = new Ajv2020(options).compile(document);
     all = new Ajv2020({ ...options, allErrors: true }).compile(document);
   } catch (error) {
-    throw new Error(
+    throw new WrongSetting(
       `EVENT_SCHEMA: ${path} is no JSON Schema (2020-12): ${(error as Error).message}`,
     );
   }

@@ -6,6 +6,8 @@
 import { readFileSync } from "node:fs";
 import { createSecureContext } from "node:tls";
 
+import { WrongSetting } from "./config.ts";
+
 /** What is under way at SIGTERM may take this long; with all the rest the stop takes under 5 s. */
 const FINISH_MS = 1_500;
 const IDLE_S = 30;
@@ -51,7 +53,7 @@ export function listen(app: Served, address: Address, seen: Seen): Listener {
   const begin = crypto.randomUUID().slice(0, 8);
   let requests = 0;
   const draining = new Set<Bun.Server<unknown>>();
-  const first = readPair();
+  const first = tls && readPair(tls);
   if (first) refuseToShare(address);
   let server = serve(wanted, first);
   const { port } = server;
@@ -64,7 +66,7 @@ export function listen(app: Served, address: Address, seen: Seen): Listener {
       // listens beside it before it stops to. It answers what it has begun, and closes connections
       // that are idle: whoever sends on one of these at that moment has to try again.
       const old = server;
-      server = serve(port as number, readPair());
+      server = serve(port as number, tls && readPair(tls));
       draining.add(old);
       old.stop().then(() => draining.delete(old));
     },
@@ -99,22 +101,31 @@ export function listen(app: Served, address: Address, seen: Seen): Listener {
     const given = request.headers.get("x-request-id");
     const id =
       given !== null && REQUEST_ID.test(given) ? given : `${begin}-${(requests++).toString(36)}`;
-    const response = await fetch(request);
+    const response = await fetch(withPath(request));
     response.headers.set("x-request-id", id);
     seen(request.method, pathOf(request.url), response.status, id, fromMs);
     return response;
   }
+}
 
-  function readPair(): Pair | null {
-    if (!tls) return null;
-    const pair = { cert: readPem("TLS_CERT", tls.cert), key: readPem("TLS_KEY", tls.key) };
-    try {
-      createSecureContext(pair); // says what is wrong with them, while the old ones still serve
-    } catch (error) {
-      throw new Error(`TLS_CERT and TLS_KEY cannot be used: ${(error as Error).message}`);
-    }
-    return pair;
+/** Reads the files of a certificate and its key. Throws WrongSetting when they cannot be used. */
+export function readPair(tls: { cert: string; key: string }): Pair {
+  const pair = { cert: readPem("TLS_CERT", tls.cert), key: readPem("TLS_KEY", tls.key) };
+  try {
+    createSecureContext(pair); // says what is wrong with them, while the old ones still serve
+  } catch (error) {
+    throw new WrongSetting(`TLS_CERT and TLS_KEY cannot be used: ${(error as Error).message}`);
   }
+  return pair;
+}
+
+/**
+ * Elysia looks for the path behind the eleventh character of the URL, where that of `http://x/` has begun
+ * already: such a host was answered 404. (Its other setting, the seventh, finds no path in HTTPS.)
+ */
+function withPath(request: Request): Request {
+  const from = request.url.indexOf("/", 8);
+  return from < 11 ? new Request(`http://host${request.url.slice(from)}`, request) : request;
 }
 
 /** Without the origin and the query. */
@@ -133,7 +144,7 @@ function readPem(name: string, path: string): string {
   try {
     return readFileSync(path, "utf8");
   } catch (error) {
-    throw new Error(`${name}: cannot read ${path} (${(error as { code?: string }).code})`);
+    throw new WrongSetting(`${name}: cannot read ${path} (${(error as { code?: string }).code})`);
   }
 }
 

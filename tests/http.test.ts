@@ -7,6 +7,7 @@
  */
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync, statSync } from "node:fs";
+import { connect } from "node:net";
 import { constants, crc32, gzipSync, zstdCompressSync } from "node:zlib";
 
 import { connectTest, startApp, tempDir, testDatabase, until } from "./support.ts";
@@ -96,6 +97,18 @@ for (const path of ["/healthz", "/readyz", "/metrics", "/openapi", "/openapi/jso
     expect(await head.text()).toBe("");
     expect(head.headers.get("content-type")).toBe(get.headers.get("content-type"));
   });
+
+test("the host may be named by one letter", async () => {
+  const { port } = new URL(app.url);
+  const answer = await new Promise<string>((resolve) => {
+    const socket = connect(Number(port), "127.0.0.1", () =>
+      socket.write("GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"),
+    );
+    let text = "";
+    socket.on("data", (bytes) => (text += bytes)).on("close", () => resolve(text));
+  });
+  expect(answer).toStartWith("HTTP/1.1 200 OK");
+});
 
 test("HEAD of a balance answers as GET does, without a body", async () => {
   const user = newUser();

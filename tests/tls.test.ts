@@ -106,7 +106,7 @@ test("a certificate that cannot be used, or a port in use, ends the start with o
   using folder = tempDir();
   const env = settings(folder);
   const { code, stdout, stderr } = await run("app.ts", { env });
-  expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
+  expect({ code, stdout }).toEqual({ code: 2, stdout: "" });
   expect(stderr).toBe(`TLS_CERT: cannot read ${env.TLS_CERT} (ENOENT)\n`);
   certify(folder, "first");
   const options = { dataDir: folder.file("data"), databaseUrl: NO_DATABASE, env };
