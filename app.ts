@@ -163,7 +163,8 @@ async function main(): Promise<number> {
       metrics.committed(commit);
     };
     const sources = openSources(path, journal, database);
-    const app = createApp({ journal, database, sources, access, schema, log, lag, metrics });
+    const parts = { journal, database, sources, access, schema, log, lag, metrics };
+    const app = createApp({ ...parts, isHttps: tls !== null });
     const routeOf = routeFinder(app.routes);
     const isLogged = log.isLevelEnabled("debug");
     const seen: Seen = (method, path, status, id, fromMs) => {
@@ -237,8 +238,9 @@ export function createApp(parts: {
   log: Log;
   lag: LagWatch;
   metrics: Metrics;
+  isHttps: boolean;
 }) {
-  const { journal, database, sources, access, schema, log, lag, metrics } = parts;
+  const { journal, database, sources, access, schema, log, lag, metrics, isHttps } = parts;
   const authorize = openAuth(access);
   const mayWrite = async ({ request, server }: Asking) =>
     authorize({ request, server, scope: "events:write" });
@@ -251,7 +253,10 @@ export function createApp(parts: {
   const room = openRoom();
   const routes: { method: string; path: string }[] = [];
 
-  const app = new Elysia({ normalize: false, strictPath: true })
+  // Elysia looks for the path behind the eleventh character of the URL, where that of `http://x/` has
+  // begun already: 404. The other way, the seventh, finds none in HTTPS.
+  const handler = { standardHostname: isHttps };
+  const app = new Elysia({ normalize: false, strictPath: true, handler })
     .use(problems((path) => allowedMethods(routes, path), failing.bad))
     .use(
       openapi({

@@ -101,7 +101,7 @@ export function listen(app: Served, address: Address, seen: Seen): Listener {
     const given = request.headers.get("x-request-id");
     const id =
       given !== null && REQUEST_ID.test(given) ? given : `${begin}-${(requests++).toString(36)}`;
-    const response = await fetch(withPath(request));
+    const response = await fetch(request);
     response.headers.set("x-request-id", id);
     seen(request.method, pathOf(request.url), response.status, id, fromMs);
     return response;
@@ -117,15 +117,6 @@ export function readPair(tls: { cert: string; key: string }): Pair {
     throw new WrongSetting(`TLS_CERT and TLS_KEY cannot be used: ${(error as Error).message}`);
   }
   return pair;
-}
-
-/**
- * Elysia looks for the path behind the eleventh character of the URL, where that of `http://x/` has begun
- * already: such a host was answered 404. (Its other setting, the seventh, finds no path in HTTPS.)
- */
-function withPath(request: Request): Request {
-  const from = request.url.indexOf("/", 8);
-  return from < 11 ? new Request(`http://host${request.url.slice(from)}`, request) : request;
 }
 
 /** Without the origin and the query. */
