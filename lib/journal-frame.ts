@@ -119,7 +119,11 @@ export function parseFrames(bytes: Buffer): {
     const payload = bytes.subarray(from, to);
     const sum = hex(crc32(payload));
     if (sum !== match[2])
-      return fault(`the checksum of a frame is ${sum}, not ${match[2]}`, to < bytes.length);
+      return fault(
+        `the checksum of a frame is ${sum}, not ${match[2]}`,
+        // With a wrong digit in its length it may reach to the end over all the frames behind it.
+        to < bytes.length || frameBeginsAfter(bytes, from),
+      );
     frames.push({ from: end, to, header: match[0], payload });
     end = to;
   }

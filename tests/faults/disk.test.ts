@@ -95,6 +95,10 @@ test("a journal that is closed answers first what has come before", async () => 
   await expect(journal.append(Buffer.from("late\n"))).rejects.toThrow(JournalFailed);
 });
 
+test("a frame whose length has rotted so that it reaches over all behind it is named", async () => {
+  expect(await flip(1_081_058_769)).toBe("named");
+});
+
 /** A journal of some segments with one bit flipped; returns what became of that. */
 async function flip(seed: number): Promise<"named" | "healed" | "without effect"> {
   const random = randomOf(seed);
