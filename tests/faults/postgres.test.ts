@@ -107,6 +107,14 @@ test(
       expect(row).toEqual({ lines: 1 });
       return way.packets();
     };
+    // Of all packets the one whose answer says what has been posted.
+    let commits = 0;
+    await postThrough((packet) =>
+      packet.toString("latin1").toLowerCase().includes("commit") && ++commits === 1
+        ? "cut behind"
+        : "pass",
+    );
+    expect(commits).toBeGreaterThan(0);
     const packets = await postThrough(() => "pass");
     expect(packets).toBeGreaterThan(8);
     const all = Array.from({ length: 2 * packets }, (_, i) => i);
