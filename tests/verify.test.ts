@@ -13,7 +13,7 @@ import {
   until,
 } from "./support.ts";
 
-setDefaultTimeout(60_000);
+setDefaultTimeout(180_000);
 
 /** A database, a folder, and the tools on both. */
 async function openLedger() {
