@@ -17,7 +17,12 @@ import {
   parseFrames,
   parseJournalHeader,
 } from "./journal-frame.ts";
-import { listSegments } from "./journal-segments.ts";
+import {
+  listSegmentFiles,
+  openSegment,
+  type Segment,
+  type SegmentFile,
+} from "./journal-segments.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
 
@@ -53,19 +58,21 @@ export async function openJournalReader(
   let id: string | undefined;
   // In this order: what is renamed in between is then found by its new name.
   const active = await readHeader();
-  const segments = await listSegments(path, disk);
-  id = active?.id ?? segments.at(-1)?.id;
+  let files = await listSegmentFiles(path, disk);
+  const lastFile = files.at(-1);
+  const last = lastFile && (await openSegment(lastFile, disk));
+  if (last === null) return openJournalReader(path, disk);
+  id = active?.id ?? last?.id;
   if (!id) return null;
-  const last = segments.at(-1);
-  const isRenamed = segments.some(({ base }) => base === active?.base);
+  const isRenamed = files.some(({ base }) => base === active?.base);
   if (active && last && !isRenamed && (last.id !== id || last.to !== active.base))
     throw new JournalDamage(
       path,
       0,
       `the file before it is ${last.path}, which ends at ${last.to}`,
     );
-  const start = segments[0]?.base ?? active?.base ?? 0;
-  let segment: Place | undefined;
+  const start = files[0]?.base ?? active?.base ?? 0;
+  let segment: Segment | undefined;
 
   return {
     id,
@@ -77,9 +84,11 @@ export async function openJournalReader(
         const size = await disk.size(path);
         const after = await readHeader();
         if (before && before.base === after?.base) return before.base + size;
-        const last = (await listSegments(path, disk)).at(-1);
-        if (!before && !after && last) return last.to;
-        if (!before && !after) throw notHere();
+        if (before || after) continue;
+        const last = (await listSegmentFiles(path, disk)).at(-1);
+        if (!last) throw notHere();
+        const segment = await openSegment(last, disk);
+        if (segment) return segment.to;
       }
     },
     async read(position) {
@@ -112,18 +121,35 @@ export async function openJournalReader(
   };
 
   async function find(position: number): Promise<Place> {
-    if (segment?.to && segment.base <= position && position < segment.to) return segment;
+    if (segment && segment.base <= position && position < segment.to) return segment;
     const active = await readHeader();
     if (active && active.base <= position)
       return { path, base: active.base, headerBytes: active.bytes };
-    const segments = await listSegments(path, disk);
-    if (segments.length === 0 && !active) throw notHere();
-    segment = segments.findLast(({ base }) => base <= position);
+    // The last file of a list may not be the last any more. To look each time what there is took longer
+    // than to post it: behind a few thousand small files nobody caught up.
+    const isBefore = ({ base }: SegmentFile) => base <= position;
+    if (files.findLastIndex(isBefore) === files.length - 1)
+      files = await listSegmentFiles(path, disk);
+    if (files.length === 0 && !active) throw notHere();
+    const at = files.findLastIndex(isBefore);
+    const file = files[at];
+    const opened = file && (await openSegment(file, disk));
+    if (opened === null) {
+      files = [];
+      return find(position);
+    }
+    const next = files[at + 1]?.base ?? active?.base ?? 0;
+    if (opened && opened.id !== id)
+      throw new JournalDamage(opened.path, 0, "it belongs to another journal");
+    if (opened && next > opened.base && next !== opened.to) {
+      const end = opened.to - opened.base;
+      throw new JournalDamage(opened.path, end, `the next file begins at position ${next}`);
+    }
+    segment = opened;
     // At its end and no active file: that is just being made.
-    if (segment?.to && position < segment.to + (active ? 0 : 1)) return segment;
-    const at = segment?.to ? segment.to - segment.base : 0;
+    if (segment && position < segment.to + (active ? 0 : 1)) return segment;
     const what = `no file of this journal holds its position ${position}`;
-    throw new JournalDamage(segment?.path ?? path, at, what);
+    throw new JournalDamage(segment?.path ?? path, segment ? segment.to - segment.base : 0, what);
   }
 
   /** The header of the active file, `null` for the moment in which one takes the place of another. */

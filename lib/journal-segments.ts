@@ -24,14 +24,14 @@ export function segmentPath(active: string, base: number): string {
   return `${stem(active)}.${base}.jsonl`;
 }
 
-/** Paths and bases of the segments that belong to `active`, by their names, in order. */
-export async function listSegmentFiles(
-  active: string,
-  disk: Disk,
-): Promise<{ path: string; base: number }[]> {
+/** A file that is a segment by its name. */
+export type SegmentFile = Pick<Segment, "path" | "base">;
+
+/** The files that are segments of `active` by their names, in order. */
+export async function listSegmentFiles(active: string, disk: Disk): Promise<SegmentFile[]> {
   const directory = dirname(active);
   const begin = `${basename(stem(active))}.`;
-  const files: { path: string; base: number }[] = [];
+  const files: SegmentFile[] = [];
   for (const name of await disk.list(directory)) {
     const [, digits] = /^(\d{1,15})\.jsonl$/.exec(name.slice(begin.length)) ?? [];
     if (digits && name.startsWith(begin))
@@ -40,20 +40,41 @@ export async function listSegmentFiles(
   return files.toSorted((a, b) => a.base - b.base);
 }
 
-/** The segments of `active`, oldest first, each ending where the next begins. Throws JournalDamage. */
+/**
+ * The segment in a file; `null` when it is there no more: a processor may let go of old ones at any
+ * moment, and that was taken for damage. Throws JournalDamage.
+ */
+export async function openSegment(
+  { path, base }: SegmentFile,
+  disk: Disk,
+): Promise<Segment | null> {
+  const header = parseJournalHeader(await disk.read(path, 0, MAX_HEADER_BYTES));
+  const to = base + (await disk.size(path));
+  if (header?.base === base && to > base)
+    return { path, id: header.id, base, to, headerBytes: header.bytes };
+  if (!(await disk.list(dirname(path))).includes(basename(path))) return null;
+  throw new JournalDamage(path, 0, `it does not begin with the header of position ${base}`);
+}
+
+/**
+ * The segments of `active`, oldest first, each ending where the next begins: reads something of each
+ * of them. Throws JournalDamage.
+ */
 export async function listSegments(active: string, disk: Disk): Promise<Segment[]> {
   const segments: Segment[] = [];
-  for (const { path, base } of await listSegmentFiles(active, disk)) {
-    const header = parseJournalHeader(await disk.read(path, 0, MAX_HEADER_BYTES));
+  for (const file of await listSegmentFiles(active, disk)) {
+    const segment = await openSegment(file, disk);
+    if (!segment) return listSegments(active, disk);
     const before = segments.at(-1);
-    if (header?.base !== base)
-      throw new JournalDamage(path, 0, `it does not begin with the header of position ${base}`);
-    if (before && before.id !== header.id)
-      throw new JournalDamage(path, 0, `it belongs to another journal than ${before.path}`);
-    if (before && before.to !== base)
-      throw new JournalDamage(before.path, before.to - before.base, `the next file is ${path}`);
-    const to = base + (await disk.size(path));
-    segments.push({ path, id: header.id, base, to, headerBytes: header.bytes });
+    if (before && before.id !== segment.id)
+      throw new JournalDamage(file.path, 0, `it belongs to another journal than ${before.path}`);
+    if (before && before.to !== file.base)
+      throw new JournalDamage(
+        before.path,
+        before.to - before.base,
+        `the next file is ${file.path}`,
+      );
+    segments.push(segment);
   }
   return segments;
 }

@@ -33,14 +33,15 @@ export async function openJournalSource(
     );
   // An older copy that was put back and has grown since holds other events at these positions.
   const [, at = "", header = ""] = /^(\d+) (.*)$/.exec(digest ?? "") ?? [];
-  const isKept = header && Number(at) >= journal.start;
-  const [last] = isKept ? await journal.read(Number(at)) : [];
-  if (isKept && (last?.header !== header || last.to !== from))
-    throw new JournalDamage(
-      path,
-      Number(at),
-      `the ledger has posted another frame here: ${header}`,
-    );
+  const found = header ? await journal.read(Number(at)).catch((error: Error) => error) : [];
+  const last = found instanceof Error ? null : found[0];
+  // Asked afterwards: what is posted may be let go of at any moment.
+  const isKept = async () => Number(at) >= ((await openJournalReader(path))?.start ?? 0);
+  if (header && (last?.header !== header || last.to !== from) && (await isKept())) {
+    if (found instanceof Error) throw found;
+    const what = `the ledger has posted another frame here: ${header}`;
+    throw new JournalDamage(path, Number(at), what);
+  }
   const posted = new Map(ahead);
   let position = from;
 

@@ -8,7 +8,7 @@ import { dirname } from "node:path";
 import type { Database } from "./database.ts";
 import { disk } from "./journal-disk.ts";
 import { openJournalReader } from "./journal-reader.ts";
-import { listSegments } from "./journal-segments.ts";
+import { listSegmentFiles, openSegment } from "./journal-segments.ts";
 import { readCheckpoint } from "./ledger.ts";
 import { snapshotUpTo } from "./recount.ts";
 
@@ -45,9 +45,11 @@ async function removeOld(database: Database, path: string, keepDays: number): Pr
   if (!journal) return [];
   const posted = (await readCheckpoint(database, `journal:${journal.id}`))?.position ?? 0;
   const removed: string[] = [];
-  for (const segment of await listSegments(path, disk)) {
+  for (const file of await listSegmentFiles(path, disk)) {
+    const segment = await openSegment(file, disk);
+    if (!segment || segment.to > posted) break;
     const ageMs = disk.now() - (await disk.modifiedMs(segment.path));
-    if (segment.to > posted || ageMs < keepDays * DAY_MS) break;
+    if (ageMs < keepDays * DAY_MS) break;
     if (!(await snapshotUpTo(database, journal, segment.to))) break;
     await disk.remove(segment.path);
     removed.push(segment.path);

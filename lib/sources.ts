@@ -113,14 +113,22 @@ export function openSources(path: string, journal: Journal, database: Database):
   }
 
   /** Reads the marks that the ledger is not known to have posted. */
-  async function restore() {
+  async function restore(): Promise<void> {
     const reader = await openJournalReader(path);
     if (!reader) return;
     const posted = await readCheckpoint(database, `journal:${reader.id}`).catch((error) => {
       if (error instanceof Unavailable) return null;
       throw error;
     });
-    await readMarks(reader, posted?.position ?? reader.start);
+    const from = posted?.position ?? reader.start;
+    try {
+      await readMarks(reader, from);
+    } catch (error) {
+      // Posted, and let go of, since the ledger was asked.
+      const start = (await openJournalReader(path))?.start ?? 0;
+      if (from < start) return restore();
+      throw error;
+    }
     complete = posted === null && reader.start === 0;
   }
 

@@ -4,10 +4,13 @@ import { readdirSync, readFileSync, renameSync, rmSync, statSync, truncateSync }
 
 import { openDatabase } from "../lib/database.ts";
 import { Effort } from "../lib/effort.ts";
-import { disk } from "../lib/journal-disk.ts";
+import { type Disk, disk } from "../lib/journal-disk.ts";
 import { openJournal } from "../lib/journal.ts";
 import { openJournalReader } from "../lib/journal-reader.ts";
+import { post } from "../lib/ledger.ts";
+import { listSegments } from "../lib/journal-segments.ts";
 import { openJournalSource } from "../lib/journal-source.ts";
+import { openSources } from "../lib/sources.ts";
 import { balances, run, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
 
 setDefaultTimeout(60_000);
@@ -150,6 +153,122 @@ test("a file that is rotated away between the look at its header and the read is
   const [next] = await reader.read(frame?.to ?? 0);
   expect(next?.payload.toString()).toBe("another\n");
   await journal.close();
+});
+
+test.each([
+  ["a reader that opens", openJournalReader],
+  ["a start", listSegments],
+])("%s does not take a segment for damage that is let go of meanwhile", async (_, look) => {
+  for (let at = 0, calls = 1; calls > at; at++) {
+    using dir = tempDir();
+    await rotated(dir.path);
+    calls = 0;
+    /** After the `at`-th call the oldest segment is gone. */
+    const passing = <T>(result: T): T => {
+      if (calls++ === at) rmSync(dir.file(segments(dir.path).toSorted(byBase)[0] as string));
+      return result;
+    };
+    const losing = {
+      ...disk,
+      list: async (path: string) => passing(await disk.list(path)),
+      size: async (path: string) => passing(await disk.size(path)),
+      read: async (path: string, from: number, to: number) =>
+        passing(await disk.read(path, from, to)),
+    };
+    expect(await look(dir.file("eventsPost.jsonl"), losing)).toBeTruthy();
+  }
+});
+
+test("a segment that goes while its last frame is compared with the checkpoint is not missed", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const ledger = openDatabase(() => database.url, "test", 1);
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  await journal.append(line(event("ann")));
+  const path = dir.file("eventsPost.jsonl");
+  const open = async (disk: Disk) => {
+    const reader = await openJournalReader(path, disk);
+    if (!reader) throw new Error("no journal");
+    return openJournalSource(ledger, path, reader, new Effort(), new Map());
+  };
+  const batch = await (await open(disk)).next(Promise.resolve());
+  if (!batch) throw new Error("no batch");
+  expect(await post(ledger, batch, 5_000)).toMatchObject({ state: "posted" });
+  await journal.append(line(event("bob")));
+  await journal.close();
+  const [posted = ""] = segments(dir.path);
+  let reads = 0;
+  const losing = (at: number) => ({
+    ...disk,
+    async read(name: string, from: number, to: number) {
+      if (name === dir.file(posted) && reads++ === at) rmSync(name);
+      return disk.read(name, from, to);
+    },
+  });
+  const kept = readFileSync(dir.file(posted));
+  for (let at = 0; at < 3; at++) {
+    reads = 0;
+    const batches = await open(losing(at));
+    expect((await batches.next(Promise.resolve()))?.from).toBe(batch.to);
+    expect(reads).toBeGreaterThan(at);
+    await Bun.write(dir.file(posted), kept);
+  }
+  // Where it is kept, and another, that is damage.
+  await Bun.write(dir.file(posted), kept.toString().replace("ann", "eve"));
+  await expect(open(disk)).rejects.toThrow("is damaged");
+  await ledger.close();
+});
+
+test("a server that reads its marks while segments go asks the ledger once more", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  for (const name of ["a", "b"]) await journal.append(line(event(name)));
+  const [first = ""] = segments(dir.path);
+  const segment = statSync(dir.file(first)).size;
+  const ledger = [
+    { source: "sent:a", position: "0", digest: null },
+    { source: `journal:${journal.id}`, position: `${segment}`, digest: null },
+    { source: `journal:${journal.id}`, position: "0", digest: null },
+  ];
+  const database = {
+    async use<T>() {
+      const row = ledger.pop();
+      if (row?.position === "0") rmSync(dir.file(first), { force: true });
+      return [row] as T;
+    },
+    close: async () => {},
+  };
+  const sources = openSources(dir.file("eventsPost.jsonl"), journal, database);
+  expect(await sources.look("a")).toBeNull();
+  expect(ledger).toEqual([]);
+  await journal.close();
+});
+
+test("a reader asks no more of the disk for each file, however many there are", async () => {
+  const callsPerFile = async (files: number) => {
+    using dir = tempDir();
+    const journal = await openJournal(dir.path, quiet, disk, 1);
+    for (let i = 0; i < files; i++) await journal.append(line(`${i}`));
+    await journal.close();
+    let calls = 0;
+    const counting = {
+      ...disk,
+      read: (path: string, from: number, to: number) => (calls++, disk.read(path, from, to)),
+      size: (path: string) => (calls++, disk.size(path)),
+      list: (path: string) => (calls++, disk.list(path)),
+    };
+    const reader = await openJournalReader(dir.file("eventsPost.jsonl"), counting);
+    let read = 0;
+    for (let position = 0; reader;) {
+      const [frame] = await reader.read(position);
+      if (!frame) break;
+      position = frame.to;
+      read++;
+    }
+    expect(read).toBe(files);
+    return calls / files;
+  };
+  expect(await callsPerFile(300)).toBeLessThanOrEqual(await callsPerFile(30));
 });
 
 test("a batch is handed over only when the reader itself has synced what it read", async () => {

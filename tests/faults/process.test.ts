@@ -195,7 +195,7 @@ async function dieAt(point: Alteration, random: () => number) {
     const env = { FAULT_PASS: pass, JOURNAL_SEGMENT_BYTES: "1500", JOURNAL_KEEP_DAYS: "0" };
     await using server = await startApp({ ...app, env });
     await sender.sendUntilGone(server);
-    expect(server.child.signalCode).toBe("SIGKILL");
+    expect(server.child.signalCode, server.stderr.text()).toBe("SIGKILL");
     count("kills");
   }
   await using server = await startApp({ ...app, env: { JOURNAL_SEGMENT_BYTES: "1500" } });
@@ -326,10 +326,12 @@ function openSender(random: () => number) {
       if (!answered) unanswered.push(event);
       return answered;
     },
-    /** Sends on four connections until the server is gone. */
+    /** Sends on four connections until the server is gone, for a minute at most. */
     async sendUntilGone(server: Server) {
+      const giveUpMs = performance.now() + 60_000;
+      const isGone = () => server.child.exitCode !== null || server.child.signalCode !== null;
       const lane = async () => {
-        while (server.child.exitCode === null && server.child.signalCode === null) {
+        while (!isGone() && performance.now() < giveUpMs) {
           if (await sender.send(server)) await Bun.sleep(1);
           else await Promise.race([server.child.exited, Bun.sleep(100)]);
         }
