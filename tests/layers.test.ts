@@ -100,6 +100,13 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   problem: { ours: [], packages: ["elysia"] },
   token: { ours: [], packages: ["jose"] },
   throttle: { ours: [] },
+  api: {
+    ours: [
+      ...["auth", "body", "database", "event", "event-schema", "journal", "lag", "ledger", "lines"],
+      ...["log", "metrics", "posted", "problem", "room", "source-header", "sources"],
+    ],
+    packages: ["@elysiajs/openapi", "elysia"],
+  },
   auth: { ours: ["problem", "throttle", "token"] },
   listener: { ours: ["config"] },
   lag: { ours: ["database", "journal", "journal-frame", "journal-reader", "ledger"] },
