@@ -67,6 +67,8 @@ export function createApi(parts: {
     authorize({ request, server, scope: "events:write" });
   const mayRead = async ({ request, server }: Asking) =>
     authorize({ request, server, scope: "balances:read" });
+  const mustPresent = [{ secret: [] }];
+  const toRead = access.readingIsOpen ? {} : { security: mustPresent };
   const taking = watchState(log, "error", "journal: events are taken again");
   const asking = watchState(log, "warn", "database: it answers again");
   const failing = watchState(log, "error", "");
@@ -103,7 +105,7 @@ export function createApi(parts: {
         response: { 201: t.Object({ message: t.String(), position: t.String() }) },
         detail: {
           summary: "Take one event; `Idempotency-Key` is the same as its `id`",
-          security: [{ secret: [] }],
+          security: mustPresent,
           requestBody: describeBody("application/json", describeEvent(schema)),
         },
       },
@@ -127,7 +129,7 @@ export function createApi(parts: {
         response: { 201: COUNTS },
         detail: {
           summary: "Take many events, one a line; the good lines together, the bad ones listed",
-          security: [{ secret: [] }],
+          security: mustPresent,
           requestBody: describeBody("application/x-ndjson", { type: "string" }),
         },
       },
@@ -144,7 +146,7 @@ export function createApi(parts: {
       {
         transform: mayWrite,
         params: SOURCE,
-        detail: { summary: "How much of a source is taken", security: [{ secret: [] }] },
+        detail: { summary: "How much of a source is taken", security: mustPresent },
       },
     )
     .patch(
@@ -175,7 +177,7 @@ export function createApi(parts: {
         response: { 200: COUNTS },
         detail: {
           summary: "Take the next bytes of a source, from `Upload-Offset` on",
-          security: [{ secret: [] }],
+          security: mustPresent,
           requestBody: describeBody("application/x-ndjson", { type: "string" }),
         },
       },
@@ -194,7 +196,10 @@ export function createApi(parts: {
         params: t.Object({ userid: t.String() }),
         query: t.Object({ after: t.Optional(t.String()) }, { additionalProperties: true }),
         response: { 200: t.Object({ user_id: t.String(), revenue: t.String() }) },
-        detail: { summary: "The balance of a user; with `after`, once that position is posted" },
+        detail: {
+          summary: "The balance of a user; with `after`, once that position is posted",
+          ...toRead,
+        },
       },
     )
     .get("/healthz", () => ({ status: "ok" }), {
@@ -227,7 +232,7 @@ export function createApi(parts: {
       {
         transform: mayRead,
         response: { 200: t.String() },
-        detail: { summary: "Figures for Prometheus", security: [{ secret: [] }] },
+        detail: { summary: "Figures for Prometheus", ...toRead },
       },
     );
   routes.push(...app.routes);

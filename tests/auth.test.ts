@@ -127,6 +127,24 @@ const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => str
   ],
 };
 
+test("what must be presented where is said in /openapi/json", async () => {
+  const writes = ["/liveEvent", "/liveEvents", "/sources/{source}"];
+  const reads = ["/metrics", "/userEvents/{userid}"];
+  const secured = async ({ url }: App) => {
+    const { paths } = (await (await fetch(`${url}/openapi/json`)).json()) as {
+      paths: Record<string, Record<string, { security?: unknown }>>;
+    };
+    const isSecured = ([, methods]: [string, Record<string, { security?: unknown }>]) =>
+      Object.values(methods).some(({ security }) => security);
+    return Object.entries(paths)
+      .filter(isSecured)
+      .map(([path]) => path)
+      .toSorted();
+  };
+  expect(await secured(open)).toEqual(writes);
+  expect(await secured(keyed)).toEqual([...writes, ...reads].toSorted());
+});
+
 /** `ok`, or the status, for each kind of route; and the word for what is wrong with a token. */
 type Row = [who: string, credential: string | null, answers: Answers, word?: string];
 type Answers = Partial<Record<keyof typeof ROUTES, number>>;
