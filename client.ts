@@ -7,13 +7,14 @@
 import "./lib/install.ts";
 
 import { existsSync, realpathSync, rmSync, statSync } from "node:fs";
+import { type FileHandle, open } from "node:fs/promises";
 import { tmpdir, userInfo } from "node:os";
 import { basename, dirname, join } from "node:path";
 
 import { parseDuration, readCommand } from "./lib/config.ts";
 import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event.ts";
 import { type Lock, tryLock } from "./lib/lock.ts";
-import { type Read, readFile, readStream } from "./lib/lines.ts";
+import { type Read, readHandle, readStream } from "./lib/lines.ts";
 import { advance, begin, lastPiece, type Piece, readPieces, type Start } from "./lib/pieces.ts";
 import { showProgress } from "./lib/progress.ts";
 import { type Counts, openRejected, type Rejected } from "./lib/rejected.ts";
@@ -174,13 +175,14 @@ async function sendUntilEnd(
   total: Total,
   keepsRejected: boolean,
 ): Promise<Rejected> {
-  const read = readFile(Bun.file(path));
   const wake = wish.follow ? watchDirectory(dirname(path)) : null;
   wish.stop.addEventListener("abort", () => wake?.close());
   for (let again = wish.again; ; again = false) {
     // A rotation takes the file away for a moment.
     while (wake && !wish.stop.aborted && !existsSync(path)) await wake.changed();
-    const { ino, size } = await statOf(path);
+    await using file = await openFile(path);
+    const { ino, dev, size } = await file.stat();
+    const read = readHandle(file);
     const { source, taken } = await locate(remote, wish.name, read, size, again);
     const { piece, start } = await lastPiece(read, begin(), taken?.offset ?? 0);
     const rejected = await openRejected(`${path}.rejected.jsonl`, start.offset, keepsRejected);
@@ -202,14 +204,17 @@ async function sendUntilEnd(
     };
     try {
       for (let at: Start | null = start; at;) {
-        if (wake && !existsSync(path)) break;
-        const now = await statOf(path);
-        if (now.ino !== ino || now.size < at.offset) break;
-        const { end, stand } = await sendPieces(remote, source, read, at, !wish.follow, on);
+        // Looked at first: what is open is then sent to its end, whatever has its name by now.
+        const named = statSync(path, { throwIfNoEntry: false });
+        const isReplaced = named !== undefined && (named.ino !== ino || named.dev !== dev);
+        if ((await file.stat()).size < at.offset) break;
+        const final = !wish.follow || isReplaced;
+        const { end, stand } = await sendPieces(remote, source, read, at, final, on);
         at = stand ? await goOn(read, end, stand, rejected) : end;
         if (at && stand) skip(total, end, at);
         if (stand) continue;
         if (!wish.follow || wish.stop.aborted) return rejected;
+        if (isReplaced) break;
         await wake?.changed();
       }
       // The file is not any more what was sent: find out what it is now.
@@ -308,21 +313,28 @@ async function sendPieces(
  * file begins with; if there is none, or `again` is wished, the first that does not exist.
  */
 async function locate(remote: Remote, name: string, read: Read, size: number, again: boolean) {
-  let found: { source: string; taken: Stand } | null = null;
-  let passed = begin();
+  const known: { generation: number; source: string; taken: Stand }[] = [];
+  let next = "";
   for (let generation = 1; ; generation++) {
-    const source = generation === 1 ? name : `${name}#${generation}`;
-    const taken = await remote.look(source);
-    if (!taken) return again || !found ? { source, taken: null } : found;
-    if (taken.offset > size) continue;
-    passed = await advance(read, taken.offset < passed.offset ? begin() : passed, taken.offset);
-    if (passed.hash.copy().digest("hex") === taken.digest) found = { source, taken };
+    next = generation === 1 ? name : `${name}#${generation}`;
+    const taken = await remote.look(next);
+    if (!taken) break;
+    if (taken.offset <= size) known.push({ generation, source: next, taken });
   }
+  let found: (typeof known)[number] | null = null;
+  let passed = begin();
+  // In one pass, however many there are.
+  for (const one of again ? [] : known.toSorted((a, b) => a.taken.offset - b.taken.offset)) {
+    passed = await advance(read, passed, one.taken.offset);
+    if (passed.hash.copy().digest("hex") !== one.taken.digest) continue;
+    if (!found || one.generation > found.generation) found = one;
+  }
+  return found ?? { source: next, taken: null };
 }
 
-async function statOf(path: string): Promise<{ ino: number; size: number }> {
+async function openFile(path: string): Promise<FileHandle> {
   try {
-    return await Bun.file(path).stat();
+    return await open(path);
   } catch (error) {
     throw new GaveUp(`${path} cannot be read any more: ${(error as Error).message}`);
   }

@@ -14,9 +14,10 @@ export class Effort {
   /** Postgres gives up on the statement after this long, and its locks go with it. */
   timeoutMs = SHORTEST_MS;
 
-  failed(): void {
+  /** It failed after `ms`: only what took its time gets more of it. */
+  failed(ms: number): void {
     this.users = Math.max(FEWEST_USERS, Math.floor(this.users / 4));
-    this.timeoutMs = Math.min(LONGEST_MS, this.timeoutMs * 2);
+    if (ms >= this.timeoutMs) this.timeoutMs = Math.min(LONGEST_MS, this.timeoutMs * 2);
   }
 
   succeeded(): void {

@@ -2,6 +2,8 @@
  * Files of events: one event a line, LF or CRLF, a BOM at the start, blank lines and a last line
  * without newline are all fine.
  */
+import type { FileHandle } from "node:fs/promises";
+
 import { decodeEvent, MAX_EVENT_BYTES, Refusal } from "./event.ts";
 import type { Scanner } from "./scan.ts";
 
@@ -106,6 +108,21 @@ export type Read = (from: number, to: number) => Promise<Uint8Array>;
 
 export function readFile(file: Bun.BunFile): Read {
   return (from, to) => file.slice(from, to).bytes();
+}
+
+/** The same of a file that stays the one that was opened, whatever takes its name. */
+export function readHandle(handle: FileHandle): Read {
+  return async (from, to) => {
+    const bytes = Buffer.allocUnsafe(Math.max(0, to - from));
+    let length = 0;
+    while (length < bytes.length) {
+      const left = bytes.length - length;
+      const { bytesRead } = await handle.read(bytes, length, left, from + length);
+      if (bytesRead === 0) break;
+      length += bytesRead;
+    }
+    return bytes.subarray(0, length);
+  };
 }
 
 /** Reads a stream, keeping no more than what was read and not passed yet. */

@@ -2,6 +2,7 @@
  * Posting: batch after batch from the journal as it grows, or from a file to its end, waiting out
  * what passes. Whatever dies, the next one goes on from the checkpoint.
  */
+import { open } from "node:fs/promises";
 import { join } from "node:path";
 
 import { type Database, Unavailable } from "./database.ts";
@@ -101,15 +102,20 @@ export async function postFile(
   while (!stop.aborted) {
     try {
       await noteEventTypes(database, getEventTypes());
+      const openedMs = performance.now();
       const journal = await openJournalReader(path);
+      // Open until it is posted: another file may take its name meanwhile.
+      await using file = await open(path);
       const batches: BatchReader = journal
         ? await openJournalSource(database, path, journal, effort, ahead)
-        : await openFileSource(database, path, effort, leftOver);
+        : await openFileSource(database, path, file, effort, leftOver);
+      // A large file that is posted in part is hashed up to there: that is no patience.
+      deadlineMs += performance.now() - openedMs;
       // The answer to its COMMIT was lost, but not the COMMIT.
       if (sent && batches.from === sent.to)
         report(reportOf(sent, { ...sent, quarantined: await countQuarantined(database, sent) }, 0));
       sent = null;
-      const { size: bytes } = await Bun.file(path).stat();
+      const { size: bytes } = await file.stat();
       report({ type: "opened", file: path, bytes, from: batches.from });
       const ended = await postBatches(database, batches, effort, stop, {
         sent: (batch) => (sent = batch),
@@ -176,7 +182,8 @@ async function postBatches(
         }
         return outcome;
       });
-      posting.catch(() => effort.failed()); // awaited above, in the next turn
+      // Awaited above, in the next turn.
+      posting.catch(() => effort.failed(performance.now() - fromMs));
     } else if (stop.aborted || !on.more) return "end";
     else {
       posting = Promise.resolve(null);

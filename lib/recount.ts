@@ -22,7 +22,7 @@ import {
 import { decodeEvent, getEventTypes, openScanner, Refusal } from "./event.ts";
 import { type JournalReader, openJournalReader } from "./journal-reader.ts";
 import type { Checkpoint } from "./ledger.ts";
-import { eachEvent, readBlocks } from "./lines.ts";
+import { eachEvent, readBlocks, readFile } from "./lines.ts";
 import { hashRange, linesOf } from "./source.ts";
 import { parseSourceMark } from "./source-mark.ts";
 import { Sums } from "./sums.ts";
@@ -158,7 +158,7 @@ async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Found
     .filter(({ source }) => source.startsWith(prefix) && /^\d+$/.test(source.slice(prefix.length)))
     .toSorted((a, b) => a.position - b.position)) {
     if (checkpoint.position > file.size) break;
-    await hashRange(file, hash, at, checkpoint.position);
+    await hashRange(readFile(file), hash, at, checkpoint.position);
     at = checkpoint.position;
     if (hash.copy().digest("hex") === checkpoint.digest) found.push({ checkpoint, file });
   }

@@ -5,13 +5,14 @@
  * file that begins with exactly those bytes goes on behind them; a file of the same name that
  * begins otherwise is the next generation, and is posted whole.
  */
+import type { FileHandle } from "node:fs/promises";
 import { basename } from "node:path";
 
 import type { Database } from "./database.ts";
 import type { Effort } from "./effort.ts";
 import { BATCH_BYTES, Fold } from "./fold.ts";
 import { type Batch, listCheckpoints, openCheckpoint } from "./ledger.ts";
-import { type Block, isComplete, readBlocks, readFile, withoutBom } from "./lines.ts";
+import { type Block, isComplete, type Read, readBlocks, readHandle, withoutBom } from "./lines.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
 
@@ -26,16 +27,18 @@ export interface BatchReader {
   next(busy: Promise<unknown>): Promise<Batch | null>;
 }
 
-/** Opens `path` where its posting was left. `leftOver` is told of a torn last line. */
+/** Opens `path`, of which `handle` is, where its posting was left. `leftOver` is told of a torn last line. */
 export async function openFileSource(
   database: Database,
   path: string,
+  handle: FileHandle,
   effort: Effort,
   leftOver: (bytes: number) => void,
 ): Promise<BatchReader> {
-  const file = Bun.file(path);
-  const { source, from, hash } = await locate(database, file, basename(path));
-  const blocks = readBlocks(readFile(file), from, BLOCK_BYTES);
+  const read = readHandle(handle);
+  const { size } = await handle.stat();
+  const { source, from, hash } = await locate(database, read, size, basename(path));
+  const blocks = readBlocks(read, from, BLOCK_BYTES);
   let position = from;
 
   return {
@@ -80,9 +83,13 @@ interface Located {
 }
 
 /** Finds the generation of `name` whose posted bytes the file begins with, or opens a new one. */
-async function locate(database: Database, file: Bun.BunFile, name: string): Promise<Located> {
+async function locate(
+  database: Database,
+  read: Read,
+  size: number,
+  name: string,
+): Promise<Located> {
   const prefix = `file:${name}#`;
-  const size = (await file.stat()).size;
   const known = (await listCheckpoints(database, prefix)).filter(({ source }) =>
     /^\d+$/.test(source.slice(prefix.length)),
   );
@@ -91,7 +98,7 @@ async function locate(database: Database, file: Bun.BunFile, name: string): Prom
   let found: Located | null = null;
   for (const { source, position, digest } of known.toSorted((a, b) => a.position - b.position)) {
     if (position > size) break;
-    await hashRange(file, hash, at, position);
+    await hashRange(read, hash, at, position);
     at = position;
     const here = hash.copy();
     if (here.copy().digest("hex") === digest) found = { source, from: position, hash: here };
@@ -103,15 +110,10 @@ async function locate(database: Database, file: Bun.BunFile, name: string): Prom
   const empty = new Bun.CryptoHasher("sha256");
   const from = await openCheckpoint(database, source, 0, empty.copy().digest("hex"));
   // Another process has opened this generation and gone on: look again whether its bytes are ours.
-  return from === 0 ? { source, from, hash: empty } : locate(database, file, name);
+  return from === 0 ? { source, from, hash: empty } : locate(database, read, size, name);
 }
 
-export async function hashRange(
-  file: Bun.BunFile,
-  hash: Bun.CryptoHasher,
-  from: number,
-  to: number,
-) {
+export async function hashRange(read: Read, hash: Bun.CryptoHasher, from: number, to: number) {
   for (let at = from; at < to; at += BLOCK_BYTES)
-    hash.update(await file.slice(at, Math.min(at + BLOCK_BYTES, to)).bytes());
+    hash.update(await read(at, Math.min(at + BLOCK_BYTES, to)));
 }

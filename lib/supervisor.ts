@@ -82,7 +82,7 @@ export function supervise(program: URL, job: Job, report: (report: Report) => vo
     worker.addEventListener("close", () => {
       if (finished || stopping) return end();
       report({ type: "say", level: "error", line: "processor: died; starting it again" });
-      setTimeout(start, pauseMs);
+      setTimeout(() => (stopping ? end() : start()), pauseMs);
       pauseMs = Math.min(pauseMs * 2, LONGEST_PAUSE_MS);
     });
   }

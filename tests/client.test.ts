@@ -9,6 +9,8 @@ import {
   existsSync,
   mkdirSync,
   readFileSync,
+  renameSync,
+  rmSync,
   statSync,
   writeFileSync,
 } from "node:fs";
@@ -266,6 +268,64 @@ test("--follow goes on with another file that takes the place of the first", asy
   client.kill("SIGTERM");
   expect(await client.exit()).toBe(0);
   expect(server.journal().slice(2)).toEqual([add("ben", 3), add("cid", 4)]);
+});
+
+test.each([true, false])(
+  "a file that another takes the place of while it is sent: each event of both counts once (--follow: %s)",
+  async (follows) => {
+    await using server = await openServer();
+    let pieces = 0;
+    await using way = await openMeddler(server.url, ({ method }) => {
+      if (method === "PATCH") pieces++;
+      return { delayMs: pieces < 3 ? 300 : 0 };
+    });
+    const lines = (user: string) => Array.from({ length: 60_000 }, (_, i) => add(`${user}${i}`, 1));
+    const file = server.write("a.jsonl", lines("old").join(""));
+    const next = server.write("next.jsonl", lines("new").join(""));
+    const start = () =>
+      spawn("client.ts", {
+        args: follows ? [file, "--follow"] : [file],
+        env: { SERVER_URL: way.url },
+      });
+    await using client = start();
+    await until(() => pieces === 1);
+    renameSync(next, file);
+    if (!follows) {
+      expect(await client.exit()).toBe(0);
+      await using again = start();
+      expect(await again.exit()).toBe(0);
+    } else {
+      await until(() => server.journal().length >= 120_000);
+      client.kill("SIGTERM");
+      expect(await client.exit()).toBe(0);
+    }
+    expect(server.journal().toSorted()).toEqual([...lines("old"), ...lines("new")].toSorted());
+  },
+);
+
+test("--follow sends a file that is rotated to its end, and then what has its name", async () => {
+  await using server = await openServer();
+  let delayMs = 0;
+  await using way = await openMeddler(server.url, () => ({ delayMs }));
+  const file = server.write("a.jsonl", add("ann", 1));
+  await using client = spawn("client.ts", {
+    args: [file, "--follow"],
+    env: { SERVER_URL: way.url },
+  });
+  await until(() => server.journal().length === 1);
+  delayMs = 300;
+  appendFileSync(file, add("ann", 2));
+  await until(() => server.journal().length === 2);
+  appendFileSync(file, add("ann", 3)); // while the answer to the one before is on its way
+  renameSync(file, `${file}.1`);
+  writeFileSync(file, add("ben", 4));
+  await until(() => server.journal().length === 4);
+  expect(server.journal()).toEqual([1, 2, 3].map((n) => add("ann", n)).concat(add("ben", 4)));
+  // And told to stop while no file has the name: all that there was is sent.
+  rmSync(file);
+  await Bun.sleep(100);
+  client.kill("SIGTERM");
+  expect(await client.exit()).toBe(0);
 });
 
 test("SIGTERM ends --follow while the server is away too", async () => {

@@ -3,7 +3,7 @@
  * runs at the same time.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { appendFileSync, copyFileSync, mkdirSync, writeFileSync } from "node:fs";
+import { appendFileSync, copyFileSync, mkdirSync, renameSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 
 import { encodeFrame, encodeJournalHeader } from "../lib/journal-frame.ts";
@@ -289,6 +289,30 @@ test("three processors on the same file share its batches, and each batch counts
   expect(counts.reduce((sum, [, lines]) => sum + lines!, 0)).toBe(14_000);
   expect(await ledger.balances()).toEqual({ ann: "700" });
   expect(await ledger.quarantine()).toHaveLength(14_000);
+});
+
+test("a file that another takes the place of while it is posted: each event of both counts once", async () => {
+  await using ledger = await openLedger();
+  // A batch ends with the block that brings its thousandth bad line: two are read, and then it waits.
+  const lines = (user: string) => add(user, 1).repeat(60_000) + "x\n".repeat(1_000);
+  const file = ledger.write("a.jsonl", lines("old").repeat(4));
+  const next = ledger.write("next.jsonl", lines("new").repeat(4));
+  await ledger.post(ledger.write("empty.jsonl", "")); // makes the tables
+  await using sql = connectTest(ledger.url, 2);
+  const { dataDir: DATA_DIR, databaseUrl: DATABASE_URL } = ledger.app;
+  const env = { DATA_DIR, DATABASE_URL };
+  await using first = spawn("processor.ts", { args: [file], env });
+  await sql.begin(async (tx) => {
+    await tx`lock table users_revenue in exclusive mode`;
+    const isWaiting = () => sql`
+      select from pg_stat_activity
+      where datname = current_database() and wait_event_type = 'Lock'`;
+    await until(async () => (await isWaiting()).length > 0);
+    renameSync(next, file);
+  });
+  expect(await first.exit(), first.stderr.text()).toBe(1);
+  expect((await ledger.post(file)).code).toBe(1);
+  expect(await ledger.balances()).toEqual({ new: "240000", old: "240000" });
 });
 
 test("three files of one name, posted at once and twice, each count once", async () => {

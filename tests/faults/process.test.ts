@@ -42,8 +42,8 @@ const POINTS: Record<string, Alteration> = {
     `${DIE} for (const { resolve } of group) resolve(base + end);`,
   ),
   "in a rotation, before the full file gives its name away": inJournal(
-    "await disk.rename(path, segmentPath(path, base));",
-    `${DIE} await disk.rename(path, segmentPath(path, base));`,
+    "await disk.rename(path, segmentPath(path, base))",
+    `${DIE} await disk.rename(path, segmentPath(path, base))`,
   ),
   "in a rotation, while no file has the name": inJournal(
     "await disk.rename(nextPath, path);",
