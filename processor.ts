@@ -92,7 +92,9 @@ async function main(): Promise<number> {
   if (wrong) return 2;
 
   const stop = new AbortController();
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+  // A tool has nothing to finish: what it changes is in one transaction, or one rename.
+  if (!tool)
+    for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null, ID_DAYS: idDays } = settings;
   const { JOURNAL_KEEP_DAYS: keepDays = null, EVENT_TYPES: eventTypes } = settings;

@@ -263,6 +263,8 @@ export function createApi(parts: {
       taking.good();
       return result;
     } catch (error) {
+      // How far a source is taken only the ledger may know.
+      if (error instanceof Unavailable) return answered(Promise.reject(error));
       const { message } = error as Error;
       taking.bad(message);
       metrics.failed();

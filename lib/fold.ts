@@ -194,3 +194,9 @@ export function identityOf(change: Change & { id: string }): string {
   const value = formatAmount(sign < 0 ? -amount : amount);
   return JSON.stringify({ id, userId, name, value });
 }
+
+/** The line of an event that is told by its identity. */
+export function lineOf(identity: string): string {
+  const { value, ...others } = JSON.parse(identity) as { value: string };
+  return `${JSON.stringify(others).slice(0, -1)},"value":${value}}`;
+}

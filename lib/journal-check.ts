@@ -44,12 +44,16 @@ export interface CheckedJournal {
 
 /** Reads every byte of the journal at `active`. */
 export async function checkJournal(active: string, disk: Disk): Promise<CheckedJournal> {
+  /** Full files that are whole: they never change, and are not read again. */
+  const whole = new Map<string, CheckedFile>();
   for (;;) {
     const before = await listSegmentFiles(active, disk);
-    const checked = await checkFiles(active, before, disk);
+    const checked = await checkFiles(active, before, disk, whole);
     // A file that was renamed or removed under it was not checked as what it is.
     const after = await listSegmentFiles(active, disk);
     if (Bun.deepEquals(before, after)) return checked;
+    for (const file of checked.files)
+      if (file.path !== active && file.damage.length === 0) whole.set(file.path, file);
   }
 }
 
@@ -57,6 +61,7 @@ async function checkFiles(
   active: string,
   segments: { path: string; base: number }[],
   disk: Disk,
+  whole: ReadonlyMap<string, CheckedFile>,
 ): Promise<CheckedJournal> {
   const paths = [...segments, { path: active, base: Number.NaN }];
   const headers = [];
@@ -65,6 +70,11 @@ async function checkFiles(
   const id = headers.findLast((header) => header !== null)?.id ?? null;
   const files: CheckedFile[] = [];
   for (const [i, { path, base: named }] of paths.entries()) {
+    const known = whole.get(path);
+    if (known) {
+      files.push(known);
+      continue;
+    }
     const isLast = i === paths.length - 1;
     const header = headers[i] ?? null;
     const before = files.at(-1);

@@ -98,6 +98,11 @@ export async function openJournalReader(
         const from = Math.max(position - place.base, place.headerBytes);
         const bytes = await disk.read(place.path, from, from + wanted);
         if (!place.to && (await readHeader())?.base !== place.base) continue;
+        if (place.to && bytes.length === 0 && position < place.to) {
+          segment = undefined; // let go of since it was found
+          files = [];
+          continue;
+        }
         const { frames, end, rest } = parseFrames(bytes);
         const begin = place.base + from;
         if (frames.length > 0)

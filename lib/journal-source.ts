@@ -57,7 +57,11 @@ export async function openJournalSource(
       const batchFrom = position;
       let last = "";
       while (!fold.full && position - batchFrom < BATCH_BYTES) {
-        const frames = await journal.read(position);
+        const frames = await journal.read(position).catch(async (error) => {
+          const now = (await readCheckpoint(database, source))?.position ?? 0;
+          if (now <= batchFrom) throw error;
+          throw new Unavailable("another processor has posted this, and let go of it", true);
+        });
         for (const { from, to, header, payload } of frames) {
           fold.addFrame(payload, to - payload.length);
           last = `${from} ${header}`;

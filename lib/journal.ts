@@ -262,7 +262,13 @@ function writer(opened: {
    */
   async function rotate() {
     const nextPath = join(dirname(path), NEXT_FILE);
-    const next = await disk.openForAppend(nextPath);
+    // Until the full file gives its name away nothing has changed, and the next append tries again.
+    const next = await disk.openForAppend(nextPath).catch((error) => {
+      const code = codeOf(error);
+      throw NO_ROOM.has(code)
+        ? noRoom(error)
+        : new JournalFailed(`cannot make ${nextPath} (${code})`);
+    });
     let header: JournalHeader;
     try {
       header = await begin(next, id, base + end);
@@ -272,12 +278,17 @@ function writer(opened: {
     }
     try {
       await next.sync();
-      await disk.rename(path, segmentPath(path, base));
+      await disk.rename(path, segmentPath(path, base)).catch(async (error) => {
+        if (!NO_ROOM.has(codeOf(error))) throw error;
+        await next.close();
+        throw noRoom(error);
+      });
       await disk.syncDirectory(dirname(path));
       await disk.rename(nextPath, path);
       await disk.syncDirectory(dirname(path));
       await file.close();
     } catch (error) {
+      if (error instanceof JournalFull) throw error;
       throw fail("begin another file after", codeOf(error));
     }
     file = next;

@@ -5,9 +5,9 @@
  */
 import { formatAmount } from "./amount.ts";
 import type { Database, Sql, Statements } from "./database.ts";
-import { alone } from "./drift.ts";
+import { alone, readRemoved } from "./drift.ts";
 import { type Change, decodeEvent, getEventTypes, Refusal } from "./event.ts";
-import { identityOf } from "./fold.ts";
+import { identityOf, lineOf } from "./fold.ts";
 import { type JournalReader, openJournalReader } from "./journal-reader.ts";
 import { noteEventTypes, OTHER_EVENT, SAME_ID } from "./ledger.ts";
 import { eachLine, SHOWN_BYTES } from "./lines.ts";
@@ -18,6 +18,12 @@ const DEADLINE_MS = 3_600_000;
 const PRINTED = 200;
 
 type Print = (line: string) => void;
+
+/** How far a journal has been read for the rows, which come in order of their positions. */
+interface Place {
+  journal: JournalReader;
+  at: number;
+}
 
 interface Row {
   source: string;
@@ -51,15 +57,19 @@ export async function retryQuarantine(
   say: Print,
 ): Promise<number> {
   await noteEventTypes(database, getEventTypes());
-  const journals = new Map<string, JournalReader>();
-  for (const path of paths) {
-    const journal = await openJournalReader(path);
-    if (journal) journals.set(`journal:${journal.id}`, journal);
-  }
   return alone(
     database,
     () => say("waiting for a recount to end"),
     async (sql) => {
+      const journals = new Map<string, Place>();
+      for (const path of paths) {
+        const journal = await openJournalReader(path);
+        if (!journal) continue;
+        const source = `journal:${journal.id}`;
+        // What is let go of may vanish at any moment.
+        const at = Math.max(journal.start, await readRemoved(sql, source));
+        journals.set(source, { journal, at });
+      }
       let posted = 0;
       let stay = 0;
       for await (const rows of readRows(sql)) {
@@ -98,21 +108,26 @@ async function* readRows(sql: Statements): AsyncGenerator<Row[]> {
 /** The lines of `rows` as they were sent, by source and position, as far as they are to be had. */
 async function readWhole(
   rows: Row[],
-  journals: ReadonlyMap<string, JournalReader>,
+  journals: ReadonlyMap<string, Place>,
 ): Promise<Map<string, Uint8Array>> {
   const whole = new Map<string, Uint8Array>();
-  for (const { source, position, line } of rows)
-    if (Buffer.byteLength(line) < SHOWN_BYTES && !line.includes("\ufffd"))
-      whole.set(`${source} ${position}`, Buffer.from(line));
-  for (const [source, journal] of journals) {
+  for (const { source, position, reason, line } of rows)
+    if (Buffer.byteLength(line) < SHOWN_BYTES && !line.includes("\ufffd")) {
+      const kept = reason === OTHER_EVENT ? lineOf(line) : line;
+      whole.set(`${source} ${position}`, Buffer.from(kept));
+    }
+  for (const [source, place] of journals) {
+    const { journal } = place;
     const wanted = new Set(
       rows.filter((row) => row.source === source).map(({ position }) => Number(position)),
     );
     const last = Math.max(...wanted);
-    for (let at = journal.start; at <= last;) {
+    for (let at = place.at; at <= last;) {
       const frames = await journal.read(at);
       if (frames.length === 0) break;
-      for (const { payload, to } of frames) {
+      for (const { payload, from, to } of frames) {
+        if (from > last) break;
+        place.at = from; // the next page may begin in the same frame
         const begin = to - payload.length;
         eachLine(payload, (line, offset) => {
           if (wanted.has(begin + offset))

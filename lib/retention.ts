@@ -4,6 +4,7 @@
  * removal that dies in between leaves a file that the next one removes.
  */
 import { dirname } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 
 import type { Database } from "./database.ts";
 import { disk } from "./journal-disk.ts";
@@ -23,7 +24,6 @@ export async function retain(
   stop: AbortSignal,
   say: (line: string) => void,
 ): Promise<void> {
-  const stopped = new Promise((resolve) => stop.addEventListener("abort", resolve));
   let trouble = "";
   while (!stop.aborted) {
     try {
@@ -35,7 +35,7 @@ export async function retain(
       if (message !== trouble) say(`old segments are kept for now; ${message}`);
       trouble = message;
     }
-    await Promise.race([Bun.sleep(LOOK_EVERY_MS), stopped]);
+    await sleep(LOOK_EVERY_MS, undefined, { signal: stop }).catch(() => {}); // told to stop
   }
 }
 

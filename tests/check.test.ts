@@ -116,6 +116,26 @@ test(
   }),
 );
 
+test("a check ends although the journal goes on growing", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet, disk, 300);
+  const add = () => journal.append(Buffer.from(`${"x".repeat(200)}\n`));
+  for (let i = 0; i < 20; i++) await add();
+  let reads = 0;
+  const growing = {
+    ...disk,
+    async read(path: string, from: number, to: number) {
+      if (++reads % 30 === 0) await add(); // a file becomes full in less time than all are read in
+      if (reads > 2_000) throw new Error("it does not end");
+      return disk.read(path, from, to);
+    },
+  };
+  const { files } = await checkJournal(dir.file("eventsPost.jsonl"), growing);
+  expect(files.flatMap(({ damage }) => damage)).toEqual([]);
+  expect(files.length).toBeGreaterThan(20);
+  await journal.close();
+});
+
 test("a damaged frame is named, moved aside, and everything else is posted once", async () => {
   await using database = await testDatabase();
   using dir = tempDir();

@@ -10,7 +10,7 @@ import {
 import { crc32 } from "node:zlib";
 
 import { type Disk, disk, type JournalFile } from "../lib/journal-disk.ts";
-import { type Journal, openJournal } from "../lib/journal.ts";
+import { type Journal, JournalFull, openJournal } from "../lib/journal.ts";
 import { openJournalReader } from "../lib/journal-reader.ts";
 import { tempDir } from "./support.ts";
 
@@ -171,6 +171,36 @@ test.each([
     await expect(journal.append(line("later"))).rejects.toThrow("nothing more is taken");
   });
 });
+
+test.each(["open", "rename"] as const)(
+  "no room at the %s of the next file is a full disk, and passes",
+  async (call) => {
+    using dir = tempDir();
+    let isFull = false;
+    const refuse = () => {
+      if (isFull) throw Object.assign(new Error("no space left"), { code: "ENOSPC" });
+    };
+    const filling = {
+      ...disk,
+      async openForAppend(path: string) {
+        if (call === "open") refuse();
+        return disk.openForAppend(path);
+      },
+      async rename(from: string, to: string) {
+        if (call === "rename") refuse();
+        return disk.rename(from, to);
+      },
+    };
+    const journal = await openJournal(dir.path, () => {}, filling, 300);
+    const add = () => journal.append(Buffer.from(`${"x".repeat(200)}\n`));
+    const first = await add();
+    isFull = true;
+    await expect(add()).rejects.toBeInstanceOf(JournalFull);
+    isFull = false;
+    expect(await add()).toBeGreaterThan(first);
+    await journal.close();
+  },
+);
 
 test("a disk that was full is not held to be full for ever", async () => {
   using dir = tempDir();

@@ -10,6 +10,7 @@ import { openJournalReader } from "../lib/journal-reader.ts";
 import { post } from "../lib/ledger.ts";
 import { listSegments } from "../lib/journal-segments.ts";
 import { openJournalSource } from "../lib/journal-source.ts";
+import { postFile } from "../lib/posting.ts";
 import { openSources } from "../lib/sources.ts";
 import { balances, run, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
 
@@ -216,6 +217,27 @@ test("a segment that goes while its last frame is compared with the checkpoint i
   // Where it is kept, and another, that is damage.
   await Bun.write(dir.file(posted), kept.toString().replace("ann", "eve"));
   await expect(open(disk)).rejects.toThrow("is damaged");
+  await ledger.close();
+});
+
+test("processor.ts JOURNAL beside another that posts the same and lets go of it goes on", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  for (let i = 0; i < 6; i++) await journal.append(line(event("ann")));
+  await journal.close();
+  const path = dir.file("eventsPost.jsonl");
+  const ledger = openDatabase(() => database.url, "test", 1);
+  let opened = 0;
+  const { signal } = new AbortController();
+  await postFile(ledger, path, signal, ({ type }) => {
+    if (type !== "opened" || opened++ > 0) return;
+    const env = { ...process.env, DATABASE_URL: database.url, DATA_DIR: dir.file("other") };
+    Bun.spawnSync([process.execPath, "run", "processor.ts", path], { env });
+    for (const name of segments(dir.path).toSorted(byBase).slice(0, 3)) rmSync(dir.file(name));
+  });
+  expect(opened).toBe(2);
+  expect(await balances(database.url)).toEqual({ ann: "6" });
   await ledger.close();
 });
 

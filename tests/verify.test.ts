@@ -1,12 +1,22 @@
 /** The ledger counted again from its sources: whatever was posted, found equal; whatever was changed, found. */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { readdirSync } from "node:fs";
+import { readdirSync, rmSync } from "node:fs";
+import { join } from "node:path";
 
+import { openDatabase } from "../lib/database.ts";
+import { alone, aloneNow } from "../lib/drift.ts";
+import { disk } from "../lib/journal-disk.ts";
+import { openJournal } from "../lib/journal.ts";
+import { openJournalReader } from "../lib/journal-reader.ts";
+import { listSegmentFiles } from "../lib/journal-segments.ts";
+import { retryQuarantine } from "../lib/quarantine.ts";
+import { snapshotUpTo } from "../lib/recount.ts";
 import {
   balances,
   connectTest,
   run,
   seeded,
+  spawn,
   startApp,
   tempDir,
   testDatabase,
@@ -14,6 +24,8 @@ import {
 } from "./support.ts";
 
 setDefaultTimeout(180_000);
+
+const quiet = () => {};
 
 /** A database, a folder, and the tools on both. */
 async function openLedger() {
@@ -275,6 +287,83 @@ test("a line whose id is free again leaves the quarantine, once; the others stay
   expect(again.code).toBe(1);
   expect(await balances(ledger.url)).toEqual({ ann: "1", bob: "5" });
   expect((await ledger.tool("--verify", path)).stdout).toEndWith("2 balances are what was sent\n");
+});
+
+test("an event of a file whose id belonged to another is posted once that is free", async () => {
+  await using ledger = await openLedger();
+  const path = ledger.dir.file("a.jsonl");
+  await file(path, [event("ann", 1, { id: "x" }), event("ann", 2.5, { id: "x" })]);
+  expect((await ledger.tool(path)).code).toBe(1);
+  await ledger.sql`delete from event_ids`;
+  expect((await ledger.tool("--quarantine=retry", path)).stdout).toStartWith("1 lines were posted");
+  expect(await balances(ledger.url)).toEqual({ ann: "3.5" });
+});
+
+test("what a tool holds it holds until it is done, however long it asks for nothing", async () => {
+  await using ledger = await openLedger();
+  const open = () => openDatabase(() => `${ledger.url}?idle_timeout=1&max_lifetime=1`, "tool", 1);
+  const [one, two] = [open(), open()];
+  const taken = await alone(one, quiet, async (sql) => {
+    await sql`create temp table kept ()`;
+    await Bun.sleep(2_500);
+    const other = await aloneNow(two, async () => true);
+    await sql`select from kept`;
+    return other;
+  });
+  expect(taken).toBeNull();
+  await Promise.all([one.close(), two.close()]);
+});
+
+test("a retry reads nothing of segments that are about to go", async () => {
+  await using ledger = await openLedger();
+  const journal = await openJournal(ledger.dataDir, quiet, disk, 200);
+  for (let i = 0; i < 5; i++) await journal.append(Buffer.from(`${event(`user${i}`, 1)}\nbad\n`));
+  await journal.close();
+  const path = join(ledger.dataDir, "eventsPost.jsonl");
+  await ledger.tool(path);
+  const segments = await listSegmentFiles(path, disk);
+  const [reader, database] = [
+    await openJournalReader(path),
+    openDatabase(() => ledger.url, "test", 1),
+  ];
+  if (!reader) throw new Error("no journal");
+  expect(await snapshotUpTo(database, reader, segments[2]?.base ?? 0)).toBe(true);
+  // It waits for a recount, and in this time they go.
+  const waiting = Promise.withResolvers<void>();
+  const recounting = Promise.withResolvers<void>();
+  const recount = alone(database, quiet, () => recounting.promise);
+  const tool = openDatabase(() => ledger.url, "tool", 1);
+  await until(
+    async () => (await ledger.sql`select from pg_locks where locktype = 'advisory'`).length > 0,
+  );
+  const retrying = retryQuarantine(tool, [path], quiet, () => waiting.resolve());
+  await waiting.promise;
+  for (const { path } of segments.slice(0, 2)) rmSync(path);
+  recounting.resolve();
+  expect(await retrying).toBe(5);
+  await recount;
+  await Promise.all([tool.close(), database.close()]);
+});
+
+test("SIGINT and SIGTERM end a tool at once", async () => {
+  await using ledger = await openLedger();
+  const journal = await openJournal(ledger.dataDir, quiet);
+  await journal.close();
+  const database = openDatabase(() => ledger.url, "test", 1);
+  const done = Promise.withResolvers<void>();
+  const recount = alone(database, quiet, () => done.promise);
+  await until(
+    async () => (await ledger.sql`select from pg_locks where locktype = 'advisory'`).length > 0,
+  );
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+    await using tool = spawn("processor.ts", { args: ["--verify"], env: ledger.env });
+    await until(() => tool.stderr.text().includes("waiting"));
+    tool.kill(signal);
+    await until(() => tool.child.signalCode === signal, 2_000);
+  }
+  done.resolve();
+  await recount;
+  await database.close();
 });
 
 test("options that do not go together are wrong use", async () => {
