@@ -51,7 +51,7 @@ export class JournalHeld extends Error {}
 export interface Journal {
   /** Names this journal among all that post to one ledger. */
   readonly id: string;
-  /** The position behind all that is acknowledged. */
+  /** The position behind all that is acknowledged: where its last frame ends. */
   end(): number;
   /** Why nothing can be appended now, or `null`. */
   trouble(): string | null;
@@ -179,8 +179,10 @@ function writer(opened: {
 }): Journal {
   const { path, id, lock, disk, segmentBytes, committed } = opened;
   let { file, base, end } = opened;
-  /** The header of the active file ends here: before the first frame nothing is full. */
-  const headerBytes = () => encodeJournalHeader(id, base).length;
+  /** Whether the active file has a frame: before the first one nothing is full. */
+  const hasFrames = () => end > encodeJournalHeader(id, base).length;
+  /** Not behind a header that no frame follows yet: nobody would ever post that, and many would wait. */
+  const position = () => (hasFrames() ? base + end : base);
   let waiting: Waiting[] = [];
   let committing: Promise<void> | null = null;
   let failed: JournalFailed | null = null;
@@ -189,7 +191,7 @@ function writer(opened: {
 
   return {
     id,
-    end: () => base + end,
+    end: position,
     trouble() {
       // Whoever asks before it sends would never send again, and so never learn that there is room.
       if (disk.now() - fullAtMs > FULL_MS) full = null;
@@ -197,7 +199,7 @@ function writer(opened: {
     },
     append(lines) {
       if (failed) return Promise.reject(failed);
-      if (lines.length === 0) return Promise.resolve(base + end);
+      if (lines.length === 0) return Promise.resolve(position());
       if (lines.length > MAX_FRAME_BYTES) return Promise.reject(new RangeError("too much at once"));
       return new Promise((resolve, reject) => {
         waiting.push({ lines, resolve, reject });
@@ -239,7 +241,7 @@ function writer(opened: {
       const payloadBytes = payloads.reduce((sum, { length }) => sum + length, 0);
       const atMs = disk.now();
       const frame = encodeFrame(payloads, payloadBytes, atMs);
-      if (end > headerBytes() && end + frame.length > segmentBytes) await rotate();
+      if (hasFrames() && end + frame.length > segmentBytes) await rotate();
       await write(frame);
       const writtenMs = performance.now();
       await sync();
@@ -269,25 +271,21 @@ function writer(opened: {
         ? noRoom(error)
         : new JournalFailed(`cannot make ${nextPath} (${code})`);
     });
+    const unlessFull = (error: unknown) => {
+      throw NO_ROOM.has(codeOf(error)) ? noRoom(error) : error;
+    };
     let header: JournalHeader;
     try {
-      header = await begin(next, id, base + end);
-    } catch (error) {
-      await next.close();
-      throw noRoom(error);
-    }
-    try {
+      header = await begin(next, id, base + end).catch(unlessFull);
       await next.sync();
-      await disk.rename(path, segmentPath(path, base)).catch(async (error) => {
-        if (!NO_ROOM.has(codeOf(error))) throw error;
-        await next.close();
-        throw noRoom(error);
-      });
+      await disk.rename(path, segmentPath(path, base)).catch(unlessFull);
       await disk.syncDirectory(dirname(path));
       await disk.rename(nextPath, path);
       await disk.syncDirectory(dirname(path));
       await file.close();
     } catch (error) {
+      // A handle that is collected as garbage ends the process.
+      await next.close();
       if (error instanceof JournalFull) throw error;
       throw fail("begin another file after", codeOf(error));
     }

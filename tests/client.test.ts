@@ -343,7 +343,7 @@ test("SIGTERM ends --follow while the server is away too", async () => {
   expect(client.stdout.text()).toStartWith("stopped: sent 0 events ");
 });
 
-test("--wait returns when the balances are there, and says so; also when nothing is new", async () => {
+test("--wait returns when the balances are there, and says so; also when nothing is new, at whichever server", async () => {
   await using database = await testDatabase();
   await using server = await openServer(database.url);
   const lines = Array.from({ length: 20_000 }, (_, i) => add(`user${i}`, 1));
@@ -357,6 +357,13 @@ test("--wait returns when the balances are there, and says so; also when nothing
   expect(again.code).toBe(0);
   expect(again.stdout).toStartWith("sent 0 events ");
   expect(again.stdout).toEndWith("; all of it is in the ledger\n");
+
+  // It waited for ever where the server had a journal without events.
+  await using other = await openServer(database.url);
+  const elsewhere = await other.send(file, "--wait");
+  expect(elsewhere).toMatchObject({ code: 0, stderr: "" });
+  expect(elsewhere.stdout).toStartWith("sent 0 events ");
+  expect(elsewhere.stdout).toEndWith("; all of it is in the ledger\n");
 });
 
 test("-: standard input is sent, its bad lines are kept, and it says that it cannot be resumed", async () => {

@@ -361,6 +361,15 @@ test("a position of another server's journal is waited for as well", async () =>
   }
 });
 
+test("a server that has taken nothing yet names no position that is never posted, and lags by nothing", async () => {
+  using folder = tempDir();
+  await using other = await startApp({ dataDir: folder.path, databaseUrl: database.url });
+  const { position } = (await (await other.postLines("no event\n")).json()) as { position: string };
+  expect((await read(newName(), position, other)).status).toBe(404);
+  const ready = (await (await fetch(`${other.url}/readyz`)).json()) as object;
+  expect(ready).toEqual({ status: "ready", lagBytes: 0, lagSeconds: 0 });
+});
+
 test("a user without events is answered 404 after the position, too", async () => {
   const position = await take(event(newName(), 1));
   expect((await read(newName(), position)).status).toBe(404);

@@ -172,6 +172,31 @@ test.each([
   });
 });
 
+test.each(["rename", "syncDirectory"] as const)(
+  "a rotation that fails at %s leaves no file open: as garbage it would end the process",
+  async (call) => {
+    using dir = tempDir();
+    const { disk, calls } = strangeDisk({});
+    let opened = 0;
+    let isBroken = false;
+    const breaking = {
+      ...disk,
+      openForAppend: (path: string) => (opened++, disk.openForAppend(path)),
+      async [call](...paths: [string, string]) {
+        if (isBroken) throw Object.assign(new Error("broken"), { code: "EIO" });
+        await (disk[call] as (...paths: string[]) => Promise<void>)(...paths);
+      },
+    };
+    const journal = await openJournal(dir.path, quiet, breaking, 100);
+    await journal.append(line("first"));
+    isBroken = true;
+    await expect(journal.append(line("second"))).rejects.toThrow("begin another file after");
+    await journal.close();
+    expect(opened).toBe(2);
+    expect(calls.filter((name) => name === "close")).toHaveLength(2);
+  },
+);
+
 test.each(["open", "rename"] as const)(
   "no room at the %s of the next file is a full disk, and passes",
   async (call) => {
