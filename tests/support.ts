@@ -2,11 +2,11 @@
  * What tests share: a database for each who asks, real processes, folders that vanish. Everything
  * is disposable (`await using`), and nothing is left behind.
  *
- * The databases lie in the Postgres at DATABASE_URL, or else in a private one that the first test
- * who needs it starts, and the last one stops.
+ * The databases lie in the Postgres at DATABASE_URL, or else in a private one of this run, that the
+ * first test who needs it starts, and the last one stops.
  */
 import { afterAll } from "bun:test";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer as createHttpServer, type IncomingMessage } from "node:http";
 import { connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
@@ -21,17 +21,31 @@ export const SECRET = "secret";
 
 let cluster: Promise<Cluster> | null = null;
 
-let clusterDir = "";
-
+/**
+ * One Postgres for all files of a run, whichever process they are in: to make one takes as much
+ * processor time as to start a server four times, and there are 35 files.
+ */
 function openTestCluster(): Promise<Cluster> {
-  clusterDir = mkdtempSync(join(tmpdir(), "daybook-test-"));
-  return openCluster(join(clusterDir, "postgres"), () => {});
+  const runPid = process.env["BUN_TEST_WORKER_ID"] ? process.ppid : process.pid;
+  const dir = join(tmpdir(), `daybook-test-run-${runPid}`);
+  if (!existsSync(dir)) removeAfter(runPid, dir);
+  return openCluster(join(dir, "postgres"), () => {});
+}
+
+/** Only when the run is over is it known that no file needs it any more. */
+function removeAfter(pid: number, dir: string): void {
+  // In the background of a shell that has ended: Bun ends the children that a test file leaves.
+  const waiting =
+    '(while kill -0 "$0"; do sleep 0.1; done; until rm -rf "$1"; do sleep 0.1; done) &';
+  Bun.spawnSync(["sh", "-c", waiting, `${pid}`, dir], {
+    ...{ cwd: "/", detached: true },
+    stdio: ["ignore", "ignore", "ignore"],
+  });
 }
 
 afterAll(async () => {
   await (await cluster?.catch(() => null))?.close();
   cluster = null;
-  if (clusterDir) rmSync(clusterDir, { recursive: true, force: true });
 });
 
 async function adminUrl(): Promise<string> {
