@@ -19,7 +19,7 @@ import {
 import { openDatabase } from "./lib/database.ts";
 import { setEventTypes } from "./lib/event.ts";
 import { openEventSchema } from "./lib/event-schema.ts";
-import { disk } from "./lib/journal-disk.ts";
+import { disk, leavingRoom } from "./lib/journal-disk.ts";
 import { refuseOlderCopy } from "./lib/journal-source.ts";
 import { type Commit, JOURNAL_FILE, openJournal } from "./lib/journal.ts";
 import { watchLag } from "./lib/lag.ts";
@@ -103,7 +103,8 @@ async function main(): Promise<number> {
 
   let watch: (commit: Commit) => void = () => {};
   const segmentBytes = settings.JOURNAL_SEGMENT_BYTES;
-  const journal = await openJournal(dataDir, say, disk, segmentBytes, (commit) => watch(commit));
+  const room = databaseUrl ? disk : leavingRoom(disk);
+  const journal = await openJournal(dataDir, say, room, segmentBytes, (commit) => watch(commit));
   const path = join(dataDir, JOURNAL_FILE);
   const cluster = databaseUrl
     ? null

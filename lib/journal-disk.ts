@@ -2,7 +2,7 @@
  * What the journal asks of the operating system, and nothing else does. It arrives as a value, so
  * that a test can hand in a disk that tears, fills up or lies.
  */
-import { constants, fdatasync, fstatSync, fsync, statSync } from "node:fs";
+import { constants, fdatasync, fstatSync, fsync, statfsSync, statSync } from "node:fs";
 import { mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
 import { promisify } from "node:util";
@@ -108,6 +108,33 @@ export const disk: Disk = {
   lock: tryLock,
   now: () => Date.now(),
 };
+
+/** So much of a disk is left alone, or a twentieth of a small one. */
+const LEFT_BYTES = 64 * 1024 * 1024;
+
+/**
+ * `disk` for a journal that shares it with the private Postgres: an append finds no room while there
+ * is still some for what has been acknowledged to be posted. With the last byte taken Postgres fails
+ * again and again, until it has no room for its own log either and goes down, and reads with it.
+ */
+export function leavingRoom(disk: Disk): Disk {
+  return {
+    ...disk,
+    async openForAppend(path) {
+      const file = await disk.openForAppend(path);
+      return {
+        ...file,
+        async append(bytes) {
+          const { bsize, blocks, bavail } = statfsSync(dirname(path)); // 8 µs
+          const left = Math.min(LEFT_BYTES, (blocks * bsize) / 20);
+          if (bavail * bsize - bytes.length < left)
+            throw Object.assign(new Error("the last of it is for Postgres"), { code: "ENOSPC" });
+          await file.append(bytes);
+        },
+      };
+    },
+  };
+}
 
 /** What is found, or `otherwise` where there is no such file. */
 async function there<T>(found: Promise<T>, otherwise: T): Promise<T> {

@@ -3,23 +3,37 @@
  * limit on the size of files. 507, reads go on, and writing goes on by itself once there is room.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, rmSync, statfsSync, writeFileSync } from "node:fs";
 
 import { balances, spawn, startApp, tempDir, testDatabase, until } from "../support.ts";
 
 setDefaultTimeout(120_000);
 
-/** A folder with about a megabyte of room, and how more comes to be. */
-function openSmallDisk() {
+const MIB = 1024 * 1024;
+
+/** A folder on a disk of `mib` MiB, or `null` where this user may mount none. */
+function mount(mib: number) {
   const dir = tempDir();
   const path = dir.file("small");
   mkdirSync(path);
-  const mounted =
-    Bun.spawnSync(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path]).exitCode === 0;
-  const ballast = `${path}/ballast`;
-  if (mounted) writeFileSync(ballast, Buffer.alloc(1024 * 1024));
+  const mounting = Bun.spawnSync(["mount", "-t", "tmpfs", "-o", `size=${mib}m`, "tmpfs", path]);
+  const remove = () => {
+    Bun.spawnSync(["umount", "-l", path]);
+    dir[Symbol.dispose]();
+  };
+  if (mounting.success) return { path, [Symbol.dispose]: remove };
+  remove();
+  return null;
+}
+
+/** A folder with about a megabyte of room, and how more comes to be. */
+function openSmallDisk() {
+  const mounted = mount(2);
+  const dir = mounted ?? tempDir();
+  const ballast = `${dir.path}/ballast`;
+  if (mounted) writeFileSync(ballast, Buffer.alloc(MIB));
   return {
-    path,
+    path: dir.path,
     kind: mounted ? "tmpfs" : "RLIMIT_FSIZE",
     limit(pid: number, bytes: string) {
       if (!mounted) Bun.spawnSync(["prlimit", `--pid=${pid}`, `--fsize=${bytes}`]);
@@ -28,10 +42,7 @@ function openSmallDisk() {
       rmSync(ballast, { force: true });
       this.limit(pid, "unlimited");
     },
-    [Symbol.dispose]() {
-      if (mounted) Bun.spawnSync(["umount", "-l", path]);
-      dir[Symbol.dispose]();
-    },
+    [Symbol.dispose]: () => dir[Symbol.dispose](),
   };
 }
 
@@ -80,3 +91,42 @@ test("a full disk: 507, nothing of it acknowledged, reads go on, and with room s
   await using check = spawn("processor.ts", { args: ["--check"], env: { DATA_DIR: disk.path } });
   expect(await check.exit(), `${disk.kind}: ${check.stdout.text()}`).toBe(0);
 });
+
+const mounted = mount(1);
+mounted?.[Symbol.dispose]();
+
+test.if(mounted !== null)(
+  "a disk that fills up under the private Postgres: all that was taken is posted, and reads go on",
+  async () => {
+    using disk = mount(400);
+    if (!disk) throw new Error("cannot mount once more");
+    await using server = await startApp({ dataDir: disk.path });
+    const ballast = `${disk.path}/ballast`;
+    const { bavail, bsize } = statfsSync(disk.path);
+    writeFileSync(ballast, Buffer.alloc(bavail * bsize - 60 * MIB));
+    const read = (user: string, after = "") => fetch(`${server.url}/userEvents/${user}${after}`);
+    let sent = 0;
+    /** 2,000 users more, the last of whom is read at once. */
+    const send = async () => {
+      const users = Array.from({ length: 2_000 }, (_, i) => `${sent}.${i}.${"u".repeat(60)}`);
+      const lines = users.map((userId) => `{"userId":"${userId}","name":"add_revenue","value":1}`);
+      const answer = await server.postLines(lines.join("\n"));
+      if (answer.status !== 201) return answer.status;
+      const { position } = (await answer.json()) as { position: string };
+      const { status } = await read(users.at(-1) as string, `?after=${position}`);
+      expect(status, `after ${sent} bodies: ${server.stderr.text().slice(-1_000)}`).toBe(200);
+      sent++;
+      return 201;
+    };
+    await until(async () => (await send()) === 507, 60_000);
+    expect(sent).toBeGreaterThan(5);
+    for (let i = 0; i < 40; i++) {
+      expect((await read(`0.0.${"u".repeat(60)}`)).status).toBe(200);
+      expect(await send()).toBe(507);
+      await Bun.sleep(50);
+    }
+    rmSync(ballast);
+    await until(async () => (await send()) === 201, 30_000);
+    expect(server.stderr.text()).not.toContain("Postgres was gone");
+  },
+);

@@ -30,6 +30,17 @@ setDefaultTimeout(120_000 * ROUNDS);
 /** What becomes of the packet that a client sends: forwarded, or the end of its connection. */
 type Verdict = "pass" | "cut" | "cut behind" | "swallow the answers";
 
+/** Tells which packets are a COMMIT: the driver prepares it, and then calls it by a name. */
+function commitFinder(): (packet: Buffer) => boolean {
+  const names = new Set<string>();
+  return (packet) => {
+    const text = packet.toString("latin1");
+    const [, name] = /(\w+)\0commit\0/i.exec(text) ?? [];
+    if (name) names.add(name);
+    return names.values().some((name) => text.includes(`${name}\0`));
+  };
+}
+
 /** A way to the Postgres at `url` on which `judge` sees each packet from the client. */
 async function openJudge(url: string, judge: (packet: Buffer, number: number) => Verdict) {
   const target = new URL(url);
@@ -109,11 +120,8 @@ test(
     };
     // Of all packets the one whose answer says what has been posted.
     let commits = 0;
-    await postThrough((packet) =>
-      packet.toString("latin1").toLowerCase().includes("commit") && ++commits === 1
-        ? "cut behind"
-        : "pass",
-    );
+    const isCommit = commitFinder();
+    await postThrough((packet) => (isCommit(packet) && ++commits === 1 ? "cut behind" : "pass"));
     expect(commits).toBeGreaterThan(0);
     const packets = await postThrough(() => "pass");
     expect(packets).toBeGreaterThan(8);
@@ -130,10 +138,9 @@ test("the connection is cut behind each of the first COMMITs: every event counts
   await using database = await testDatabase();
   using dir = tempDir();
   let commits = 0;
+  const isCommit = commitFinder();
   await using way = await openJudge(database.url, (packet) =>
-    packet.toString("latin1").toLowerCase().includes("commit") && ++commits <= 5 * ROUNDS
-      ? "cut behind"
-      : "pass",
+    isCommit(packet) && ++commits <= 5 * ROUNDS ? "cut behind" : "pass",
   );
   await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url });
   let sent = 0;
@@ -152,10 +159,9 @@ test.if(ROUNDS > 1)(
     await using database = await testDatabase();
     using dir = tempDir();
     let swallowed = 0;
+    const isCommit = commitFinder();
     await using way = await openJudge(database.url, (packet) =>
-      packet.toString("latin1").toLowerCase().includes("commit") && ++swallowed <= 2
-        ? "swallow the answers"
-        : "pass",
+      isCommit(packet) && ++swallowed <= 2 ? "swallow the answers" : "pass",
     );
     await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url });
     let sent = 0;
@@ -168,6 +174,41 @@ test.if(ROUNDS > 1)(
     await until(async () => (await add(), swallowed > 2), 90_000, 50);
     await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 60_000);
   },
+);
+
+test(
+  "a processor killed between its COMMIT and the answer to it: every event counts once",
+  seeded(async (random) => {
+    await using database = await testDatabase();
+    using dir = tempDir();
+    const app = { dataDir: dir.path, databaseUrl: database.url, args: ["--no-processor"] };
+    await using server = await startApp(app);
+    let sent = 0;
+    const add = async () => {
+      const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1 });
+      expect(status).toBe(201);
+      sent++;
+    };
+    for (let life = 0; life < 3 * ROUNDS; life++) {
+      const last = 1 + Math.floor(random() * 3);
+      let commits = 0;
+      const isCommit = commitFinder();
+      await using way = await openJudge(database.url, (packet) =>
+        isCommit(packet) && ++commits === last ? "swallow the answers" : "pass",
+      );
+      const env = { DATA_DIR: dir.path, DATABASE_URL: way.url };
+      await using processor = spawn("processor.ts", { env });
+      await until(async () => (await add(), commits >= last), 30_000);
+      await Bun.sleep(20); // it has reached Postgres
+      processor.kill("SIGKILL");
+      count("kills");
+    }
+    await using processor = spawn("processor.ts", {
+      env: { DATA_DIR: dir.path, DATABASE_URL: database.url },
+    });
+    await until(async () => (await server.balance("ann")) === `${sent}`, 30_000).catch(() => {});
+    expect(await balances(database.url), processor.stderr.text()).toEqual({ ann: `${sent}` });
+  }),
 );
 
 test("while the table is locked events are taken, GET answers in time, and everything catches up", async () => {
