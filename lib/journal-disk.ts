@@ -128,7 +128,7 @@ export function leavingRoom(disk: Disk): Disk {
           const { bsize, blocks, bavail } = statfsSync(dirname(path)); // 8 µs
           const left = Math.min(LEFT_BYTES, (blocks * bsize) / 20);
           if (bavail * bsize - bytes.length < left)
-            throw Object.assign(new Error("the last of it is for Postgres"), { code: "ENOSPC" });
+            throw Object.assign(new Error("left to Postgres"), { code: "ENOSPC" });
           await file.append(bytes);
         },
       };

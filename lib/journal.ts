@@ -83,8 +83,8 @@ interface Waiting {
 
 /**
  * Opens the journal in `directory`, making what is missing, cutting off a torn last frame. A file is
- * full at `segmentBytes`, and holds one frame at least. `committed` hears of each frame. Throws JournalHeld, JournalDamage, or what
- * the disk says.
+ * full at `segmentBytes`, and holds one frame at least. `committed` hears of each frame. Throws
+ * JournalHeld, JournalDamage, JournalFull, or what the disk says.
  */
 export async function openJournal(
   directory: string,
@@ -105,7 +105,9 @@ export async function openJournal(
   } catch (error) {
     await file?.close();
     lock.release();
-    throw error;
+    if (!NO_ROOM.has(codeOf(error))) throw error;
+    const why = `no room (${codeOf(error)}); free some space and start again`;
+    throw new JournalFull(`cannot begin ${path}: ${why}`);
   }
 }
 

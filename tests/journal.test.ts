@@ -172,6 +172,18 @@ test.each([
   });
 });
 
+test("a disk without room for a new journal is said in a line that names the file and what to do", async () => {
+  using dir = tempDir();
+  const { disk } = strangeDisk({
+    append: () => Promise.reject(Object.assign(new Error("write"), { code: "ENOSPC" })),
+  });
+  const opening = openJournal(dir.path, quiet, disk);
+  await expect(opening).rejects.toThrow(
+    `cannot begin ${dir.file("eventsPost.jsonl")}: no room (ENOSPC); free some space and start again`,
+  );
+  await (await openJournal(dir.path, quiet)).close(); // with room it starts
+});
+
 test.each(["rename", "syncDirectory"] as const)(
   "a rotation that fails at %s leaves no file open: as garbage it would end the process",
   async (call) => {

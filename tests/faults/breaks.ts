@@ -195,6 +195,58 @@ export const BREAKS: readonly Break[] = [
     "",
     "tests/faults/disk.test.ts",
   ),
+  journal(
+    "the position before a header that no frame follows",
+    "(hasFrames() ? base + end : base)",
+    "base + end",
+    "tests/rotation.test.ts",
+    "tests/ids.test.ts",
+  ),
+  journal(
+    "the closing of the next file when a rotation fails",
+    "      await next.close();\n",
+    "",
+    "tests/journal.test.ts",
+  ),
+  inFile("lib/journal-disk.ts")(
+    "the room that is left to the private Postgres",
+    "if (bavail * bsize - bytes.length < left)",
+    "if (false)",
+    "tests/faults/full.test.ts",
+  ),
+  inFile("lib/drift.ts")(
+    "the comparison of what was counted again",
+    "where tally.revenue is distinct from balance.revenue",
+    "where false",
+    "tests/verify.test.ts",
+  ),
+  inFile("lib/drift.ts")(
+    "the addition of what a rebuild corrects",
+    `order by user_id collate "C"
+      on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue`,
+    `order by user_id collate "C"
+      on conflict (user_id) do update set revenue = excluded.revenue`,
+    "tests/verify.test.ts",
+  ),
+  ledger(
+    "the note of events that came before",
+    "from (select *, turn - row_number() over (order by turn) as island from late where is_same) as late",
+    "from (select *, 0 as island from late where false) as late",
+    "tests/verify.test.ts",
+  ),
+  inFile("lib/check.ts")(
+    "the ledger's word on a torn tail that it has posted",
+    "if (base + from < posted) damage.push",
+    "if (false) damage.push",
+    "tests/check.test.ts",
+  ),
+  inFile("lib/quarantine.ts")(
+    "the leaving of the quarantine with the posting",
+    "delete from quarantine where source = ${source} and position = ${position} returning 1",
+    "select 1",
+    "tests/types.test.ts",
+    "tests/verify.test.ts",
+  ),
   inFile("lib/journal-frame.ts")(
     "the checksum in a journal's name",
     "|| !isJournalId(match[1] as string)",
