@@ -17,6 +17,9 @@ import { clusterUrl, openCluster } from "./lib/cluster.ts";
 import { maskSettings, readCommand } from "./lib/config.ts";
 import { type Database, openDatabase, Refused } from "./lib/database.ts";
 import { setEventTypes } from "./lib/event.ts";
+import { disk } from "./lib/journal-disk.ts";
+import { openJournalReader } from "./lib/journal-reader.ts";
+import { activeOf } from "./lib/journal-segments.ts";
 import { JOURNAL_FILE } from "./lib/journal.ts";
 import { waitForLock } from "./lib/lock.ts";
 import { openLog } from "./lib/log.ts";
@@ -27,7 +30,11 @@ import { retain } from "./lib/retention.ts";
 import { type Job, type Report, supervise } from "./lib/supervisor.ts";
 
 async function main(): Promise<number> {
-  const { settings, options, files } = readCommand({
+  const {
+    settings,
+    options,
+    files: given,
+  } = readCommand({
     usage:
       "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry]] [FILE…]",
     about:
@@ -83,9 +90,13 @@ async function main(): Promise<number> {
     return 2;
   }
   let wrong = false;
+  // A full file of a journal stands for all of it: so eventsPost*.jsonl is one journal.
+  const files = [...new Set(await Promise.all(given.map((file) => activeOf(file, disk))))];
   for (const file of files) {
     const stat = statSync(file, { throwIfNoEntry: false });
     if (stat?.isFile()) continue;
+    // While a journal begins its next file, none has this name.
+    if (!stat && (await openJournalReader(file).catch(() => null))) continue;
     say(`${file}: ${stat ? "not a regular file" : "no such file"}`);
     wrong = true;
   }

@@ -49,8 +49,8 @@ export async function rebuild(
     database,
     () => say("waiting for another recount to end"),
     async (sql) => {
-      const { differing, strange, others } = await compare(sql, paths, print);
-      if ((strange > 0 || others.length > 0) && !yes)
+      const { differing, lost, strange, others } = await compare(sql, paths, print);
+      if ((lost > 0 || strange > 0 || others.length > 0) && !yes)
         throw new Refused("nothing was changed; --yes makes all lines count as they do today");
       await mendDrift(sql);
       await settleTypes(sql, getEventTypes());
@@ -76,7 +76,7 @@ async function compare(
     return { ...recounted, others, ...(await findDrift(tx, tally)) };
   });
   (progress as ReturnType<typeof showProgress> | null)?.stop();
-  const { users, differing, strange, first, others } = compared;
+  const { users, differing, lost, strange, first, others } = compared;
   await eachDrift(sql, ({ userId, wanted, found, excess }) =>
     print(
       `user ${JSON.stringify(userId)}: balance ${found ?? "missing"}, wanted ${wanted ?? "none"}; off by ${excess}`,
@@ -87,6 +87,10 @@ async function compare(
       ? `${differing} of ${users} balances differ from what was sent`
       : `${users} balances are what was sent`,
   );
+  if (lost > 0)
+    print(
+      `${lost} ranges of a journal are lost and marked so by --repair: what had been posted of them counts for nothing here`,
+    );
   if (first)
     print(
       `${strange} lines have counted and are no events now, the first at position ${first.position} of ${first.source}: ${first.reason}`,

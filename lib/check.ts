@@ -5,7 +5,7 @@ import type { Database } from "./database.ts";
 import { decodeEvent, Refusal } from "./event.ts";
 import { checkJournal, type CheckedFile } from "./journal-check.ts";
 import { disk } from "./journal-disk.ts";
-import { repairFile, type Repaired } from "./journal-repair.ts";
+import { canFill, repairFile, type Repaired } from "./journal-repair.ts";
 import { JOURNAL_LOCK } from "./journal.ts";
 import { type Checkpoint, forgetDigest, readCheckpoint } from "./ledger.ts";
 import { eachLine, readBlocks, readFile } from "./lines.ts";
@@ -54,12 +54,58 @@ export async function repair(
     if (last && checkpoint) missTail(last, checkpoint.position);
     const damaged = files.filter(({ damage }) => damage.length > 0);
     if (damaged.length === 0) return print(`${path}: nothing is damaged`);
-    for (const file of damaged)
-      for (const lost of await repairFile(file, id, disk))
-        await tell(file, lost, checkpoint, database, print);
+    for (const file of damaged) {
+      splitAt(file, checkpoint?.position ?? 0);
+      // Before anything is changed: a repair that dies behind it must not leave a ledger that looks for
+      // a frame which is no more.
+      if (checkpoint) await forgetLost(file, checkpoint, database);
+      const begins = positionsOf(file);
+      for (const [i, lost] of (await repairFile(file, id, disk)).entries())
+        await tell(file.path, lost, (begins[i] ?? 0) < (checkpoint?.position ?? 0), print);
+    }
   } finally {
     lock.release();
   }
+}
+
+/** The position at which each damage of a file begins: others before it may have the wrong length. */
+function positionsOf({ base, damage }: CheckedFile): number[] {
+  let shift = base;
+  return damage.map(({ from, to, length }) => {
+    const position = from + shift;
+    shift += length - (to - from);
+    return position;
+  });
+}
+
+/**
+ * Makes two of a damage that is posted in part, each of which gets a frame in its place: the checkpoint
+ * has to stay where a frame begins, or nothing behind it would ever be posted.
+ */
+function splitAt(file: CheckedFile, posted: number): void {
+  const begins = positionsOf(file);
+  file.damage = file.damage.flatMap((damage, i) => {
+    const { from, to, length } = damage;
+    const first = posted - (begins[i] ?? 0);
+    if (first <= 0 || !canFill(first) || !canFill(length - first)) return [damage];
+    const middle = Math.min(to, from + first);
+    return [
+      { ...damage, to: middle, length: first },
+      { ...damage, from: middle, length: length - first },
+    ];
+  });
+}
+
+/** Lets the ledger go on behind a last frame that is damaged. */
+async function forgetLost(file: CheckedFile, checkpoint: Checkpoint, database: Database) {
+  const [, digits = ""] = /^(\d+) /.exec(checkpoint.digest ?? "") ?? [];
+  const lastFrame = digits === "" ? -1 : Number(digits);
+  const begins = positionsOf(file);
+  const isLost = file.damage.some(({ from, to, length }, i) => {
+    const begin = begins[i] ?? 0;
+    return lastFrame >= begin && lastFrame < begin + Math.max(length, to - from);
+  });
+  if (isLost) await forgetDigest(database, checkpoint);
 }
 
 /** A torn tail that the ledger has posted was acknowledged; so was what an older copy lacks. */
@@ -84,12 +130,11 @@ function describe({ path, frames, bytes, damage, tornBytes }: CheckedFile, print
     );
 }
 
-/** Says what became of a damaged range, and lets the ledger go on behind it. */
+/** Says what became of a damaged range. */
 async function tell(
-  { path, base }: CheckedFile,
+  path: string,
   { from, to, length, what, movedTo }: Repaired,
-  checkpoint: Checkpoint | null,
-  database: Database,
+  isPosted: boolean,
   print: Print,
 ): Promise<void> {
   print(
@@ -97,31 +142,35 @@ async function tell(
       ? `${path}: ${to - from} bytes from byte ${from} on were moved to ${movedTo}: ${what}`
       : `${path}: ${length} bytes that are missing at byte ${from} are marked as lost: ${what}`,
   );
-  const position = checkpoint?.position ?? 0;
-  const [, lastFrame = ""] = /^(\d+) /.exec(checkpoint?.digest ?? "") ?? [];
-  const behind = base + from + Math.max(length, to - from);
-  const holdsLast = lastFrame && +lastFrame >= base + from && +lastFrame < behind;
-  if (checkpoint && holdsLast) await forgetDigest(database, checkpoint);
-  const events = movedTo ? await countEvents(movedTo) : 0;
-  if (base + from < position)
-    print(
+  if (isPosted)
+    return print(
       "  it had been posted: the balances have its events, but they cannot be computed again " +
         "from the journal (--verify and --rebuild will say so)",
     );
-  else if (events > 0)
-    print(
-      `  it had not been posted: ${events} of its lines still are events, and ` +
-        `bun run processor.ts ${movedTo} posts them`,
-    );
-  else print("  it had not been posted, and none of it can be: the senders must send it again");
+  const events = movedTo ? await keepEvents(movedTo) : 0;
+  print(
+    events > 0
+      ? `  it had not been posted: ${events} of its lines still are events. Look at ${movedTo}.events, ` +
+          `for one of them may be what is damaged; bun run processor.ts ${movedTo}.events posts them`
+      : "  it had not been posted, and none of it can be: the senders must send it again",
+  );
 }
 
-async function countEvents(path: string): Promise<number> {
+/** Writes the lines of a file that still are events to another one, `.events`; how many there are. */
+async function keepEvents(path: string): Promise<number> {
   let events = 0;
-  for await (const { bytes } of readBlocks(readFile(Bun.file(path)), 0, BLOCK_BYTES))
+  const writer = Bun.file(`${path}.events`).writer();
+  for await (const { bytes } of readBlocks(readFile(Bun.file(path)), 0, BLOCK_BYTES)) {
     eachLine(bytes, (line) => {
-      if (!(decodeEvent(line) instanceof Refusal)) events++;
+      if (decodeEvent(line) instanceof Refusal) return;
+      writer.write(line);
+      writer.write("\n");
+      events++;
     });
+    await writer.flush();
+  }
+  await writer.end();
+  if (events === 0) await disk.remove(`${path}.events`);
   return events;
 }
 

@@ -57,6 +57,7 @@ export class Fold {
     return (
       this.changes.size >= this.mostUsers ||
       this.claims.size >= this.mostUsers / CLAIM_USERS ||
+      this.sources.size >= this.mostUsers / CLAIM_USERS ||
       this.uncounted.length >= this.mostUsers / CLAIM_USERS ||
       this.quarantined.length + this.rivals.length >= MAX_QUARANTINED
     );

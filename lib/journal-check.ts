@@ -6,7 +6,7 @@
 import type { Disk } from "./journal-disk.ts";
 import {
   encodeJournalHeader,
-  findFrame,
+  findNextFrame,
   MAX_FRAME_BYTES,
   MAX_HEADER_BYTES,
   parseFrames,
@@ -82,9 +82,11 @@ async function checkFiles(
     const base = isLast ? (header?.base ?? (before ? before.base + before.bytes : 0)) : named;
     if (isLast && bytes === 0) break; // a rotation that died half-way, or nothing at all
     const next = paths[i + 1];
+    // Where the active file's header says nothing (or a rotation is under way, or died), this one is as long as it is.
     const nextBase = next && (Number.isNaN(next.base) ? headers[i + 1]?.base : next.base);
+    const length = (nextBase ?? base + bytes) - base;
     const file: CheckedFile = { path, base, bytes, frames: 0, damage: [], tornBytes: 0 };
-    await checkFile(file, disk, { id: id ?? "", isLast, length: (nextBase ?? Infinity) - base });
+    await checkFile(file, disk, { id: id ?? "", isLast, length });
     files.push(file);
   }
   return { id, files };
@@ -124,13 +126,19 @@ async function checkFile(
       at += end;
       continue;
     }
+    // What the next start takes for a frame that was never acknowledged, by the same rule.
+    const mayBeTorn = rest === "short" || !rest.behind;
+    if (wanted.isLast && atEnd && mayBeTorn && at + end > 0) {
+      isGood(at + end);
+      file.tornBytes = size - at - end;
+      break;
+    }
     bad ??= { from: at + end, what: rest === "short" ? "a frame is cut short" : rest.fault };
-    const found = findFrame(bytes.subarray(end + 1));
-    if (found >= 0) at += end + 1 + found;
+    const found = findNextFrame(bytes, end);
+    if (found >= 0) at += found;
     else at += atEnd ? bytes.length : Math.max(end + 1, bytes.length - MAX_HEADER_BYTES);
   }
-  if (bad && wanted.isLast && bad.from > 0) file.tornBytes = Math.max(0, size - bad.from);
-  else isGood(size);
+  isGood(size);
 
   const lacks = wanted.length - size;
   if (lacks === 0 || wanted.isLast) return;

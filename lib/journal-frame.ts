@@ -147,6 +147,33 @@ function frameBeginsAfter(bytes: Buffer, at: number): boolean {
   return findFrame(bytes.subarray(at + 1)) >= 0;
 }
 
+/**
+ * Where the next frame begins behind the one at `at`, which cannot be read; -1: nowhere. That is behind a
+ * newline, or where the header of the one at `at` says: it may be its last newline that has rotted.
+ */
+export function findNextFrame(bytes: Buffer, at: number): number {
+  const found = findFrame(bytes.subarray(at + 1));
+  const next = found < 0 ? -1 : at + 1 + found;
+  const [line, payloadBytes] = FRAME.exec(firstLine(bytes, at) ?? "") ?? [];
+  if (line === undefined) return next;
+  const told = at + line.length + 1 + Number(payloadBytes);
+  return FRAME.test(firstLine(bytes, told) ?? "") && (next < 0 || told < next) ? told : next;
+}
+
+/** Whether there is the header of a frame in `bytes`, whatever is before it. */
+export function holdsFrame(bytes: Buffer): boolean {
+  return new RegExp(FRAME.source.slice(1, -1)).test(bytes.toString("latin1"));
+}
+
+/** The line that stands in the place of bytes that are lost; `file` has them now, if there were any. */
+export function encodeLost(bytes: number, file: string | null): Buffer {
+  return Buffer.from(`${JSON.stringify({ lost: { bytes, file } })}\n`);
+}
+
+export function isLost(line: Uint8Array): boolean {
+  return /^\{"lost":\{"bytes":\d+,"file":(null|"[^"]*")\}\} *$/.test(Buffer.from(line).toString());
+}
+
 function firstLine(bytes: Buffer, from: number): string | null {
   const newline = bytes.subarray(from, from + MAX_HEADER_BYTES).indexOf(LF);
   return newline < 0 ? null : bytes.toString("latin1", from, from + newline);

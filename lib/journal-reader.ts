@@ -8,8 +8,8 @@
  */
 import { disk as realDisk, type Disk } from "./journal-disk.ts";
 import {
-  findFrame,
   type Frame,
+  holdsFrame,
   JournalDamage,
   type JournalHeader,
   MAX_FRAME_BYTES,
@@ -57,7 +57,10 @@ export async function openJournalReader(
 ): Promise<JournalReader | null> {
   let id: string | undefined;
   // In this order: what is renamed in between is then found by its new name.
-  const active = await readHeader();
+  const head = await readHead();
+  const active = headerOf(head);
+  // A file of mere events, whatever is called like a segment beside it.
+  if (!active && head.includes("\n")) return null;
   let files = await listSegmentFiles(path, disk);
   const lastFile = files.at(-1);
   const last = lastFile && (await openSegment(lastFile, disk));
@@ -159,12 +162,19 @@ export async function openJournalReader(
 
   /** The header of the active file, `null` for the moment in which one takes the place of another. */
   async function readHeader(): Promise<JournalHeader | null> {
-    const head = await disk.read(path, 0, 2 * MAX_HEADER_BYTES);
+    return headerOf(await readHead());
+  }
+
+  function readHead(): Promise<Buffer> {
+    return disk.read(path, 0, 2 * MAX_HEADER_BYTES);
+  }
+
+  function headerOf(head: Buffer): JournalHeader | null {
     const header = parseJournalHeader(head);
     // Whole frames, too, may lie in another journal, at the same place.
     if (header && id && header.id !== id) throw notHere();
     // A file that is just being made has no whole line yet, one of mere events has no frames.
-    if (!header && (id ? head.includes("\n") : findFrame(head) >= 0))
+    if (!header && (id ? head.includes("\n") : holdsFrame(head)))
       throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
     return header;
   }

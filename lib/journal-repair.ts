@@ -12,10 +12,10 @@ import { basename, dirname } from "node:path";
 
 import type { CheckedFile, Damage } from "./journal-check.ts";
 import type { Disk, JournalFile } from "./journal-disk.ts";
-import { encodeFrame, encodeJournalHeader } from "./journal-frame.ts";
+import { encodeFrame, encodeJournalHeader, encodeLost, MAX_HEADER_BYTES } from "./journal-frame.ts";
 
 const COPY_BYTES = 8 * 1024 * 1024;
-/** A frame in the place of more than this is followed by another one. */
+/** A frame in the place of more than this is followed by another one: no reader takes more than 24 MiB. */
 const MAX_FILLER_BYTES = 16 * 1024 * 1024;
 
 /** Damage that was taken out of `path`, and the file it is in now, if there was anything. */
@@ -76,16 +76,22 @@ async function copy(path: string, from: number, to: number, into: JournalFile, d
  */
 function* fillers(bytes: number, movedTo: string | null): Generator<Buffer> {
   for (let left = bytes; left > 0;) {
-    const length = left > 2 * MAX_FILLER_BYTES ? MAX_FILLER_BYTES : left;
-    const filler = fillerOf(length, { bytes, file: movedTo && basename(movedTo) });
+    const length = left > MAX_FILLER_BYTES + 2 * MAX_HEADER_BYTES ? MAX_FILLER_BYTES : left;
+    const filler = fillerOf(length, bytes, movedTo && basename(movedTo));
     if (!filler) return;
     yield filler;
     left -= length;
   }
 }
 
-function fillerOf(bytes: number, lost: object): Buffer | null {
-  const mark = Buffer.from(`${JSON.stringify({ lost })}\n`);
+/** Whether a frame can be so long. */
+export function canFill(bytes: number): boolean {
+  return fillerOf(bytes, bytes, null) !== null;
+}
+
+/** A frame of `bytes` bytes that says what is lost: without the file's name where that has no room. */
+function fillerOf(bytes: number, lostBytes: number, file: string | null): Buffer | null {
+  const marks = [encodeLost(lostBytes, file), encodeLost(lostBytes, null)];
   // Where the number of bytes gets one digit more there is a length that no frame has: then the time
   // is written with one digit more.
   for (const at of [0, 10]) {
@@ -93,7 +99,7 @@ function fillerOf(bytes: number, lost: object): Buffer | null {
       const payloadBytes = bytes - encodeFrame([], 0, at).length + 1 - digits;
       if (payloadBytes < 0 || `${payloadBytes}`.length !== digits) continue;
       const payload = Buffer.alloc(payloadBytes, " ");
-      if (mark.length < payloadBytes) mark.copy(payload);
+      marks.find(({ length }) => length <= payloadBytes)?.copy(payload);
       if (payloadBytes > 0) payload[payloadBytes - 1] = 10;
       return encodeFrame([payload], payloadBytes, at);
     }

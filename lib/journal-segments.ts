@@ -24,6 +24,14 @@ export function segmentPath(active: string, base: number): string {
   return `${stem(active)}.${base}.jsonl`;
 }
 
+/** The active file of the journal that `path` is a full file of; of anything else `path` itself. */
+export async function activeOf(path: string, disk: Disk): Promise<string> {
+  const [, stem, base] = /^(.*)\.(\d{1,15})\.jsonl$/s.exec(path) ?? [];
+  if (stem === undefined) return path;
+  const header = parseJournalHeader(await disk.read(path, 0, MAX_HEADER_BYTES));
+  return header?.base === Number(base) ? `${stem}.jsonl` : path;
+}
+
 /** A file that is a segment by its name. */
 export type SegmentFile = Pick<Segment, "path" | "base">;
 

@@ -9,7 +9,7 @@ import { type Database, Unavailable } from "./database.ts";
 import { Effort } from "./effort.ts";
 import { getEventTypes } from "./event.ts";
 import { JOURNAL_FILE } from "./journal.ts";
-import { openJournalReader } from "./journal-reader.ts";
+import { type JournalReader, openJournalReader } from "./journal-reader.ts";
 import { openJournalSource } from "./journal-source.ts";
 import {
   type Batch,
@@ -104,18 +104,18 @@ export async function postFile(
       await noteEventTypes(database, getEventTypes());
       const openedMs = performance.now();
       const journal = await openJournalReader(path);
-      // Open until it is posted: another file may take its name meanwhile.
-      await using file = await open(path);
-      const batches: BatchReader = journal
-        ? await openJournalSource(database, path, journal, effort, ahead)
-        : await openFileSource(database, path, file, effort, leftOver);
+      // Open until it is posted: another file may take its name meanwhile, as a journal's own files do.
+      await using file = journal ? null : await open(path);
+      const batches: BatchReader = file
+        ? await openFileSource(database, path, file, effort, leftOver)
+        : await openJournalSource(database, path, journal as JournalReader, effort, ahead);
       // A large file that is posted in part is hashed up to there: that is no patience.
       deadlineMs += performance.now() - openedMs;
       // The answer to its COMMIT was lost, but not the COMMIT.
       if (sent && batches.from === sent.to)
         report(reportOf(sent, { ...sent, quarantined: await countQuarantined(database, sent) }, 0));
       sent = null;
-      const { size: bytes } = await file.stat();
+      const bytes = (await file?.stat())?.size ?? (await journal?.end()) ?? 0;
       report({ type: "opened", file: path, bytes, from: batches.from });
       const ended = await postBatches(database, batches, effort, stop, {
         sent: (batch) => (sent = batch),
@@ -130,7 +130,10 @@ export async function postFile(
       sent = null; // it was refused, for somebody else had posted it
       ahead = ended instanceof Map ? ended : new Map();
       // Another processor posts the same file: let it, and look again in case it dies.
-      if (ended === "elsewhere") await Bun.sleep(pauseMs);
+      if (ended === "elsewhere") {
+        deadlineMs = performance.now() + FILE_PATIENCE_MS;
+        await Bun.sleep(pauseMs);
+      }
     } catch (error) {
       const passing = error instanceof Unavailable && error.passing;
       if (!passing || performance.now() > deadlineMs) throw error;

@@ -20,6 +20,7 @@ import {
   type Tally,
 } from "./drift.ts";
 import { decodeEvent, getEventTypes, openScanner, Refusal } from "./event.ts";
+import { isLost } from "./journal-frame.ts";
 import { type JournalReader, openJournalReader } from "./journal-reader.ts";
 import type { Checkpoint } from "./ledger.ts";
 import { eachEvent, readBlocks, readFile } from "./lines.ts";
@@ -36,6 +37,8 @@ export type Passed = (bytes: number, totalBytes: number, events: number) => void
 
 export interface Recounted {
   events: number;
+  /** Lines in the place of what a repair has taken out: what was posted of it nobody can count again. */
+  lost: number;
   /** Lines that have counted and are no events by today's rules: how many, and the first of them. */
   strange: number;
   first: { source: string; position: number; reason: string } | null;
@@ -61,7 +64,7 @@ export async function recount(
 ): Promise<Recounted> {
   const found = await find(await listRecountable(sql), paths);
   const totalBytes = found.reduce((sum, { checkpoint }) => sum + checkpoint.position, 0);
-  const recounted: Recounted = { events: 0, strange: 0, first: null };
+  const recounted: Recounted = { events: 0, lost: 0, strange: 0, first: null };
   let bytes = 0;
   for (const { checkpoint, journal, file } of found) {
     const { source, position } = checkpoint;
@@ -104,7 +107,7 @@ export async function snapshotUpTo(
         `events were posted as ${others.join(", ")}, which is not what EVENT_TYPES says today: put it back, or see processor.ts --rebuild`,
       );
     const tally = await openTally(sql);
-    const recounted: Recounted = { events: 0, strange: 0, first: null };
+    const recounted: Recounted = { events: 0, lost: 0, strange: 0, first: null };
     const leftOut = await openLeftOut(sql, source, from, position);
     const count = openCount(sql, tally, source, recounted, leftOut);
     await countJournal(journal, from, position, count, () => {});
@@ -207,13 +210,14 @@ function openCount(
         (line, at) => {
           if (parseSourceMark(line) || leftOut.has(position + at)) return;
           const decoded = decodeEvent(line);
-          if (decoded instanceof Refusal) {
+          if (decoded instanceof Refusal && isLost(line)) recounted.lost++;
+          else if (decoded instanceof Refusal) {
             recounted.strange++;
             recounted.first ??= { source, position: position + at, reason: decoded.reason };
-            return;
+          } else {
+            recounted.events++;
+            if (decoded.sign !== 0) sums.addTo(decoded.userId, decoded.amount);
           }
-          recounted.events++;
-          if (decoded.sign !== 0) sums.addTo(decoded.userId, decoded.amount);
         },
       );
     },

@@ -45,7 +45,10 @@ async function removeOld(database: Database, path: string, keepDays: number): Pr
   if (!journal) return [];
   const posted = (await readCheckpoint(database, `journal:${journal.id}`))?.position ?? 0;
   const removed: string[] = [];
-  for (const file of await listSegmentFiles(path, disk)) {
+  const files = await listSegmentFiles(path, disk);
+  // While no file has its name (a rotation that died) the last one alone knows which journal it is.
+  if ((await disk.size(path)) === 0) files.pop();
+  for (const file of files) {
     const segment = await openSegment(file, disk);
     if (!segment || segment.to > posted) break;
     const ageMs = disk.now() - (await disk.modifiedMs(segment.path));

@@ -189,7 +189,7 @@ test("what was damaged after it had been posted stops the start; mended, everyth
   const verified = await run("processor.ts", { args: ["--verify"], env });
   expect(verified.code).toBe(1);
   expect(verified.stdout).toContain('user "u": balance 46, wanted 37; off by 9');
-  expect(verified.stdout).toContain("1 lines have counted and are no events now");
+  expect(verified.stdout).toContain("1 ranges of a journal are lost");
   const rebuilt = await run("processor.ts", { args: ["--rebuild"], env });
   expect(rebuilt.code).toBe(2);
   expect(await balances(database.url)).toEqual({ u: "46" });

@@ -71,6 +71,7 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
       "database",
       "drift",
       "event",
+      "journal-frame",
       "journal-reader",
       "ledger",
       "lines",

@@ -1,6 +1,15 @@
 /** The journal in many files: nothing that holds for one file ends where a segment does. */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { readdirSync, readFileSync, renameSync, rmSync, statSync, truncateSync } from "node:fs";
+import {
+  copyFileSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  truncateSync,
+} from "node:fs";
 
 import { openDatabase } from "../lib/database.ts";
 import { Effort } from "../lib/effort.ts";
@@ -377,8 +386,10 @@ test("server, processor and client killed in turn over many segments: every even
   // And from the last file alone: what is missing before it is not passed over in silence.
   await using third = await testDatabase();
   const last = segments(dir.file("data")).toSorted(byBase).at(-1) as string;
+  mkdirSync(dir.file("alone"));
+  copyFileSync(dir.file(`data/${last}`), dir.file(`alone/${last}`));
   const refused = await run("processor.ts", {
-    args: [dir.file(`data/${last}`)],
+    args: [dir.file(`alone/${last}`)],
     env: { DATA_DIR: dir.file("other"), DATABASE_URL: third.url },
   });
   expect(refused.code).toBe(3);
