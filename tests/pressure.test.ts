@@ -13,11 +13,13 @@ const MIB = 1024 * KIB;
 /** What the process may ever have needed. Linux only. */
 const MOST_BYTES = 300 * MIB;
 const SLOW_SENDERS = 200;
+/** Half as much again as the process may need. */
+const BODIES = 30;
 const NOWHERE = "postgres://nobody@127.0.0.1:1/nothing";
 
 type App = Awaited<ReturnType<typeof startApp>>;
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(90_000);
 
 test(`while ${SLOW_SENDERS} send slowly, everybody else is answered, and the slow ones in the end`, async () => {
   await using server = await openServer();
@@ -52,11 +54,11 @@ for (const [what, noteBytes] of [
   ["long lines", 900],
   ["short lines", 0],
 ] as const)
-  test(`60 bodies of 16 MiB at once (${what}): taken whole or refused for now, in flat memory`, async () => {
+  test(`${BODIES} bodies of 16 MiB at once (${what}): taken whole or refused for now, in flat memory`, async () => {
     await using server = await openServer();
     const { app } = server;
     const filler = Buffer.from(line("filler", noteBytes).repeat((16 * MIB) / (100 + noteBytes)));
-    const bodies = Array.from({ length: 60 }, (_, i) => [
+    const bodies = Array.from({ length: BODIES }, (_, i) => [
       Buffer.from(line(`first${i}`)),
       filler,
       Buffer.from(line(`last${i}`)),

@@ -24,7 +24,7 @@ import {
 
 setDefaultTimeout(300_000);
 
-const LINES = 60_000;
+const LINES = 40_000;
 /** A client that meets bad luck five times in a row waits for 10 s, and then for 5 s each time. */
 const GOES_ON_MS = 120_000;
 /** Beyond the point at which a client is to die, so much more gets through at most. */

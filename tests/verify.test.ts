@@ -66,11 +66,11 @@ test(
       const app = { databaseUrl: ledger.url, env: { JOURNAL_SEGMENT_BYTES: "4000" } };
       await using one = await startApp({ ...app, dataDir: ledger.dataDir });
       await using two = await startApp({ ...app, dataDir: other.path });
-      for (let round = 0; round < 12; round++) {
+      for (let round = 0; round < 8; round++) {
         const body = lines(30).join("\n");
         await Promise.all([one.postLines(body), pick(2) ? two.postLines(body) : null]);
         // The same source goes on now here, now there, and some of it is taken by both.
-        await file(path, moved.slice(0, 25 * (round + 1)));
+        await file(path, moved.slice(0, 35 * (round + 1)));
         const to = [[one], [two], [one, two]][pick(3)]!;
         await Promise.all(
           to.map(({ url }) =>

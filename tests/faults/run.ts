@@ -23,7 +23,11 @@ const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = 
   { name: "scan", files: ["tests/scan.test.ts"], env: { SCAN_RUNS: "300000" } },
   { name: "verify", files: ["tests/verify.test.ts"], env: {} },
   { name: "kills", files: ["tests/crash.test.ts", "tests/resume.test.ts"], env: {} },
-  { name: "files", files: ["tests/check.test.ts", "tests/rotation.test.ts"], env: {} },
+  {
+    name: "files",
+    files: ["tests/check.test.ts", "tests/repair.test.ts", "tests/rotation.test.ts"],
+    env: {},
+  },
   { name: "driver", files: ["tests/driver.test.ts", "tests/ledger.test.ts"], env: {} },
   { name: "events", files: ["tests/event.test.ts", "tests/ids.test.ts"], env: {} },
 ];
