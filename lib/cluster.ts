@@ -19,7 +19,8 @@ import { waitForLock } from "./lock.ts";
 import { type Failure, look, type Postmaster, start, trimLog } from "./postmaster.ts";
 import { hasUsers, isWatched, makeUsers, openUsers, spawnWatcher } from "./watcher.ts";
 
-const READY_MS = 60_000; // recovery after a crash takes its time
+const READY_MS = 60_000;
+const LOCKED_MS = 3600_000; // whoever holds it may wait for a recovery
 const STOP_MS = 15_000; // the watcher asks for 8 s, then demands
 const RETRY_MS = 3_000;
 const LONELY_MS = 300;
@@ -123,26 +124,29 @@ export async function openCluster(dir: string, say: (line: string) => void): Pro
 
   /** Comes back when Postgres is ready and watched, and we hold our end of `users`. */
   async function ensure(): Promise<Postmaster> {
-    const over = AbortSignal.any([closing.signal, AbortSignal.timeout(READY_MS)]);
     const path = join(home.dir, "start.lock");
+    const over = AbortSignal.any([closing.signal, AbortSignal.timeout(LOCKED_MS)]);
     const lock = await waitForLock(path, over, 20);
     if (lock === null) throw new Error(`${path} is held by a process that does not come to an end`);
     try {
       giveAway(path, home.runAs);
       makeUsers(home);
       await makeCluster(home, say);
-      return await startOrJoin(over);
+      return await startOrJoin();
     } finally {
       lock.release();
     }
   }
 
-  async function startOrJoin(over: AbortSignal): Promise<Postmaster> {
+  async function startOrJoin(): Promise<Postmaster> {
+    let untilMs = Date.now() + READY_MS;
     const firstAt: Record<string, number> = {};
     const msSince = (what: string) => Date.now() - (firstAt[what] ??= Date.now());
     let failure: Failure | null = null;
-    for (; !over.aborted; await Bun.sleep(20)) {
+    for (; !closing.signal.aborted && Date.now() < untilMs; await Bun.sleep(20)) {
       const found = look(home);
+      // Recovery after a crash takes its time; whoever gives it up makes the next one begin anew.
+      if (found?.status === "starting") untilMs = Date.now() + READY_MS;
       if (found?.status === "ready") {
         const fd = openUsers(home);
         if (fd !== null) {

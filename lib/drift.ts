@@ -66,11 +66,11 @@ export interface Tally {
   sums(sql: Statements): Fragment;
 }
 
-export async function openTally(sql: Statements): Promise<Tally> {
+export async function openTally(sql: Statements, most = MOST_ROWS): Promise<Tally> {
   let table = "tally_one";
   let other = "tally_two";
   let rows = 0;
-  let mostRows = MOST_ROWS;
+  let mostRows = most;
   await sql`drop table if exists tally_one, tally_two`;
   await sql`create temp table tally_one (user_id text collate "C" not null, amount numeric not null)`;
   await sql`create temp table tally_two (like tally_one)`;
@@ -98,7 +98,7 @@ export async function openTally(sql: Statements): Promise<Tally> {
     ({ count: rows } = await sql`insert into ${sql(other)} ${sums(sql)}`);
     await sql`truncate ${sql(table)}`;
     [table, other] = [other, table];
-    mostRows = Math.max(MOST_ROWS, 3 * rows);
+    mostRows = Math.max(most, 3 * rows);
   }
 }
 

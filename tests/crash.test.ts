@@ -97,10 +97,10 @@ test(
     const load = openLoad(random);
     const sending = load.start(app);
     const reading = readOften(app.url, random);
-    for (let kills = 0; kills < 40;) {
+    for (let cuts = 0; cuts < 40;) {
       const from = await ledger.position();
-      for (let burst = Math.ceil(random() * 4); burst > 0; burst--, kills++) {
-        await ledger.cutConnections();
+      for (let burst = Math.ceil(random() * 4); burst > 0; burst--) {
+        cuts += await ledger.cutConnections();
         await Bun.sleep(random() * 60);
       }
       await until(async () => (await ledger.position()) > from, 5_000);

@@ -172,6 +172,46 @@ test.each([
   });
 });
 
+test("the real disk really syncs: a file that no system can sync is an error", async () => {
+  // For these Linux and macOS answer EINVAL or ENOTSUP; a call that is not made answers nothing.
+  const refused = /EINVAL|ENOTSUP|EOPNOTSUPP|ENOTTY/;
+  const file = await disk.openForAppend("/dev/null");
+  await expect(file.sync()).rejects.toThrow(refused);
+  await file.close();
+  await expect(disk.syncFile("/dev/null")).rejects.toThrow(refused);
+  await expect(disk.syncDirectory("/dev/null")).rejects.toThrow(refused);
+});
+
+test("each folder that is made is synced into the one above it", async () => {
+  using dir = tempDir();
+  const synced: string[] = [];
+  const { syncDirectory } = disk;
+  disk.syncDirectory = async (path) => {
+    await syncDirectory(path);
+    synced.push(path);
+  };
+  try {
+    await disk.makeDirectory(dir.file("a/b"));
+  } finally {
+    disk.syncDirectory = syncDirectory;
+  }
+  expect(synced.toSorted()).toEqual([dir.path, dir.file("a")]);
+});
+
+test("a start reads the end of a large file, and nothing of it is cut off", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet);
+  const large = line("x".repeat(13 * 1024 * 1024));
+  for (let i = 0; i < 4; i++) await journal.append(large); // more than it reads
+  const end = await journal.append(line("last"));
+  await journal.close();
+  const said: string[] = [];
+  const again = await openJournal(dir.path, (text) => said.push(text));
+  expect(again.end()).toBe(end);
+  expect(said).toEqual([]);
+  await again.close();
+});
+
 test("a disk without room for a new journal is said in a line that names the file and what to do", async () => {
   using dir = tempDir();
   const { disk } = strangeDisk({

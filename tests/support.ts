@@ -135,8 +135,22 @@ export async function run(program: string, options: Run = {}) {
   return { code, stdout: process.stdout.text(), stderr: process.stderr.text() };
 }
 
+type AppOptions = Run & { dataDir: string; databaseUrl?: string };
+
 /** Starts `app.ts` and returns when it listens. */
-export async function startApp(options: Run & { dataDir: string; databaseUrl?: string }) {
+export async function startApp(options: AppOptions): ReturnType<typeof startOnce> {
+  for (let tries = 50; ; tries--) {
+    try {
+      return await startOnce(options);
+    } catch (error) {
+      // A port that was left a moment ago may be that of another test's connection.
+      if (tries === 0 || !/in use/.test((error as Error).message)) throw error;
+      await Bun.sleep(100);
+    }
+  }
+}
+
+async function startOnce(options: AppOptions) {
   const { dataDir, databaseUrl = "", env = {} } = options;
   const process = spawn("app.ts", {
     ...options,
@@ -147,7 +161,7 @@ export async function startApp(options: Run & { dataDir: string; databaseUrl?: s
     if (!line && process.child.exitCode !== null)
       throw new Error(`app.ts ended with ${process.child.exitCode}: ${process.stderr.text()}`);
     return line?.[1];
-  }, 20_000);
+  }, 60_000);
   const send = (path: string, type: string, body: string | Uint8Array<ArrayBuffer>, headers = {}) =>
     fetch(url + path, {
       method: "POST",

@@ -268,10 +268,19 @@ test.each([
     env: { SERVER_URL: server.url },
   });
   expect(stderr + stdout).toContain("all of it is in the ledger");
+  // Who posts a file gives up when it is refused, but not for what passes.
+  const other = dir.file("b.jsonl");
+  const more = Array.from({ length: 3 }, () => '{"userId":"third","name":"add_revenue","value":1}');
+  for (let i = 1; i <= 3; i++) {
+    writeFileSync(other, `${more.slice(0, i).join("\n")}\n`);
+    const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
+    const posted = await run("processor.ts", { args: [other], env });
+    expect(posted.code, posted.stderr).toBe(0);
+  }
   const [row] = await sql`select last_value::int as tries from tries`;
   expect(row?.["tries"]).toBeGreaterThan(1);
   count("refused statements", Math.ceil(row?.["tries"] / 3));
-  expect(await balances(database.url)).toEqual({ ...wanted, first: "1", second: "5" });
+  expect(await balances(database.url)).toEqual({ ...wanted, first: "1", second: "5", third: "3" });
 });
 
 test(
@@ -284,13 +293,16 @@ test(
     const env = { DATA_DIR: dir.file("data"), DATABASE_URL: database.url };
     await using sql = connectTest(database.url);
     await using processor = spawn("processor.ts", { args: [file], env });
+    let cuts = 0;
     while (processor.child.exitCode === null) {
       const ended = await sql`
         select pg_terminate_backend(pid) from pg_stat_activity
         where datname = current_database() and application_name like 'daybook%'`;
+      cuts += ended.length;
       count("cut connections", ended.length);
       await Bun.sleep(random() * 150);
     }
+    expect(cuts).toBeGreaterThan(0);
     expect(processor.stderr.text() + processor.child.exitCode).toEndWith("1"); // quarantined lines
     expect(await balances(database.url)).toEqual(wanted);
   }),

@@ -5,7 +5,7 @@
  * FAULT_ROUNDS=N repeats it with other choices.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { readdirSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 
 import {
@@ -73,6 +73,45 @@ test.each(Object.entries(POINTS))("killed %s, it counts every event once", (_, p
   seeded(async (random) => {
     for (let round = 0; round < ROUNDS; round++) await dieAt(point, random);
   })(),
+);
+
+test(
+  "stopped for a while at each of these points, now and then, it counts every event once",
+  seeded(async (random) => {
+    const stop = 'if (Math.random() < 0.02) process.kill(process.pid, "SIGSTOP");';
+    const points = Object.values(POINTS).map((point) => ({
+      ...point,
+      put: point.put.replace(DIE, stop),
+    }));
+    await using database = await testDatabase();
+    using dir = tempDir();
+    using copy = alteredCopy(points);
+    const app = { home: copy.path, dataDir: dir.file("data"), databaseUrl: database.url };
+    const env = { JOURNAL_SEGMENT_BYTES: "1500", JOURNAL_KEEP_DAYS: "0" };
+    await using server = await startApp({ ...app, env });
+    const isStopped = () => /\) T /.test(readFileSync(`/proc/${server.pid}/stat`, "utf8"));
+    let stops = 0;
+    let done = false;
+    const going = (async () => {
+      for (; !done; await Bun.sleep(20)) {
+        if (!isStopped()) continue;
+        stops++;
+        count("stops");
+        await Bun.sleep(random() * 300);
+        server.kill("SIGCONT");
+      }
+    })();
+    const sender = openSender(random);
+    try {
+      await until(async () => (await sender.send(server), stops >= 10 * ROUNDS), 60_000 * ROUNDS);
+      await until(() => sender.isPosted(database.url), 60_000).catch(() => {});
+    } finally {
+      done = true;
+      await going;
+      server.kill("SIGCONT");
+    }
+    expect(await balances(database.url), server.stderr.text()).toEqual(sender.balances());
+  }),
 );
 
 test(
@@ -292,18 +331,15 @@ test(
 
 /** The pid of the private Postgres below `dataDir`, once it serves. */
 function postmaster(dataDir: string): number | null {
-  for (const name of readdirSync(dataDir, { recursive: true }) as string[]) {
-    if (!name.endsWith("postmaster.pid")) continue;
-    try {
-      const lines = readFileSync(join(dataDir, name), "utf8").split("\n");
-      if (!lines[7]?.startsWith("ready")) return null;
-      process.kill(Number(lines[0]), 0);
-      return Number(lines[0]);
-    } catch {
-      return null; // gone in between, or killed and not yet replaced
-    }
+  try {
+    const pidFile = join(dataDir, "postgres", "cluster", "postmaster.pid");
+    const lines = readFileSync(pidFile, "utf8").split("\n");
+    if (!lines[7]?.startsWith("ready")) return null;
+    process.kill(Number(lines[0]), 0);
+    return Number(lines[0]);
+  } catch {
+    return null; // killed, and not yet replaced
   }
-  return null;
 }
 
 type Server = Awaited<ReturnType<typeof startApp>>;

@@ -5,13 +5,13 @@
  *
  * `bun run faults --breaks [NAME]` tests the suite itself: see breaks.ts.
  */
-import { mkdtempSync, rmSync } from "node:fs";
+import { mkdtempSync, readdirSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 
 import { root } from "./altered.ts";
-import { killGroup, tryBreaks } from "./breaks.ts";
+import { groups, killGroup, tryBreaks } from "./breaks.ts";
 
 const LANES = 2;
 const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = [
@@ -32,7 +32,23 @@ const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = 
   { name: "events", files: ["tests/event.test.ts", "tests/ids.test.ts"], env: {} },
 ];
 
+/** A part that takes longer hangs. */
+const LONGEST_MS = 20 * 60_000;
+
 const { values, positionals } = readArgs();
+// What a test that dies leaves goes with this folder: files, and what is mounted there.
+const temporary = mkdtempSync(join(tmpdir(), "daybook-test-"));
+process.env["TMPDIR"] = temporary;
+process.on("exit", () => {
+  for (const name of readdirSync(temporary))
+    Bun.spawnSync(["umount", "-l", join(temporary, name, "small")], { stderr: "ignore" });
+  rmSync(temporary, { recursive: true, force: true });
+});
+for (const signal of ["SIGINT", "SIGTERM"] as const)
+  process.on(signal, () => {
+    for (const pid of groups) killGroup(pid);
+    process.exit(1);
+  });
 if (values.breaks) process.exit(await tryBreaks(positionals[0]));
 
 const minutes = Number(values.minutes);
@@ -44,15 +60,6 @@ const figures = new Map<string, number>();
 const failures: string[] = [];
 let runs = 0;
 
-// What a test that dies leaves goes with this folder.
-const temporary = mkdtempSync(join(tmpdir(), "daybook-test-"));
-process.on("exit", () => rmSync(temporary, { recursive: true, force: true }));
-const running = new Set<number>();
-for (const signal of ["SIGINT", "SIGTERM"] as const)
-  process.on(signal, () => {
-    for (const pid of running) killGroup(pid);
-    process.exit(1);
-  });
 console.log(`faults: seed ${firstSeed}, ${minutes} minutes`);
 await Promise.all(Array.from({ length: LANES }, lane));
 const spent = (performance.now() - startedMs) / 60_000;
@@ -93,18 +100,20 @@ async function runOne(run: number): Promise<void> {
   const beganMs = performance.now();
   const child = Bun.spawn([process.execPath, "test", ...files], {
     cwd: root,
-    env: { ...process.env, ...seeds, FAULT_FIGURES: "1", TMPDIR: temporary },
+    env: { ...process.env, ...seeds, FAULT_FIGURES: "1" },
     stdio: ["ignore", "pipe", "pipe"],
     detached: true,
   });
-  running.add(child.pid);
+  groups.add(child.pid);
+  const timer = setTimeout(() => killGroup(child.pid), LONGEST_MS);
   const [stdout, stderr] = await Promise.all([
     new Response(child.stdout).text(),
     new Response(child.stderr).text(),
   ]);
   const passed = (await child.exited) === 0;
-  running.delete(child.pid);
+  clearTimeout(timer);
   killGroup(child.pid);
+  groups.delete(child.pid);
   for (const [, line] of stdout.matchAll(/^faults: (\{.*\})$/gm))
     for (const [what, many] of Object.entries(JSON.parse(line as string) as Record<string, number>))
       figures.set(what, (figures.get(what) ?? 0) + many);

@@ -36,6 +36,8 @@ function makeJournal() {
   return { bytes: Buffer.concat(parts), frames };
 }
 
+let starts = 0;
+
 /** What is left after a start on these bytes, or the damage that it named. */
 async function start(bytes: Buffer): Promise<string[] | JournalDamage> {
   const disk = new SimulatedDisk(randomOf(1), HARMLESS);
@@ -43,7 +45,12 @@ async function start(bytes: Buffer): Promise<string[] | JournalDamage> {
   await mounted.openForAppend(PATH);
   disk.change(PATH, () => bytes);
   try {
-    await openJournal("data", () => {}, mounted);
+    await (await openJournal("data", () => {}, mounted)).close();
+    // What one start has healed the next finds whole. Of all starts this takes half as long again.
+    const say = (line: string) => {
+      throw new Error(`the next start, too: ${line}`);
+    };
+    if (starts++ % 4 === 0) await openJournal("data", say, mounted);
   } catch (error) {
     if (error instanceof JournalDamage) return error;
     throw error;
@@ -69,7 +76,7 @@ test("a journal cut at any byte of its last 200 frames keeps exactly the whole o
     if (left instanceof JournalDamage || left.join() !== whole.join())
       throw new Error(`cut at ${cut}: ${left}`);
   }
-}, 60_000);
+}, 300_000);
 
 test("a flipped bit in the last 20 frames is named with its frame; in the very last, cut off", async () => {
   const { bytes, frames } = makeJournal();
@@ -89,7 +96,7 @@ test("a flipped bit in the last 20 frames is named with its frame; in the very l
     }
   }
   expect(butLast.length).toBeGreaterThan(200);
-}, 60_000);
+}, 300_000);
 
 /** Flips each bit from byte `from` to byte `to` in turn, and hands over what a reader then finds. */
 async function eachFlip(
