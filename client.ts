@@ -6,7 +6,15 @@
  */
 import "./lib/install.ts";
 
-import { existsSync, realpathSync, rmSync, statSync } from "node:fs";
+import {
+  accessSync,
+  constants,
+  existsSync,
+  realpathSync,
+  renameSync,
+  rmSync,
+  statSync,
+} from "node:fs";
 import { type FileHandle, open } from "node:fs/promises";
 import { tmpdir, userInfo } from "node:os";
 import { basename, dirname, join } from "node:path";
@@ -17,8 +25,8 @@ import { type Lock, tryLock } from "./lib/lock.ts";
 import { type Read, readHandle, readStream } from "./lib/lines.ts";
 import { advance, begin, lastPiece, type Piece, readPieces, type Start } from "./lib/pieces.ts";
 import { showProgress } from "./lib/progress.ts";
-import { type Counts, openRejected, type Rejected } from "./lib/rejected.ts";
-import { GaveUp, openRemote, type Remote, type Stand } from "./lib/remote.ts";
+import { openRejected, type Rejected } from "./lib/rejected.ts";
+import { type Answer, GaveUp, openRemote, type Remote, type Stand } from "./lib/remote.ts";
 import { watchDirectory } from "./lib/wake.ts";
 
 async function main(): Promise<number> {
@@ -51,9 +59,8 @@ async function main(): Promise<number> {
   const [path = "events.jsonl"] = files;
   const retryMs = parseDuration(String(options["retry-for"] ?? "5m"));
   if (retryMs === undefined) return wrong(`--retry-for: wanted a time like 90s, 5m or 2h`);
-  const stat = path === "-" ? null : statSync(path, { throwIfNoEntry: false });
-  if (stat !== null && !stat?.isFile())
-    return wrong(`${path}: ${stat ? "not a regular file" : "no such file"}`);
+  const problem = path === "-" ? null : cannotRead(path);
+  if (problem) return wrong(`${path}: ${problem}`);
 
   const name = String(
     options["source"] ?? (path === "-" ? `stdin-${crypto.randomUUID()}` : basename(path)),
@@ -76,6 +83,18 @@ async function main(): Promise<number> {
     name,
     stop: stop.signal,
   });
+}
+
+/** Why there is no file to be read at `path`, or `null`. */
+function cannotRead(path: string): string | null {
+  try {
+    if (!statSync(path).isFile()) return "not a regular file";
+    accessSync(path, constants.R_OK);
+    return null;
+  } catch (error) {
+    const { code, message } = error as { code?: string; message: string };
+    return code === "ENOENT" || code === "ENOTDIR" ? "no such file" : message;
+  }
 }
 
 interface Wish {
@@ -138,7 +157,7 @@ async function send(remote: Remote, path: string, wish: Wish): Promise<number> {
       `${Math.round(total.accepted / seconds)} events/s${there}${waited}\n`,
   );
   if (failure) return failure.wrongSecret ? 2 : 3;
-  return rejected && rejected.count() > 0 ? 1 : 0;
+  return total.rejected > 0 || (rejected && rejected.count() > 0) ? 1 : 0;
 }
 
 /** Sends what of the file is not taken yet; with `follow`, also what it grows by. */
@@ -185,8 +204,10 @@ async function sendUntilEnd(
     const read = readHandle(file);
     const { source, taken } = await locate(remote, wish.name, read, size, again);
     const { piece, start } = await lastPiece(read, begin(), taken?.offset ?? 0);
-    const rejected = await openRejected(`${path}.rejected.jsonl`, start.offset, keepsRejected);
-    if (piece) rejected.addUnheard(piece);
+    const rejectedPath = `${path}.rejected.jsonl`;
+    const rejected = await openRejected(rejectedPath, start.offset, keepsRejected, say);
+    // Whoever sent it may have died before it noted what was rejected: only the server knows.
+    if (piece && taken) await judge(remote, source, piece, rejected);
     skip(total, begin(), start);
     total.position ||= taken?.position ?? "";
     const progress = showProgress(basename(path), size, start.offset);
@@ -210,11 +231,17 @@ async function sendUntilEnd(
         if ((await file.stat()).size < at.offset) break;
         const final = !wish.follow || isReplaced;
         const { end, stand } = await sendPieces(remote, source, read, at, final, on);
-        at = stand ? await goOn(read, end, stand, rejected) : end;
-        if (at && stand) skip(total, end, at);
+        at = stand ? await goOn(remote, source, read, end, stand, rejected) : end;
+        if (at && stand) {
+          skip(total, end, at);
+          total.position = stand.position;
+        }
         if (stand) continue;
         if (!wish.follow || wish.stop.aborted) return rejected;
-        if (isReplaced) break;
+        if (isReplaced) {
+          if (rejected.count() > 0 && keepsRejected) setAside(rejectedPath);
+          break;
+        }
         await wake?.changed();
       }
       // The file is not any more what was sent: find out what it is now.
@@ -224,8 +251,19 @@ async function sendUntilEnd(
   }
 }
 
+/** The rejected lines of a file that was rotated away stay, beside those of the one that has its name. */
+function setAside(path: string): void {
+  let aside = "";
+  for (let n = 1; aside === "" || existsSync(aside); n++)
+    aside = path.replace(/\.jsonl$/, `.${n}.jsonl`);
+  renameSync(path, aside);
+  say(`rejected lines of the file that was rotated away are in ${aside}`);
+}
+
 /** Another client sends the same source: goes on where it stands, if that is this file. */
 async function goOn(
+  remote: Remote,
+  source: string,
   read: Read,
   from: Start,
   stand: Stand,
@@ -234,17 +272,24 @@ async function goOn(
   const taken: Read = (from, to) => read(from, Math.min(to, stand.offset));
   let at = from;
   for await (const piece of readPieces(taken, from, true, () => {})) {
-    rejected.addUnheard(piece);
+    await judge(remote, source, piece, rejected);
     at = piece.end;
   }
   return at.hash.copy().digest("hex") === stand.digest ? at : null;
+}
+
+/** Notes what the server has rejected of a piece that it took without our hearing of it. */
+async function judge(remote: Remote, source: string, piece: Piece, rejected: Rejected) {
+  if (piece.bytes.length === 0) return;
+  const answer = await remote.take(source, piece);
+  rejected.add(piece, ("accepted" in answer ? answer : answer.lines)?.errors ?? []);
 }
 
 /** Standard input: a source of its own, which nobody can go on with later. */
 async function sendStream(remote: Remote, wish: Wish, total: Total): Promise<Rejected> {
   say("standard input cannot be resumed: if this is killed, nobody knows how far it came");
   const read = readStream(Bun.stdin.stream());
-  const rejected = await openRejected("stdin.rejected.jsonl", 0, true);
+  const rejected = await openRejected("stdin.rejected.jsonl", 0, true, say);
   const { stand } = await sendPieces(remote, wish.name, read, begin(), true, {
     leftOver: (line) =>
       say(`standard input: line ${line} has no newline and is no event: left out`),
@@ -256,11 +301,11 @@ async function sendStream(remote: Remote, wish: Wish, total: Total): Promise<Rej
   return rejected;
 }
 
-function count(total: Total, piece: Piece, counts: Counts & { position?: string }): void {
+function count(total: Total, piece: Piece, counts: Omit<Answer, "errors">): void {
   total.accepted += counts.accepted;
   if (piece.tooLong !== "further part") total.rejected += counts.rejected;
   total.bytes += piece.to - piece.from;
-  total.position = counts.position ?? total.position;
+  total.position = counts.position || total.position;
 }
 
 function skip(total: Total, from: Start, to: Start): void {
@@ -270,7 +315,7 @@ function skip(total: Total, from: Start, to: Start): void {
 
 interface Listener {
   leftOver(line: number): void;
-  taken(piece: Piece, counts: Counts & { position?: string }): void;
+  taken(piece: Piece, counts: Omit<Answer, "errors">): void;
   rejected: Rejected;
   stop: AbortSignal;
 }
@@ -301,8 +346,9 @@ async function sendPieces(
       on.taken(piece, answer);
     } else if (answer.offset === piece.to && answer.digest === piece.digest) {
       // It was taken before; only the answer was lost.
-      const { position } = answer;
-      on.taken(piece, { ...on.rejected.addUnheard(piece), position });
+      const { lines, position } = answer;
+      on.rejected.add(piece, lines?.errors ?? []);
+      on.taken(piece, { accepted: lines?.accepted ?? 0, rejected: lines?.rejected ?? 0, position });
     } else return { end, stand: answer };
     end = piece.end;
   }
@@ -317,6 +363,7 @@ async function locate(remote: Remote, name: string, read: Read, size: number, ag
   let next = "";
   for (let generation = 1; ; generation++) {
     next = generation === 1 ? name : `${name}#${generation}`;
+    if (generation > 1 && !isText(next, MAX_SOURCE_BYTES)) break; // there can be none of that name
     const taken = await remote.look(next);
     if (!taken) break;
     if (taken.offset <= size) known.push({ generation, source: next, taken });

@@ -163,6 +163,8 @@ export function createApi(parts: {
         if ("offset" in result)
           throw new Problem(409, `the source stands at ${result.offset}, not at ${from}`, {
             headers: { ...sourceHeaders(result), "journal-position": here() },
+            // A sender that never got the answer to these bytes learns from this what was rejected.
+            lines: { accepted, rejected, errors },
           });
         metrics.accepted(accepted);
         Object.assign(set.headers, sourceHeaders({ offset: mark.to, digest }));

@@ -38,9 +38,11 @@ export function openEventSchema(path: string): EventSchema {
   let first: ValidateFunction;
   let all: ValidateFunction;
   try {
-    const options = { strict: false, logger: false } as const;
+    // 19.99 is a multiple of 0.01, though as a double it is not.
+    const options = { strict: false, logger: false, multipleOfPrecision: 9 } as const;
     first = new Ajv2020(options).compile(document);
     all = new Ajv2020({ ...options, allErrors: true }).compile(document);
+    if ("$async" in first) throw new Error("found $async, wanted a schema that answers at once");
   } catch (error) {
     throw new WrongSetting(
       `EVENT_SCHEMA: ${path} is no JSON Schema (2020-12): ${(error as Error).message}`,

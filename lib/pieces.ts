@@ -109,7 +109,8 @@ export async function advance(read: Read, start: Start, offset: number): Promise
 
 /**
  * What was taken last before `end`, from the first line that begins in there: the last piece, and
- * perhaps some before it. Returns it with where `end` is, or no piece when no line begins there.
+ * perhaps some before it, of no more lines than a piece may have. Returns it with where `end` is, or
+ * no piece when no line begins there.
  */
 export async function lastPiece(
   read: Read,
@@ -120,13 +121,17 @@ export async function lastPiece(
   const near = await advance(read, start, Math.max(start.offset, offset - PIECE_BYTES - 1));
   const end = await advance(read, near, offset);
   const bytes = await read(near.offset, offset);
-  const skip = near.offset === 0 ? 0 : bytes.indexOf(LF) + 1;
+  let skip = near.offset === 0 ? 0 : bytes.indexOf(LF) + 1;
   if (near.offset > 0 && skip === 0) return { piece: null, start: end };
+  let firstLine = near.line + (near.offset === 0 ? 0 : 1);
+  const tooMany = Math.max(0, countLines(bytes.subarray(skip)) - MAX_LISTED_ERRORS);
+  skip = endOfLines(bytes, skip, tooMany);
+  firstLine += tooMany;
   const piece: Piece = {
     bytes: bytes.subarray(skip),
     from: near.offset + skip,
     to: offset,
-    firstLine: near.line + (near.offset === 0 ? 0 : 1),
+    firstLine,
     digest: end.hash.copy().digest("hex"),
     end,
     tooLong: null,

@@ -32,6 +32,8 @@ export class Problem extends Error {
     readonly more: {
       errors?: { path: string; message: string }[];
       headers?: Record<string, string>;
+      /** Of a body that was not taken: what its lines are (an extension member). */
+      lines?: object;
     } = {},
   ) {
     super(detail);
@@ -110,9 +112,9 @@ function fits(route: string, path: string): boolean {
   );
 }
 
-function respond({ status, detail, more: { errors, headers } }: Problem): Response {
-  const document = { type: "about:blank", title: TITLES[status], status, detail };
-  return new Response(JSON.stringify(errors ? { ...document, errors } : document), {
+function respond({ status, detail, more: { errors, headers, lines } }: Problem): Response {
+  const document = { type: "about:blank", title: TITLES[status], status, detail, errors, lines };
+  return new Response(JSON.stringify(document), {
     status,
     headers: { "content-type": "application/problem+json", ...headers },
   });

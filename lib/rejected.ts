@@ -6,22 +6,17 @@
  */
 import { appendFileSync, existsSync, rmSync, truncateSync } from "node:fs";
 
-import { decodeEvent, Refusal } from "./event.ts";
-import { eachLine, readBlocks, readFile, SHOWN_BYTES, withoutBom } from "./lines.ts";
+import { eachLine, readBlocks, readFile, SHOWN_BYTES } from "./lines.ts";
 import { PIECE_BYTES, type Piece } from "./pieces.ts";
-import type { Answer } from "./remote.ts";
+import type { Lines } from "./remote.ts";
 
 export interface Rejected {
   readonly path: string;
   /** How many lines are in the file. */
   count(): number;
   /** Writes down what the server said of a piece. */
-  add(piece: Piece, errors: Answer["errors"]): void;
-  /** The same for a piece that was taken, but whose answer was lost; returns what it said. */
-  addUnheard(piece: Piece): Counts;
+  add(piece: Piece, errors: Lines["errors"]): void;
 }
-
-export type Counts = Pick<Answer, "accepted" | "rejected" | "errors">;
 
 /**
  * Opens the file for a source that is taken up to `offset`; what it says from there on goes. With
@@ -31,12 +26,26 @@ export async function openRejected(
   path: string,
   offset: number,
   writes: boolean,
+  say: (line: string) => void,
 ): Promise<Rejected> {
-  let { count, bytes, last } = await survey(path, offset);
-  if (writes && bytes === 0) rmSync(path, { force: true });
-  else if (writes) truncateSync(path, bytes);
+  let count = 0;
+  let last = -1;
+  let keeps = writes;
+  // A bad line harms nobody else: where it cannot be kept, the good ones are sent all the same.
+  const giveUp = (error: unknown) => {
+    keeps = false;
+    say(`rejected lines cannot be kept: ${(error as Error).message}; they are only counted`);
+  };
+  try {
+    const found = await survey(path, offset);
+    ({ count, last } = found);
+    if (writes && found.bytes === 0) rmSync(path, { force: true });
+    else if (writes) truncateSync(path, found.bytes);
+  } catch (error) {
+    giveUp(error);
+  }
 
-  const rejected: Rejected = {
+  return {
     path,
     count: () => count,
     add(piece, errors) {
@@ -53,15 +62,13 @@ export async function openRejected(
         last = at;
         count++;
       });
-      if (text && writes) appendFileSync(path, text);
-    },
-    addUnheard(piece) {
-      const counts = decide(piece);
-      rejected.add(piece, counts.errors);
-      return counts;
+      try {
+        if (text && keeps) appendFileSync(path, text);
+      } catch (error) {
+        giveUp(error);
+      }
     },
   };
-  return rejected;
 }
 
 /** The lines of the file that hold for what is before `offset`: how many, to where, and the last. */
@@ -90,18 +97,4 @@ function recordedAt(line: Uint8Array): number | null {
   } catch {
     return null; // torn by a kill
   }
-}
-
-/** What a server with the same rules says of a piece. */
-function decide(piece: Piece): Counts {
-  const counts: Counts = { accepted: 0, rejected: 0, errors: [] };
-  const bytes = piece.from === 0 ? withoutBom(piece.bytes) : piece.bytes;
-  eachLine(bytes, (line, _at, number) => {
-    const decoded = decodeEvent(line);
-    if (decoded instanceof Refusal) {
-      counts.rejected++;
-      counts.errors.push({ line: number, message: decoded.reason });
-    } else counts.accepted++;
-  });
-  return counts;
 }

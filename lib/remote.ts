@@ -24,19 +24,24 @@ const DENIED: Record<number, string> = {
 };
 const PASSING = new Set([408, 425, 429, 500, 502, 503, 504, 507]);
 
-/** How far a source is taken. */
+/** What the server says of the lines of a piece. */
+export interface Lines {
+  accepted: number;
+  rejected: number;
+  errors: { line: number; message: string }[];
+}
+
+/** How far a source is taken; where it answers a piece, with what its lines are. */
 export interface Stand {
   offset: number;
   digest: string;
   /** The position in the journal before which all of that is. */
   position: string;
+  lines: Lines | null;
 }
 
 /** What the server says of a piece that is on its disk. */
-export interface Answer {
-  accepted: number;
-  rejected: number;
-  errors: { line: number; message: string }[];
+export interface Answer extends Lines {
   position: string;
 }
 
@@ -78,6 +83,7 @@ export function openRemote(
   signal: AbortSignal,
 ): Remote {
   const authorization = `Bearer ${secret}`;
+  const shown = server.replace(/\/\/[^/@]*@/, "//"); // a password, perhaps
 
   return {
     async look(source) {
@@ -99,7 +105,7 @@ export function openRemote(
       if (response.status === 409) return standOf(response) ?? stop(response);
       if (response.status !== 200) return stop(response);
       const answer = response.body as Partial<Answer> | null;
-      if (!Array.isArray(answer?.errors)) throw new GaveUp(`${server} is no Daybook server`);
+      if (!Array.isArray(answer?.errors)) throw new GaveUp(`${shown} is no Daybook server`);
       return answer as Answer;
     },
     async posted(position) {
@@ -132,7 +138,7 @@ export function openRemote(
         why = reason(heard);
         afterMs = Number(response.headers.get("retry-after")) * 1000 || 0;
       } catch (error) {
-        why = `${server} gives no answer: ${(error as Error).message}`;
+        why = `${shown} gives no answer: ${(error as Error).message}`;
       }
       // Half of the pause is chance, so that many clients do not come back at the same moment.
       const waitMs = afterMs + Math.min(pauseMs, LONGEST_PAUSE_MS) * (0.5 + Math.random() / 2);
@@ -155,7 +161,7 @@ export function openRemote(
     // The answer to HEAD has no body to say more.
     const unsaid = status >= 500 ? "not available now" : "not as a Daybook server does";
     const said = detail ?? DENIED[status] ?? unsaid;
-    return `${server} answered ${status}: ${said}`;
+    return `${shown} answered ${status}: ${said}`;
   }
 }
 
@@ -167,9 +173,11 @@ function parse(text: string): unknown {
   }
 }
 
-function standOf({ headers }: Heard): Stand | null {
+function standOf({ headers, body }: Heard): Stand | null {
   const offset = headers.get("upload-offset");
   if (offset === null) return null;
   const digest = headers.get("source-digest") ?? "";
-  return { offset: Number(offset), digest, position: headers.get("journal-position") ?? "" };
+  const position = headers.get("journal-position") ?? "";
+  const { lines = null } = (body ?? {}) as Partial<Pick<Stand, "lines">>;
+  return { offset: Number(offset), digest, position, lines };
 }

@@ -366,6 +366,87 @@ test("--wait returns when the balances are there, and says so; also when nothing
   expect(elsewhere.stdout).toEndWith("; all of it is in the ledger\n");
 });
 
+test("--wait waits for what another client has sent meanwhile", async () => {
+  await using database = await testDatabase();
+  await using server = await openServer(database.url);
+  const lines = Array.from({ length: 45_000 }, (_, i) => add(`user${i % 100}`, 1));
+  const file = server.write("a.jsonl", lines.join(""));
+  let isSent = false;
+  await using way = await openMeddler(server.url, async ({ method }) => {
+    // Between the look and the first piece all of it is sent by another.
+    if (method === "PATCH" && !isSent) {
+      isSent = true;
+      expect((await server.send(file)).code).toBe(0);
+    }
+    return null;
+  });
+  const args = [file, "--wait"];
+  const second = await run("client.ts", { args, env: { SERVER_URL: way.url } });
+  expect(second.stdout).toEndWith("; all of it is in the ledger\n");
+  expect(Object.values(await balances(database.url))).toEqual(Array(100).fill("450"));
+});
+
+test("what is rejected only the server says: its kinds of events, its schema, also when an answer was lost", async () => {
+  using folder = tempDir();
+  const schema = folder.file("schema.json");
+  writeFileSync(schema, JSON.stringify({ properties: { value: { multipleOf: 0.01 } } }));
+  const env = { EVENT_TYPES: "sale:+", EVENT_SCHEMA: schema };
+  await using server = await openServer(undefined, env);
+  const sale = (value: number) => `{"userId":"ann","name":"sale","value":${value}}\n`;
+  const file = server.write("a.jsonl", sale(19.99) + sale(0.001) + sale(4.35));
+  let lost = 0;
+  await using way = await openMeddler(server.url, ({ method }) =>
+    method === "PATCH" && lost++ === 0 ? "lose" : null,
+  );
+  for (let again = 0; again < 3; again++) {
+    const sent = await run("client.ts", { args: [file], env: { SERVER_URL: way.url } });
+    expect(sent.code).toBe(1);
+    expect(rejected(file)).toMatchObject([{ line: 2, text: sale(0.001).trimEnd() }]);
+    expect(server.journal()).toEqual([sale(19.99), sale(4.35)]);
+  }
+});
+
+test("--follow keeps what was rejected of a file that is rotated away; exit code 1", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", `${add("ann", 1)}bad\n`);
+  await using client = spawn("client.ts", {
+    args: [file, "--follow"],
+    env: { SERVER_URL: server.url },
+  });
+  await until(() => existsSync(`${file}.rejected.jsonl`));
+  renameSync(file, `${file}.1`);
+  writeFileSync(file, `${add("ben", 2)}worse\n`);
+  await until(() => server.journal().length === 2);
+  await until(() => existsSync(`${file}.rejected.jsonl`));
+  client.kill("SIGTERM");
+  expect(await client.exit()).toBe(1);
+  expect(rejected(file)).toMatchObject([{ text: "worse" }]);
+  expect(readFileSync(`${file}.rejected.1.jsonl`, "utf8")).toContain('"text":"bad"');
+});
+
+test("rejected lines that cannot be kept hold up nobody: the others are sent, and it is said", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", `bad\n${add("ann", 1)}`);
+  mkdirSync(`${file}.rejected.jsonl`);
+  for (let again = 0; again < 2; again++) {
+    const sent = await server.send(file);
+    expect(sent.code).toBe(1);
+    expect(sent.stderr).toContain("rejected lines cannot be kept");
+    expect(server.journal()).toEqual([add("ann", 1)]);
+  }
+});
+
+test("a source whose name is as long as a name may be is sent again and grows", async () => {
+  await using server = await openServer();
+  const name = "m".repeat(256);
+  const file = server.write("a.jsonl", add("ann", 1));
+  for (const lines of [1, 2]) {
+    expect((await server.send(file, "--source", name)).code).toBe(0);
+    expect(server.journal()).toHaveLength(lines);
+    appendFileSync(file, add("ben", 2));
+  }
+});
+
 test("-: standard input is sent, its bad lines are kept, and it says that it cannot be resumed", async () => {
   await using server = await openServer();
   const sent = await run("client.ts", {
@@ -696,11 +777,14 @@ function onPatch(answer: (request: Request) => Response | Promise<Response>) {
 }
 
 /** A real server, a folder for files, and the client to send them. */
-async function openServer(databaseUrl = "postgres://nobody@127.0.0.1:1/none") {
+async function openServer(
+  databaseUrl = "postgres://nobody@127.0.0.1:1/none",
+  settings: Record<string, string> = {},
+) {
   const folder = tempDir();
   const dataDir = folder.file("data");
   const journal = join(dataDir, "eventsPost.jsonl");
-  const app = await startApp({ dataDir, databaseUrl });
+  const app = await startApp({ dataDir, databaseUrl, env: settings });
   const env = { SERVER_URL: app.url };
   return {
     url: app.url,

@@ -196,7 +196,7 @@ for (const { path, type } of WRITES) {
       refusedWrite(path, event(MARKER, 1), 415, { "content-type": wrong }));
 
   test(`${path} answers 415 to a Content-Encoding that it does not know`, async () => {
-    for (const coding of ["br", "deflate", MARKER])
+    for (const coding of ["br", "deflate", "constructor", "__proto__", MARKER])
       await refusedWrite(path, event(MARKER, 1), 415, { "content-encoding": coding });
   });
 }

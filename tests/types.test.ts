@@ -200,9 +200,11 @@ test("of an event with many faults by EVENT_SCHEMA some are told, and serving go
 test("a schema or a table that cannot be used ends the start with one line", async () => {
   using dir = tempDir();
   await Bun.write(dir.file("bad.json"), '{"type":"nothing"}');
+  await Bun.write(dir.file("async.json"), '{"$async":true,"required":["id"]}'); // would refuse nothing
   for (const env of [
     { EVENT_SCHEMA: dir.file("bad.json") },
     { EVENT_SCHEMA: dir.file("none.json") },
+    { EVENT_SCHEMA: dir.file("async.json") },
     { TLS_CERT: dir.file("none.crt"), TLS_KEY: dir.file("none.key") },
     { EVENT_TYPES: "add_revenue" },
     { EVENT_TYPES: "a:+,a:-" },

@@ -187,8 +187,8 @@ const CLIENT_POINTS: Record<string, Alteration> = {
   },
   "half-way through noting it": {
     file: "lib/rejected.ts",
-    find: "if (text && writes) appendFileSync(path, text);",
-    put: `if (text && writes) { appendFileSync(path, text.slice(0, text.length / 2)); ${DIE} appendFileSync(path, text.slice(text.length / 2)); }`,
+    find: "if (text && keeps) appendFileSync(path, text);",
+    put: `if (text && keeps) { appendFileSync(path, text.slice(0, text.length / 2)); ${DIE} appendFileSync(path, text.slice(text.length / 2)); }`,
   },
 };
 
