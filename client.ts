@@ -281,8 +281,8 @@ async function goOn(
 /** Notes what the server has rejected of a piece that it took without our hearing of it. */
 async function judge(remote: Remote, source: string, piece: Piece, rejected: Rejected) {
   if (piece.bytes.length === 0) return;
-  const answer = await remote.take(source, piece);
-  rejected.add(piece, ("accepted" in answer ? answer : answer.lines)?.errors ?? []);
+  const said = await remote.take(source, piece);
+  rejected.add(piece, ("accepted" in said ? said : said.lines)?.errors ?? []);
 }
 
 /** Standard input: a source of its own, which nobody can go on with later. */
