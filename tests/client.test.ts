@@ -777,14 +777,16 @@ function onPatch(answer: (request: Request) => Response | Promise<Response>) {
 }
 
 /** A real server, a folder for files, and the client to send them. */
-async function openServer(
-  databaseUrl = "postgres://nobody@127.0.0.1:1/none",
-  settings: Record<string, string> = {},
-) {
+async function openServer(databaseUrl?: string, settings: Record<string, string> = {}) {
   const folder = tempDir();
   const dataDir = folder.file("data");
   const journal = join(dataDir, "eventsPost.jsonl");
-  const app = await startApp({ dataDir, databaseUrl, env: settings });
+  const app = await startApp({
+    ...{ dataDir, env: settings },
+    ...(databaseUrl
+      ? { databaseUrl }
+      : { databaseUrl: "postgres://nobody@127.0.0.1:1/none", args: ["--no-processor"] }),
+  });
   const env = { SERVER_URL: app.url };
   return {
     url: app.url,

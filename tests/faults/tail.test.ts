@@ -10,7 +10,7 @@ import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
 const PATH = "data/eventsPost.jsonl";
 const ID = "3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11";
 
-/** A journal of 220 frames of one to three events each, and where each frame begins. */
+/** A journal of 220 frames of one or two events each, and where each frame begins. */
 function makeJournal() {
   const random = randomOf(1);
   const parts = [encodeJournalHeader(ID, 0)];
@@ -18,7 +18,7 @@ function makeJournal() {
   let end = (parts[0] as Buffer).length;
   for (let frame = 0; frame < 220; frame++) {
     const lines = Array.from(
-      { length: 1 + Math.floor(random() * 3) },
+      { length: random() < 0.3 ? 2 : 1 },
       (_, i) => `{"userId":"u${frame}","name":"add_revenue","value":${i}}`,
     );
     const payload = Buffer.from(lines.map((line) => `${line}\n`).join(""));
