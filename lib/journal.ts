@@ -287,7 +287,7 @@ function writer(opened: {
       await file.close();
     } catch (error) {
       // A handle that is collected as garbage ends the process.
-      await next.close();
+      await next.close().catch(() => {});
       if (error instanceof JournalFull) throw error;
       throw fail("begin another file after", codeOf(error));
     }
