@@ -372,7 +372,10 @@ test("--wait waits for what another client has sent meanwhile", async () => {
   const lines = Array.from({ length: 45_000 }, (_, i) => add(`user${i % 100}`, 1));
   const file = server.write("a.jsonl", lines.join(""));
   let isSent = false;
-  await using way = await openMeddler(server.url, async ({ method }) => {
+  let waits = 0;
+  await using way = await openMeddler(server.url, async ({ method, url = "" }) => {
+    // The balances alone would not tell: they are there soon, whoever waits.
+    if (url.includes("?after=")) waits++;
     // Between the look and the first piece all of it is sent by another.
     if (method === "PATCH" && !isSent) {
       isSent = true;
@@ -382,6 +385,7 @@ test("--wait waits for what another client has sent meanwhile", async () => {
   });
   const args = [file, "--wait"];
   const second = await run("client.ts", { args, env: { SERVER_URL: way.url } });
+  expect(waits).toBeGreaterThan(0);
   expect(second.stdout).toEndWith("; all of it is in the ledger\n");
   expect(Object.values(await balances(database.url))).toEqual(Array(100).fill("450"));
 });
