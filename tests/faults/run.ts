@@ -5,12 +5,12 @@
  *
  * `bun run faults --breaks [NAME]` tests the suite itself: see breaks.ts.
  */
-import { mkdtempSync, readdirSync, rmSync } from "node:fs";
+import { mkdtempSync, readdirSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 
-import { root } from "./altered.ts";
+import { removeFolder, root } from "./altered.ts";
 import { groups, killGroup, tryBreaks } from "./breaks.ts";
 
 const LANES = 2;
@@ -42,7 +42,7 @@ process.env["TMPDIR"] = temporary;
 process.on("exit", () => {
   for (const name of readdirSync(temporary))
     Bun.spawnSync(["umount", "-l", join(temporary, name, "small")], { stderr: "ignore" });
-  rmSync(temporary, { recursive: true, force: true });
+  removeFolder(temporary);
 });
 for (const signal of ["SIGINT", "SIGTERM"] as const)
   process.on(signal, () => {
