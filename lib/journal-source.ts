@@ -85,26 +85,21 @@ export async function openJournalSource(
 }
 
 /**
- * A journal that ends before what the ledger has posted of it is an older copy: what it takes would
- * never be posted. Throws JournalDamage as soon as the database can be asked.
+ * Whether the database could be asked that the journal reaches as far as it has been posted. One
+ * that ends before is an older copy: what it takes would never be posted. Throws JournalDamage then.
  */
-export async function refuseOlderCopy(
-  path: string,
-  database: Database,
-  stop: AbortSignal,
-): Promise<void> {
+export async function reachesLedger(path: string, database: Database): Promise<boolean> {
   const reader = await openJournalReader(path);
-  while (reader && !stop.aborted) {
-    try {
-      const posted = (await readCheckpoint(database, `journal:${reader.id}`))?.position ?? 0;
-      // Read after the checkpoint: what is posted was in the file before.
-      const end = await reader.end();
-      if (posted <= end) return;
-      const what = `it ends there, but the ledger has posted it up to ${posted}`;
-      throw new JournalDamage(path, end, what);
-    } catch (error) {
-      if (!(error instanceof Unavailable)) throw error;
-      await Bun.sleep(500);
-    }
+  if (!reader) return true;
+  try {
+    const posted = (await readCheckpoint(database, `journal:${reader.id}`))?.position ?? 0;
+    // Read after the checkpoint: what is posted was in the file before.
+    const end = await reader.end();
+    if (posted <= end) return true;
+    const what = `it ends there, but the ledger has posted it up to ${posted}`;
+    throw new JournalDamage(path, end, what);
+  } catch (error) {
+    if (error instanceof Unavailable) return false;
+    throw error;
   }
 }

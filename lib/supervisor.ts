@@ -77,7 +77,7 @@ export function supervise(program: URL, job: Job, report: (report: Report) => vo
     };
     worker.onerror = (event) => {
       event.preventDefault();
-      report({ type: "say", level: "error", line: `processor: ${event.message.split("\n")[0]}` });
+      report({ type: "say", level: "error", line: `processor: ${whatWasThrown(event.message)}` });
     };
     worker.addEventListener("close", () => {
       if (finished || stopping) return end();
@@ -86,4 +86,10 @@ export function supervise(program: URL, job: Job, report: (report: Report) => vo
       pauseMs = Math.min(pauseMs * 2, LONGEST_PAUSE_MS);
     });
   }
+}
+
+/** Bun gives the lines of the source around it, a caret below them, the error, and the stack. */
+function whatWasThrown(message: string): string {
+  const [, error] = /^ *\^\n(.*)$/m.exec(message) ?? [];
+  return error ?? (message.split("\n")[0] as string);
 }

@@ -3,7 +3,7 @@
  * mostly without a database, which taking events does not need; or one whose answers are meddled
  * with; or a stand-in.
  */
-import { expect, setDefaultTimeout, test } from "bun:test";
+import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
 import {
   appendFileSync,
   existsSync,
@@ -14,7 +14,7 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { dirname, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 
 import {
   balances,
@@ -40,7 +40,8 @@ const TOO_LONG = expect.stringMatching(/^longer than 65536/);
 
 test("every event of a file is on the server's disk, and the last line of stdout sums up", async () => {
   await using server = await openServer();
-  const sent = await server.send(join(import.meta.dir, "fixtures", "assignment.jsonl"));
+  const fixture = readFileSync(join(import.meta.dir, "fixtures", "assignment.jsonl"), "utf8");
+  const sent = await server.send(server.write("assignment.jsonl", fixture));
   expect(sent).toMatchObject({ code: 0, stderr: "" });
   expect(sent.stdout).toMatch(
     /^sent 5 events \(0 rejected\) from \S+assignment.jsonl: 264 bytes in [\d.]+ s, \d+ events\/s\n$/,
@@ -49,7 +50,7 @@ test("every event of a file is on the server's disk, and the last line of stdout
 });
 
 test("without FILE it sends events.jsonl of the folder it is in", async () => {
-  await using server = await openServer();
+  await using server = await openOwnServer();
   server.write("events.jsonl", add("ann", 1));
   const sent = await run("client.ts", {
     cwd: server.folder,
@@ -208,7 +209,7 @@ test("after a file of bad lines, another in its place with none: no rejected lin
 });
 
 test("the same file in another folder counts once, under another name or --source again", async () => {
-  await using server = await openServer();
+  await using server = await openOwnServer();
   const text = add("ann", 1);
   for (const [name, args, events] of [
     ["a.jsonl", [], 1],
@@ -345,7 +346,7 @@ test("SIGTERM ends --follow while the server is away too", async () => {
 
 test("--wait returns when the balances are there, and says so; also when nothing is new, at whichever server", async () => {
   await using database = await testDatabase();
-  await using server = await openServer(database.url);
+  await using server = await openOwnServer(database.url);
   const lines = Array.from({ length: 20_000 }, (_, i) => add(`user${i}`, 1));
   const file = server.write("a.jsonl", lines.join(""));
   const sent = await server.send(file, "--wait");
@@ -359,7 +360,7 @@ test("--wait returns when the balances are there, and says so; also when nothing
   expect(again.stdout).toEndWith("; all of it is in the ledger\n");
 
   // It waited for ever where the server had a journal without events.
-  await using other = await openServer(database.url);
+  await using other = await openOwnServer(database.url);
   const elsewhere = await other.send(file, "--wait");
   expect(elsewhere).toMatchObject({ code: 0, stderr: "" });
   expect(elsewhere.stdout).toStartWith("sent 0 events ");
@@ -368,7 +369,7 @@ test("--wait returns when the balances are there, and says so; also when nothing
 
 test("--wait waits for what another client has sent meanwhile", async () => {
   await using database = await testDatabase();
-  await using server = await openServer(database.url);
+  await using server = await openOwnServer(database.url);
   const lines = Array.from({ length: 45_000 }, (_, i) => add(`user${i % 100}`, 1));
   const file = server.write("a.jsonl", lines.join(""));
   let isSent = false;
@@ -395,7 +396,7 @@ test("what is rejected only the server says: its kinds of events, its schema, al
   const schema = folder.file("schema.json");
   writeFileSync(schema, JSON.stringify({ properties: { value: { multipleOf: 0.01 } } }));
   const env = { EVENT_TYPES: "sale:+", EVENT_SCHEMA: schema };
-  await using server = await openServer(undefined, env);
+  await using server = await openOwnServer(undefined, env);
   const sale = (value: number) => `{"userId":"ann","name":"sale","value":${value}}\n`;
   const file = server.write("a.jsonl", sale(19.99) + sale(0.001) + sale(4.35));
   let lost = 0;
@@ -441,7 +442,7 @@ test("rejected lines that cannot be kept hold up nobody: the others are sent, an
 });
 
 test("a source whose name is as long as a name may be is sent again and grows", async () => {
-  await using server = await openServer();
+  await using server = await openOwnServer();
   const name = "m".repeat(256);
   const file = server.write("a.jsonl", add("ann", 1));
   for (const lines of [1, 2]) {
@@ -780,23 +781,64 @@ function onPatch(answer: (request: Request) => Response | Promise<Response>) {
     request.method === "HEAD" ? new Response(null, { status: 404 }) : answer(request);
 }
 
-/** A real server, a folder for files, and the client to send them. */
-async function openServer(databaseUrl?: string, settings: Record<string, string> = {}) {
+type App = Awaited<ReturnType<typeof startApp>>;
+
+const NO_DATABASE = "postgres://nobody@127.0.0.1:1/none";
+let shared: Promise<{ app: App; dir: ReturnType<typeof tempDir> }> | null = null;
+let users = 0;
+
+/** One server for whoever needs no database: to start one for each took a third of these tests' time. */
+async function startShared() {
+  const dir = tempDir();
+  const args = ["--no-processor"];
+  return { dir, app: await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE, args }) };
+}
+
+afterAll(async () => {
+  const used = await shared?.catch(() => null);
+  await used?.app[Symbol.asyncDispose]();
+  used?.dir[Symbol.dispose]();
+  shared = null;
+});
+
+/** A real server as a test sees it that is alone with it. */
+async function openServer() {
+  const { app, dir } = await (shared ??= startShared());
+  // The name of a file is that of its source, which the server knows for ever.
+  return lookAt(app.url, dir.path, tempDir(), `${++users}.`);
+}
+
+/** A server that is really the test's own. */
+async function openOwnServer(databaseUrl?: string, settings: Record<string, string> = {}) {
   const folder = tempDir();
   const dataDir = folder.file("data");
-  const journal = join(dataDir, "eventsPost.jsonl");
+  const args = databaseUrl ? [] : ["--no-processor"];
   const app = await startApp({
-    ...{ dataDir, env: settings },
-    ...(databaseUrl
-      ? { databaseUrl }
-      : { databaseUrl: "postgres://nobody@127.0.0.1:1/none", args: ["--no-processor"] }),
+    ...{ dataDir, env: settings, args, databaseUrl: databaseUrl ?? NO_DATABASE },
   });
-  const env = { SERVER_URL: app.url };
+  const seen = lookAt(app.url, dataDir, folder, "");
   return {
-    url: app.url,
+    ...seen,
+    async [Symbol.asyncDispose]() {
+      await app[Symbol.asyncDispose]();
+      seen[Symbol.dispose]();
+    },
+  };
+}
+
+/**
+ * What a server takes from now on, a folder for files, whose names get this prefix, and the client to
+ * send them.
+ */
+function lookAt(url: string, dataDir: string, folder: ReturnType<typeof tempDir>, prefix: string) {
+  const journal = join(dataDir, "eventsPost.jsonl");
+  const from = statSync(journal).size;
+  const env = { SERVER_URL: url };
+  return {
+    url,
     folder: folder.path,
     write(name: string, content: string) {
-      const path = folder.file(name);
+      const path = folder.file(join(dirname(name), prefix + basename(name)));
       mkdirSync(dirname(path), { recursive: true });
       writeFileSync(path, content);
       return path;
@@ -807,15 +849,14 @@ async function openServer(databaseUrl?: string, settings: Record<string, string>
     start: (...args: string[]) => spawn("client.ts", { args, env }),
     /** The event lines on the server's disk. */
     journal: () =>
-      readFileSync(journal, "utf8")
-        .split(/(?<=\n)/)
-        .filter((line) => !/^\{"(journal|frame|source)":/.test(line)),
+      readFileSync(journal)
+        .toString("utf8", from)
+        .split("\n")
+        .filter((line) => line !== "" && !/^\{"(journal|frame|source)":/.test(line))
+        .map((line) => `${line}\n`),
     /** The bytes of the journal. */
     size: () => statSync(journal).size,
-    async [Symbol.asyncDispose]() {
-      await app[Symbol.asyncDispose]();
-      folder[Symbol.dispose]();
-    },
+    [Symbol.dispose]: () => folder[Symbol.dispose](),
   };
 }
 

@@ -12,6 +12,7 @@ import { count } from "./faults/figures.ts";
 import {
   balances,
   connectTest,
+  FAULT_ROUNDS,
   messages,
   openProxy,
   run,
@@ -23,6 +24,11 @@ import {
   until,
 } from "./support.ts";
 
+const IS_LONG = FAULT_ROUNDS > 1;
+const KILLS = IS_LONG ? 5 : 3;
+/** More batches than one processor gets through before it is killed. */
+const PARTS = IS_LONG ? 16 : 10;
+const CUTS = IS_LONG ? 40 : 15;
 setDefaultTimeout(30_000);
 
 test(
@@ -30,7 +36,7 @@ test(
   seeded(async (random) => {
     await using ledger = await openLedger();
     const load = openLoad(random);
-    for (let round = 0; round < 5; round++) {
+    for (let round = 0; round < KILLS; round++) {
       await using app = await startApp(ledger.app);
       const sending = load.start(app);
       await sending.underWay();
@@ -49,9 +55,9 @@ test(
   seeded(async (random) => {
     await using ledger = await openLedger();
     const file = ledger.folder.file("a.jsonl");
-    const parts = Array.from({ length: 16 }, (_, part) => manyLines(part));
+    const parts = Array.from({ length: PARTS }, (_, part) => manyLines(part));
     writeFileSync(file, parts.join(""));
-    for (let kill = 0; kill < 5; kill++) {
+    for (let kill = 0; kill < KILLS; kill++) {
       await using processor = ledger.process(file);
       const from = await ledger.position();
       await until(async () => (await ledger.position()) > from || processor.child.exitCode);
@@ -63,8 +69,8 @@ test(
     expect(last.stderr).toBe("");
     const all = Object.entries(await ledger.balances());
     expect(all.filter(([user, sum]) => sum !== user.slice(4))).toEqual([]);
-    expect(all).toHaveLength(16 * 4_000);
-    expect(await ledger.quarantined()).toBe(16 * 1_000);
+    expect(all).toHaveLength(PARTS * 4_000);
+    expect(await ledger.quarantined()).toBe(PARTS * 1_000);
   }),
 );
 
@@ -75,7 +81,7 @@ test(
     const load = openLoad(random);
     await using app = await startApp({ ...ledger.app, args: ["--no-processor"] });
     const sending = load.start(app);
-    for (let kill = 0; kill < 5; kill++) {
+    for (let kill = 0; kill < KILLS; kill++) {
       await using processor = ledger.process();
       const from = await ledger.position();
       await until(async () => (await ledger.position()) > from);
@@ -90,14 +96,14 @@ test(
 );
 
 test(
-  "40 times its connections are cut by Postgres: exact, and posting again within 5 s",
+  `${CUTS} times its connections are cut by Postgres: exact, and posting again within 5 s`,
   seeded(async (random) => {
     await using ledger = await openLedger();
     await using app = await startApp(ledger.app);
     const load = openLoad(random);
     const sending = load.start(app);
     const reading = readOften(app.url, random);
-    for (let cuts = 0; cuts < 40;) {
+    for (let cuts = 0; cuts < CUTS;) {
       const from = await ledger.position();
       for (let burst = Math.ceil(random() * 4); burst > 0; burst--) {
         cuts += await ledger.cutConnections();

@@ -10,6 +10,7 @@ import { count } from "./faults/figures.ts";
 import {
   balances,
   type Fault,
+  FAULT_ROUNDS,
   openMeddler,
   rejectedFaults,
   run,
@@ -24,13 +25,15 @@ import {
 
 setDefaultTimeout(300_000);
 
+const IS_LONG = FAULT_ROUNDS > 1;
 const LINES = 40_000;
 /** A client that meets bad luck five times in a row waits for 10 s, and then for 5 s each time. */
 const GOES_ON_MS = 120_000;
 /** Beyond the point at which a client is to die, so much more gets through at most. */
 const SLACK_BYTES = 1024 * 1024;
 
-test(
+// What this one asks, the next asks as well, of a network that fails.
+test.if(IS_LONG)(
   "the client is killed 10 times and the server 4 times: every event counts once",
   seeded(async (random) => {
     await using ledger = await openLedger();

@@ -18,6 +18,8 @@ import { type Cluster, openCluster } from "../lib/cluster.ts";
 
 const root = join(import.meta.dir, "..");
 export const SECRET = "secret";
+/** More than 1 in a long run: what takes time is done more often then. */
+export const FAULT_ROUNDS = Number(process.env["FAULT_ROUNDS"] ?? 1);
 
 let cluster: Promise<Cluster> | null = null;
 
@@ -35,8 +37,8 @@ function openTestCluster(): Promise<Cluster> {
 /** Only when the run is over is it known that no file needs it any more. */
 function removeAfter(pid: number, dir: string): void {
   // In the background of a shell that has ended: Bun ends the children that a test file leaves.
-  const waiting =
-    '(while kill -0 "$0"; do sleep 0.1; done; until rm -rf "$1"; do sleep 0.1; done) &';
+  // Ten looks a second took 3 % of the processor time of a run.
+  const waiting = '(while kill -0 "$0"; do sleep 1; done; until rm -rf "$1"; do sleep 0.1; done) &';
   Bun.spawnSync(["sh", "-c", waiting, `${pid}`, dir], {
     ...{ cwd: "/", detached: true },
     stdio: ["ignore", "ignore", "ignore"],

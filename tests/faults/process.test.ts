@@ -10,6 +10,7 @@ import { join } from "node:path";
 
 import {
   balances,
+  FAULT_ROUNDS as ROUNDS,
   rejectedFaults,
   run,
   seeded,
@@ -23,7 +24,6 @@ import {
 import { type Alteration, alteredCopy } from "./altered.ts";
 import { count } from "./figures.ts";
 
-const ROUNDS = Number(process.env["FAULT_ROUNDS"] ?? 1);
 setDefaultTimeout(120_000 * ROUNDS);
 
 /** Kills its own process when it is passed for the FAULT_PASS-th time. */
@@ -69,10 +69,11 @@ const POINTS: Record<string, Alteration> = {
   "after COMMIT": inPosting('if (outcome.state === "posted") {', `${DIE} if (true) {`),
 };
 
-test.each(Object.entries(POINTS))("killed %s, it counts every event once", (_, point) =>
+test(
+  "killed at each of these points, one after the other: every event counts once",
   seeded(async (random) => {
-    for (let round = 0; round < ROUNDS; round++) await dieAt(point, random);
-  })(),
+    for (let round = 0; round < ROUNDS; round++) await dieAtEach(random);
+  }),
 );
 
 test(
@@ -147,31 +148,31 @@ async function dieApart(random: () => number) {
   expect(await balances(database.url), processor.stderr.text()).toEqual(sender.balances());
 }
 
-test.each([
-  ["throws outside of every promise", 'setTimeout(() => { throw new Error("as told"); });'],
-  ["ends without a word", "process.exit(0);"],
-])(
-  "a processor that %s after each few batches is started again, and every event counts once",
-  (_, end) =>
-    seeded(async (random) => {
-      await using database = await testDatabase();
-      using dir = tempDir();
-      const { file, find, put } = POINTS["after COMMIT"] as Alteration;
-      const every = "if ((globalThis.passes = (globalThis.passes ?? 0) + 1) == 3)";
-      using copy = alteredCopy([{ file, find, put: put.replace(DIE, `${every} { ${end} }`) }]);
-      const app = { home: copy.path, dataDir: dir.path, databaseUrl: database.url };
-      await using server = await startApp(app);
-      const sender = openSender(random);
-      const deaths = () => server.stderr.text().split("starting it again").length - 1;
-      await until(async () => {
-        expect(await sender.send(server)).toBe(true);
-        await Bun.sleep(random() * 20);
-        return deaths() >= 2;
-      }, 60_000);
-      await until(() => sender.isPosted(database.url), 60_000).catch(() => {});
-      expect(await balances(database.url), server.stderr.text()).toEqual(sender.balances());
-      count("kills", deaths());
-    })(),
+test(
+  "a processor that throws outside of every promise, or ends without a word, is started again: every event counts once",
+  seeded(async (random) => {
+    await using database = await testDatabase();
+    using dir = tempDir();
+    const { file, find, put } = POINTS["after COMMIT"] as Alteration;
+    const end = `if ((globalThis.passes = (globalThis.passes ?? 0) + 1) == 3) {
+      if (Math.random() < 0.5) process.exit(0);
+      setTimeout(() => { throw new Error("as told"); });
+    }`;
+    using copy = alteredCopy([{ file, find, put: put.replace(DIE, end) }]);
+    const app = { home: copy.path, dataDir: dir.path, databaseUrl: database.url };
+    await using server = await startApp(app);
+    const sender = openSender(random);
+    const deaths = () => server.stderr.text().split("starting it again").length - 1;
+    const threw = () => server.stderr.text().split('"processor: error: as told"').length - 1;
+    await until(async () => {
+      expect(await sender.send(server)).toBe(true);
+      await Bun.sleep(random() * 20);
+      return threw() > 0 && deaths() > threw();
+    }, 60_000);
+    await until(() => sender.isPosted(database.url), 60_000).catch(() => {});
+    expect(await balances(database.url), server.stderr.text()).toEqual(sender.balances());
+    count("kills", deaths());
+  }),
 );
 
 const CLIENT_POINTS: Record<string, Alteration> = {
@@ -222,19 +223,19 @@ async function dieSending(random: () => number) {
   expect(rejectedFaults(file, bad)).toEqual([]);
 }
 
-/** Some lives that end at `point`, then one that does not. */
-async function dieAt(point: Alteration, random: () => number) {
+/** Lives of one server that end at each of the points, in any order, then one that does not. */
+async function dieAtEach(random: () => number) {
   await using database = await testDatabase();
   using dir = tempDir();
-  using copy = alteredCopy([point]);
-  const app = { home: copy.path, dataDir: dir.file("data"), databaseUrl: database.url };
+  const app = { dataDir: dir.file("data"), databaseUrl: database.url };
+  const rotating = { JOURNAL_SEGMENT_BYTES: "1500", JOURNAL_KEEP_DAYS: "0" };
   const sender = openSender(random);
-  for (let life = 0; life < (ROUNDS > 1 ? 2 : 1); life++) {
-    const pass = `${1 + Math.floor(random() * 4)}`;
-    const env = { FAULT_PASS: pass, JOURNAL_SEGMENT_BYTES: "1500", JOURNAL_KEEP_DAYS: "0" };
-    await using server = await startApp({ ...app, env });
+  for (const [name, point] of Object.entries(POINTS).toSorted(() => random() - 0.5)) {
+    using copy = alteredCopy([point]);
+    const env = { ...rotating, FAULT_PASS: `${1 + Math.floor(random() * 4)}` };
+    await using server = await startApp({ ...app, home: copy.path, env });
     await sender.sendUntilGone(server);
-    expect(server.child.signalCode, server.stderr.text()).toBe("SIGKILL");
+    expect(server.child.signalCode, `${name}: ${server.stderr.text()}`).toBe("SIGKILL");
     count("kills");
   }
   await using server = await startApp({ ...app, env: { JOURNAL_SEGMENT_BYTES: "1500" } });
