@@ -7,7 +7,17 @@ import { checkJournal } from "../lib/journal-check.ts";
 import { repairFile } from "../lib/journal-repair.ts";
 import { openJournal } from "../lib/journal.ts";
 import { openJournalReader } from "../lib/journal-reader.ts";
-import { balances, run, seeded, spawn, startApp, tempDir, testDatabase, until } from "./support.ts";
+import {
+  balances,
+  IS_LONG,
+  run,
+  seeded,
+  spawn,
+  startApp,
+  tempDir,
+  testDatabase,
+  until,
+} from "./support.ts";
 
 setDefaultTimeout(60_000);
 
@@ -64,7 +74,7 @@ test("a torn tail is no damage", async () => {
 test(
   "whatever bytes are overwritten, put in or taken away: every frame that was spared stays where it was",
   seeded(async (random) => {
-    for (let round = 0; round < 150; round++) {
+    for (let round = 0; round < (IS_LONG ? 300 : 60); round++) {
       using dir = tempDir();
       const { path } = await makeJournal(dir.path, 30, 200 + random() * 2000);
       const before = await readFrames(path);

@@ -12,7 +12,7 @@ import { count } from "./faults/figures.ts";
 import {
   balances,
   connectTest,
-  FAULT_ROUNDS,
+  IS_LONG,
   messages,
   openProxy,
   run,
@@ -24,10 +24,9 @@ import {
   until,
 } from "./support.ts";
 
-const IS_LONG = FAULT_ROUNDS > 1;
-const KILLS = IS_LONG ? 5 : 3;
+const KILLS = IS_LONG ? 5 : 2;
 /** More batches than one processor gets through before it is killed. */
-const PARTS = IS_LONG ? 16 : 10;
+const PARTS = IS_LONG ? 16 : 6;
 const CUTS = IS_LONG ? 40 : 15;
 setDefaultTimeout(30_000);
 

@@ -11,6 +11,7 @@ import { tryLock } from "../lib/lock.ts";
 import {
   balances,
   connectTest,
+  IS_LONG,
   openProxy,
   run,
   seeded,
@@ -255,7 +256,8 @@ test("four processors with the same 3,000 new users in opposite orders never dea
   expect(await ledger.deadlocks()).toBe(0);
 });
 
-test(
+// Where the one before finds no deadlock and the sums exact, this rarely has more to say.
+test.if(IS_LONG)(
   "four processors with random overlapping sets of new users are exact",
   seeded(async (random) => {
     await using ledger = await openLedger();

@@ -10,7 +10,7 @@ import { count } from "./faults/figures.ts";
 import {
   balances,
   type Fault,
-  FAULT_ROUNDS,
+  IS_LONG,
   openMeddler,
   rejectedFaults,
   run,
@@ -25,7 +25,6 @@ import {
 
 setDefaultTimeout(300_000);
 
-const IS_LONG = FAULT_ROUNDS > 1;
 const LINES = 40_000;
 /** A client that meets bad luck five times in a row waits for 10 s, and then for 5 s each time. */
 const GOES_ON_MS = 120_000;

@@ -20,6 +20,7 @@ const root = join(import.meta.dir, "..");
 export const SECRET = "secret";
 /** More than 1 in a long run: what takes time is done more often then. */
 export const FAULT_ROUNDS = Number(process.env["FAULT_ROUNDS"] ?? 1);
+export const IS_LONG = FAULT_ROUNDS > 1;
 
 let cluster: Promise<Cluster> | null = null;
 

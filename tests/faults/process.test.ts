@@ -11,6 +11,7 @@ import { join } from "node:path";
 import {
   balances,
   FAULT_ROUNDS as ROUNDS,
+  IS_LONG,
   rejectedFaults,
   run,
   seeded,
@@ -259,13 +260,13 @@ async function dieAnywhere(random: () => number) {
   using dir = tempDir();
   const dataDir = dir.file("data");
   const file = dir.file("a.jsonl");
-  const { bad, balances: wanted } = writeEvents(file, 10_000, random);
+  const { bad, balances: wanted } = writeEvents(file, IS_LONG ? 10_000 : 5_000, random);
   const app = { dataDir, databaseUrl: database.url, args: ["--no-processor"] };
   const env = { DATA_DIR: dataDir, DATABASE_URL: database.url };
   let server = await startApp({ ...app, env: { JOURNAL_SEGMENT_BYTES: "300000" } });
   const port = new URL(server.url).port;
   const restart = () => startApp({ ...app, env: { PORT: port, JOURNAL_SEGMENT_BYTES: "300000" } });
-  for (let kill = 0; kill < 4; kill++) {
+  for (let kill = 0; kill < (IS_LONG ? 4 : 2); kill++) {
     await using processor = spawn("processor.ts", { env });
     await using client = spawn("client.ts", { args: [file], env: { SERVER_URL: server.url } });
     await Bun.sleep(random() * 300);
