@@ -73,7 +73,8 @@ test(
   }),
 );
 
-test(
+// Where it dies between two batches by name, tests/faults/process.test.ts has it always.
+test.if(IS_LONG)(
   "a processor that is killed while it follows a journal goes on where it was",
   seeded(async (random) => {
     await using ledger = await openLedger();
@@ -180,7 +181,8 @@ test("a flipped byte before the last frame: it refuses to start, and names file 
   await withApp(ledger, async (app) => expect((await app.post(event("dan", 1))).status).toBe(201));
 });
 
-test(
+// As in tests/http.test.ts, and on to the ledger.
+test.if(IS_LONG)(
   "SIGTERM under load: what was accepted is on the disk, exit code 0, no connection stays",
   seeded(async (random) => {
     await using ledger = await openLedger();

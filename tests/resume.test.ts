@@ -25,7 +25,8 @@ import {
 
 setDefaultTimeout(300_000);
 
-const LINES = 40_000;
+const LINES = IS_LONG ? 40_000 : 16_000;
+const KILLS = IS_LONG ? 10 : 4;
 /** A client that meets bad luck five times in a row waits for 10 s, and then for 5 s each time. */
 const GOES_ON_MS = 120_000;
 /** Beyond the point at which a client is to die, so much more gets through at most. */
@@ -33,7 +34,7 @@ const SLACK_BYTES = 1024 * 1024;
 
 // What this one asks, the next asks as well, of a network that fails.
 test.if(IS_LONG)(
-  "the client is killed 10 times and the server 4 times: every event counts once",
+  "the client is killed again and again and the server now and then: every event counts once",
   seeded(async (random) => {
     await using ledger = await openLedger();
     const { good, bad, balances } = writeEvents(ledger.file, LINES, random);
@@ -97,10 +98,10 @@ async function openLedger() {
         await until(() => size() <= mostBytes, GOES_ON_MS, 1);
         return choose();
       }),
-    /** Starts the client 10 times; kills it when it is under way, and the server 4 times before. */
+    /** Starts the client `KILLS` times; kills it when it is under way, and each third time the server before. */
     async sendAndKill(url: string, random: () => number) {
       const bytes = statSync(file).size;
-      for (let kill = 0; kill < 10; kill++) {
+      for (let kill = 0; kill < KILLS; kill++) {
         await using client = spawn("client.ts", { args: [file], env: { SERVER_URL: url } });
         const reach = (journalBytes: number) => {
           mostBytes = journalBytes + SLACK_BYTES;
@@ -110,7 +111,7 @@ async function openLedger() {
             1,
           );
         };
-        await reach(Math.max(size(), (bytes * (kill + random())) / 14));
+        await reach(Math.max(size(), (bytes * (kill + random())) / (KILLS + 4)));
         if (kill % 3 === 0) {
           server.kill("SIGKILL");
           count("kills");

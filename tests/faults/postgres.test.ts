@@ -13,6 +13,7 @@ import {
   balances,
   connectTest,
   FAULT_ROUNDS as ROUNDS,
+  IS_LONG,
   run,
   seeded,
   spawn,
@@ -24,7 +25,7 @@ import {
 } from "../support.ts";
 import { count } from "./figures.ts";
 
-const LOCKED_MS = ROUNDS > 1 ? 30_000 : 3_000;
+const LOCKED_MS = IS_LONG ? 30_000 : 2_000;
 setDefaultTimeout(120_000 * ROUNDS);
 
 /** What becomes of the packet that a client sends: forwarded, or the end of its connection. */
@@ -126,7 +127,7 @@ test(
     const packets = await postThrough(() => "pass");
     expect(packets).toBeGreaterThan(8);
     const all = Array.from({ length: 2 * packets }, (_, i) => i);
-    const some = all.toSorted(() => random() - 0.5).slice(0, ROUNDS > 1 ? all.length : 5);
+    const some = all.toSorted(() => random() - 0.5).slice(0, IS_LONG ? all.length : 4);
     for (const one of some) {
       const verdict = one % 2 === 0 ? "cut" : "cut behind";
       await postThrough((_, number) => (number === 1 + (one >> 1) ? verdict : "pass"));
@@ -153,7 +154,7 @@ test("the connection is cut behind each of the first COMMITs: every event counts
   await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 30_000);
 });
 
-test.if(ROUNDS > 1)(
+test.if(IS_LONG)(
   "the answer to a COMMIT never comes, and its connection stays open: every event counts once",
   async () => {
     await using database = await testDatabase();
@@ -189,7 +190,7 @@ test(
       expect(status).toBe(201);
       sent++;
     };
-    for (let life = 0; life < 3 * ROUNDS; life++) {
+    for (let life = 0; life < (IS_LONG ? 6 : 2); life++) {
       const last = 1 + Math.floor(random() * 3);
       let commits = 0;
       const isCommit = commitFinder();
@@ -269,7 +270,7 @@ test("one of three postings is refused, each time for another reason: every even
   const post = async () => {
     await server.post({ userId: "second", name: "add_revenue", value: 1 });
     second++;
-    return (await refused()) >= 2 * STATES.length;
+    return (await refused()) >= STATES.length;
   };
   await until(post, 60_000, 50);
   const { stdout, stderr } = await run("client.ts", {
@@ -281,7 +282,7 @@ test("one of three postings is refused, each time for another reason: every even
   const other = dir.file("b.jsonl");
   const before = await refused();
   let third = 0;
-  while ((await refused()) < before + STATES.length) {
+  while ((await refused()) < before + (IS_LONG ? STATES.length : 2)) {
     appendFileSync(other, '{"userId":"third","name":"add_revenue","value":1}\n');
     third++;
     const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
