@@ -67,7 +67,11 @@ export async function testDatabase() {
   await run(`create database ${name}`);
   const url = new URL(admin);
   url.pathname = `/${name}`;
-  const drop = () => run(`drop database if exists ${name} with (force)`);
+  const drop = async () => {
+    await readers.get(url.href)?.end({ timeout: 1 });
+    readers.delete(url.href);
+    await run(`drop database if exists ${name} with (force)`);
+  };
   return { url: url.href, name, drop, [Symbol.asyncDispose]: drop };
 }
 
@@ -77,9 +81,13 @@ export function connectTest(url: string, max = 1) {
   return Object.assign(sql, { [Symbol.asyncDispose]: () => sql.end({ timeout: 1 }) });
 }
 
+/** Who reads balances does so again and again: with a connection for each look, the looks cost most. */
+const readers = new Map<string, ReturnType<typeof connectTest>>();
+
 /** All balances, as exact decimals. */
 export async function balances(url: string): Promise<Record<string, string>> {
-  await using sql = connectTest(url);
+  const sql = readers.get(url) ?? connectTest(url);
+  readers.set(url, sql);
   const rows = await sql<{ user_id: string; revenue: string }[]>`
     select user_id, trim_scale(revenue)::text as revenue from users_revenue order by user_id`;
   return Object.fromEntries(rows.map(({ user_id, revenue }) => [user_id, revenue]));
@@ -369,19 +377,22 @@ export function rejectedFaults(file: string, bad: readonly BadLine[]): string[] 
   return faults;
 }
 
-/** Asks until the answer is neither `undefined`, `null` nor `false`; throws after `withinMs`. */
+/**
+ * Asks until the answer is neither `undefined`, `null` nor `false`; throws after `withinMs`. Without
+ * `everyMs` the pauses grow: what takes long is asked seldom.
+ */
 export async function until<T>(
   ask: () => T | Promise<T>,
   withinMs = 10_000,
-  everyMs = 20,
+  everyMs?: number,
 ): Promise<NonNullable<Exclude<T, false>>> {
   const deadline = performance.now() + withinMs;
-  for (;;) {
+  for (let pauseMs = everyMs ?? 5; ; pauseMs = everyMs ?? Math.min(pauseMs * 1.3, 100)) {
     const answer = await ask();
     if (answer !== undefined && answer !== null && answer !== false)
       return answer as NonNullable<Exclude<T, false>>;
     if (performance.now() > deadline) throw new Error(`not within ${withinMs} ms: ${ask}`);
-    await Bun.sleep(everyMs);
+    await Bun.sleep(pauseMs);
   }
 }
 
