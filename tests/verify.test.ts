@@ -15,7 +15,6 @@ import { Sums } from "../lib/sums.ts";
 import {
   balances,
   connectTest,
-  IS_LONG,
   run,
   seeded,
   spawn,
@@ -68,7 +67,8 @@ test(
       const app = { databaseUrl: ledger.url, env: { JOURNAL_SEGMENT_BYTES: "4000" } };
       await using one = await startApp({ ...app, dataDir: ledger.dataDir });
       await using two = await startApp({ ...app, dataDir: other.path });
-      for (let round = 0; round < (IS_LONG ? 8 : 4); round++) {
+      // With four rounds it does not always notice that the note of events that came before is missing.
+      for (let round = 0; round < 8; round++) {
         const body = lines(30).join("\n");
         await Promise.all([one.postLines(body), pick(2) ? two.postLines(body) : null]);
         // The same source goes on now here, now there, and some of it is taken by both.
