@@ -5,7 +5,6 @@
 import "./lib/install.ts";
 
 import { join } from "node:path";
-import { setTimeout as sleep } from "node:timers/promises";
 
 import { createApi } from "./lib/api.ts";
 import { type Access, SCOPES } from "./lib/auth.ts";
@@ -21,7 +20,7 @@ import { openDatabase } from "./lib/database.ts";
 import { setEventTypes } from "./lib/event.ts";
 import { openEventSchema } from "./lib/event-schema.ts";
 import { disk, leavingRoom } from "./lib/journal-disk.ts";
-import { reachesLedger } from "./lib/journal-source.ts";
+import { compareWithLedger } from "./lib/journal-source.ts";
 import { type Commit, JOURNAL_FILE, openJournal } from "./lib/journal.ts";
 import { watchLag } from "./lib/lag.ts";
 import { type Listener, listen, readPair, type Seen } from "./lib/listener.ts";
@@ -37,7 +36,6 @@ export type { App } from "./lib/api.ts";
 
 /** A start waits this long for the ledger to say how far the journal is posted: it takes some 50. */
 const COMPARE_MS = 500;
-const ASK_AGAIN_MS = 500;
 /** Who waits for another processor to end says so after this long. */
 const STAND_BY_MS = 500;
 async function main(): Promise<number> {
@@ -115,12 +113,10 @@ async function main(): Promise<number> {
     if (stop.signal.aborted) return 0;
     const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
     const database = openDatabase(url, "server", 4);
-    const asked = reachesLedger(path, database);
+    const { asked, compared } = compareWithLedger(path, database, stop.signal);
+    compared.catch(() => stop.abort());
     // Before anything is taken on top of it, if the database can be asked at all.
     await Promise.race([asked, Bun.sleep(COMPARE_MS)]);
-    const ask = () => reachesLedger(path, database);
-    const compared = untilTrue(asked, ask, stop.signal);
-    compared.catch(() => stop.abort());
     const lag = watchLag(path, journal, database);
     const metrics = openMetrics({
       journalBytes: journal.end,
@@ -224,19 +220,6 @@ async function runProcessor(
   await aborted(stop);
   await processor.stop();
   lock.release();
-}
-
-/** Asks again, now and then, until the answer is yes. Throws what `ask` throws. */
-async function untilTrue(
-  asked: Promise<boolean>,
-  ask: () => Promise<boolean>,
-  stop: AbortSignal,
-): Promise<void> {
-  while (!(await asked)) {
-    await sleep(ASK_AGAIN_MS, null, { signal: stop }).catch(() => {});
-    if (stop.aborted) return;
-    asked = ask();
-  }
 }
 
 function aborted(signal: AbortSignal): Promise<null> {

@@ -1,4 +1,6 @@
 /** The journal as a source of batches: its frames from the checkpoint on. */
+import { setTimeout as sleep } from "node:timers/promises";
+
 import { type Database, Unavailable } from "./database.ts";
 import type { Effort } from "./effort.ts";
 import { BATCH_BYTES, Fold } from "./fold.ts";
@@ -9,6 +11,8 @@ import type { BatchReader } from "./source.ts";
 
 /** While a posting is on its way, the journal is looked at this often for more. */
 const LOOK_MS = 5;
+/** A database that cannot be asked is tried again after this long. */
+const ASK_AGAIN_MS = 500;
 
 /** Batches of `journal` from its checkpoint on; `ahead` as `Fold` wants it. Throws JournalDamage. */
 export async function openJournalSource(
@@ -85,10 +89,23 @@ export async function openJournalSource(
 }
 
 /**
- * Whether the database could be asked that the journal reaches as far as it has been posted. One
- * that ends before is an older copy: what it takes would never be posted. Throws JournalDamage then.
+ * A journal that ends before what the ledger has posted of it is an older copy: what it takes would
+ * never be posted. `asked` settles when the database was asked once, `compared` when it has answered
+ * or `stop` is told. Both throw JournalDamage.
  */
-export async function reachesLedger(path: string, database: Database): Promise<boolean> {
+export function compareWithLedger(path: string, database: Database, stop: AbortSignal) {
+  const asked = reachesLedger(path, database);
+  const untilAnswered = async () => {
+    for (let answer = asked; !(await answer); answer = reachesLedger(path, database)) {
+      await sleep(ASK_AGAIN_MS, null, { signal: stop }).catch(() => {});
+      if (stop.aborted) return;
+    }
+  };
+  return { asked, compared: untilAnswered() };
+}
+
+/** `false`: the database cannot be asked. */
+async function reachesLedger(path: string, database: Database): Promise<boolean> {
   const reader = await openJournalReader(path);
   if (!reader) return true;
   try {

@@ -10,6 +10,7 @@ import { openJournalReader } from "../lib/journal-reader.ts";
 import {
   balances,
   IS_LONG,
+  openProxy,
   run,
   seeded,
   spawn,
@@ -203,6 +204,27 @@ test("what was damaged after it had been posted stops the start; mended, everyth
   const rebuilt = await run("processor.ts", { args: ["--rebuild"], env });
   expect(rebuilt.code).toBe(2);
   expect(await balances(database.url)).toEqual({ u: "46" });
+});
+
+test("a server that has begun on an older copy while the database was away ends once that is back", async () => {
+  await using database = await testDatabase();
+  await using way = await openProxy(database.url);
+  using dir = tempDir();
+  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
+  const { path } = await makeJournal(dir.path, 5, 10_000);
+  const older = readFileSync(path);
+  await makeJournal(dir.path, 5, 10_000);
+  expect((await run("processor.ts", { args: [path], env })).code).toBe(0);
+  writeFileSync(path, older);
+  way.cut();
+  const args = ["--no-processor"];
+  await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url, args });
+  await until(() => way.refused() > 1);
+  expect(server.child.exitCode).toBeNull();
+  way.mend();
+  await until(() => server.child.exitCode !== null);
+  expect(await server.exit()).toBe(1);
+  expect(server.stderr.text()).toContain("but the ledger has posted it up to");
 });
 
 test("an older copy that was put back and has grown since is named, and nothing of it is posted", async () => {

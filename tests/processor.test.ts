@@ -256,7 +256,7 @@ test("four processors with the same 3,000 new users in opposite orders never dea
   expect(await ledger.deadlocks()).toBe(0);
 });
 
-// Where the one before finds no deadlock and the sums exact, this rarely has more to say.
+// In the normal run the one before stands for it: all users new, all of them in dispute.
 test.if(IS_LONG)(
   "four processors with random overlapping sets of new users are exact",
   seeded(async (random) => {

@@ -352,7 +352,7 @@ test("a batch is handed over only when the reader itself has synced what it read
 
 const KILLS = IS_LONG ? 3 : 1;
 
-test("server, processor and client killed in turn over many segments: every event counts once", async () => {
+test("a server that is killed while it begins one segment after the other: every event counts once", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const env = { JOURNAL_SEGMENT_BYTES: "2000" };
