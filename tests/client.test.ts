@@ -792,7 +792,7 @@ type App = Awaited<ReturnType<typeof startApp>>;
 
 const NO_DATABASE = "postgres://nobody@127.0.0.1:1/none";
 let shared: Promise<{ app: App; dir: ReturnType<typeof tempDir> }> | null = null;
-let users = 0;
+let looks = 0;
 
 /** One server for whoever needs no database: to start one for each took a third of these tests' time. */
 async function startShared() {
@@ -812,7 +812,7 @@ afterAll(async () => {
 async function openServer() {
   const { app, dir } = await (shared ??= startShared());
   // The name of a file is that of its source, which the server knows for ever.
-  return lookAt(app.url, dir.path, tempDir(), `${++users}.`);
+  return lookAt(app.url, dir.path, tempDir(), `${++looks}.`);
 }
 
 /** A server that is really the test's own. */
