@@ -18,7 +18,6 @@ import {
 } from "./lib/config.ts";
 import { openDatabase } from "./lib/database.ts";
 import { setEventTypes } from "./lib/event.ts";
-import { openEventSchema } from "./lib/event-schema.ts";
 import { disk, leavingRoom } from "./lib/journal-disk.ts";
 import { compareWithLedger } from "./lib/journal-source.ts";
 import { type Commit, JOURNAL_FILE, openJournal } from "./lib/journal.ts";
@@ -95,7 +94,9 @@ async function main(): Promise<number> {
     tokens: openTokens(settings, watchState(log, "error", "tokens: the keys are there again")),
   };
   setEventTypes(settings.EVENT_TYPES);
-  const schema = settings.EVENT_SCHEMA ? openEventSchema(settings.EVENT_SCHEMA) : null;
+  const schema = settings.EVENT_SCHEMA
+    ? (await import("./lib/event-schema.ts")).openEventSchema(settings.EVENT_SCHEMA)
+    : null;
   const tls = cert && key ? { cert, key } : null;
   if (tls) readPair(tls); // before anything is made
   const stop = new AbortController();
@@ -212,7 +213,7 @@ async function runProcessor(
   clearTimeout(said);
   if (!lock) return;
   log.info(`processor: following ${join(job.dataDir, JOURNAL_FILE)}`);
-  const processor = supervise(new URL("./processor.ts", import.meta.url), job, (report) => {
+  const processor = supervise(job, (report) => {
     if (report.type === "say") log[report.level ?? "info"](report.line);
     if (report.type === "failed") log.fatal(report.line);
     if (report.type === "posted") metrics.posted(report);

@@ -11,23 +11,16 @@ import "./lib/install.ts";
 import { mkdirSync, statSync } from "node:fs";
 import { basename, join } from "node:path";
 
-import { rebuild, verify } from "./lib/audit.ts";
-import { check, repair } from "./lib/check.ts";
-import { clusterUrl, openCluster } from "./lib/cluster.ts";
+import { openCluster } from "./lib/cluster.ts";
 import { maskSettings, readCommand } from "./lib/config.ts";
-import { type Database, openDatabase, Refused } from "./lib/database.ts";
-import { setEventTypes } from "./lib/event.ts";
 import { disk } from "./lib/journal-disk.ts";
 import { openJournalReader } from "./lib/journal-reader.ts";
 import { activeOf } from "./lib/journal-segments.ts";
 import { JOURNAL_FILE } from "./lib/journal.ts";
 import { waitForLock } from "./lib/lock.ts";
-import { openLog } from "./lib/log.ts";
-import { follow, postFile } from "./lib/posting.ts";
 import { type Progress, showProgress } from "./lib/progress.ts";
-import { listQuarantine, retryQuarantine } from "./lib/quarantine.ts";
-import { retain } from "./lib/retention.ts";
-import { type Job, type Report, supervise } from "./lib/supervisor.ts";
+import { type Job, supervise } from "./lib/supervisor.ts";
+import type { ToolName } from "./lib/tools.ts";
 
 async function main(): Promise<number> {
   const {
@@ -84,9 +77,9 @@ async function main(): Promise<number> {
       3: "gave up: the database is away or refuses, or a file is damaged",
     },
   });
-  const tool = toolOf(options);
-  if (typeof tool === "string") {
-    say(tool);
+  const { tool, wrong: wrongUse } = toolOf(options);
+  if (wrongUse !== undefined) {
+    say(wrongUse);
     return 2;
   }
   let wrong = false;
@@ -109,87 +102,46 @@ async function main(): Promise<number> {
 
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null, ID_DAYS: idDays } = settings;
   const { JOURNAL_KEEP_DAYS: keepDays = null, EVENT_TYPES: eventTypes } = settings;
-  setEventTypes(eventTypes);
   mkdirSync(dataDir, { recursive: true });
-  const needsLedger = !options["check"] || options["repair"];
   // Who stays has a log; what a person waits for speaks plainly.
-  const log = openLog(settings.LOG_LEVEL);
   const stays = !tool && files.length === 0;
-  const tell: Tell = stays ? (line, level = "info") => log[level](line) : say;
+  const log = stays ? (await import("./lib/log.ts")).openLog(settings.LOG_LEVEL) : null;
+  const tell: Tell = log ? (line, level = "info") => log[level](line) : say;
   const cluster =
-    databaseUrl || !needsLedger ? null : await openCluster(join(dataDir, "postgres"), tell);
+    databaseUrl || tool === "check" ? null : await openCluster(join(dataDir, "postgres"), tell);
   try {
-    if (tool) return await useTool(tool, dataDir, databaseUrl, files);
-    if (stays) log.info({ settings: maskSettings(settings) }, "started");
+    if (tool) {
+      const { useTool } = await import("./lib/tools.ts");
+      return await useTool(tool, files, options["yes"] === true, settings);
+    }
+    log?.info({ settings: maskSettings(settings) }, "started");
     if (stays && !(await becomeTheProcessor(dataDir, stop.signal, tell))) return 0;
     const job = { dataDir, databaseUrl, idDays, keepDays, eventTypes, files };
     const code = await run(job, stop.signal, tell);
-    if (stays) log.info("stopped");
+    log?.info("stopped");
     return code;
   } finally {
     await cluster?.close();
   }
 }
 
-/** Looks or mends instead of posting. Returns the exit code. */
-type Tool = (parts: {
-  database: Database;
-  /** All that was given, and the journal in DATA_DIR. */
-  paths: string[];
-  /** What was given, or else the journal in DATA_DIR. */
-  journals: string[];
-}) => Promise<number>;
-
-/** What the options ask for, `null` for posting, or what is wrong with them. */
-function toolOf(options: Record<string, string | boolean | undefined>): Tool | null | string {
-  const { verify: verifies, rebuild: rebuilds, check: checks, repair: repairs } = options;
-  const { yes = false, quarantine } = options;
-  const chosen = [verifies, rebuilds, checks, quarantine].filter(Boolean).length;
-  if (chosen > 1) return "found several of --verify, --rebuild, --check, --quarantine; wanted one";
-  if (repairs && !checks) return "--repair: found alone, wanted with --check";
-  if (yes && !rebuilds) return "--yes: found alone, wanted with --rebuild";
-  if (verifies)
-    return async ({ database, paths }) => Math.min(1, await verify(database, paths, print, say));
-  if (rebuilds)
-    return async ({ database, paths }) => (await rebuild(database, paths, !!yes, print, say), 0);
-  if (checks && repairs)
-    return async ({ database, journals }) => {
-      for (const journal of journals) await repair(journal, database, print);
-      return 0;
-    };
-  if (checks)
-    return async ({ journals }) => {
-      let damaged = 0;
-      for (const journal of journals) damaged += await check(journal, print);
-      return Math.min(1, damaged);
-    };
-  if (quarantine === "retry")
-    return async ({ database, paths }) =>
-      Math.min(1, await retryQuarantine(database, paths, print, say));
-  if (quarantine === "list")
-    return async ({ database }) => Math.min(1, await listQuarantine(database, print));
-  return quarantine ? `--quarantine: found "${quarantine}", wanted nothing or retry` : null;
+/** What the options ask for instead of posting, or what is wrong with them. */
+function toolOf(options: Record<string, string | boolean | undefined>): Choice {
+  const { verify, rebuild, check, repair, yes, quarantine } = options;
+  const chosen = [verify, rebuild, check, quarantine].filter(Boolean).length;
+  if (chosen > 1)
+    return { wrong: "found several of --verify, --rebuild, --check, --quarantine; wanted one" };
+  if (repair && !check) return { wrong: "--repair: found alone, wanted with --check" };
+  if (yes && !rebuild) return { wrong: "--yes: found alone, wanted with --rebuild" };
+  if (verify) return { tool: "verify" };
+  if (rebuild) return { tool: "rebuild" };
+  if (check) return { tool: repair ? "repair" : "check" };
+  if (quarantine === "list" || quarantine === "retry") return { tool: quarantine };
+  if (quarantine) return { wrong: `--quarantine: found "${quarantine}", wanted nothing or retry` };
+  return { tool: null };
 }
 
-async function useTool(
-  tool: Tool,
-  dataDir: string,
-  databaseUrl: string | null,
-  files: string[],
-): Promise<number> {
-  const journal = join(dataDir, JOURNAL_FILE);
-  const database = openLedger(dataDir, databaseUrl);
-  try {
-    const journals = files.length > 0 ? files : [journal];
-    return await tool({ database, journals, paths: [journal, ...files] });
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    say(error.message);
-    return 2;
-  } finally {
-    await database.close();
-  }
-}
+type Choice = { tool: ToolName | null; wrong?: never } | { wrong: string; tool?: never };
 
 /** Waits until no other processor follows this journal. `false`: told to stop before. */
 async function becomeTheProcessor(
@@ -213,7 +165,7 @@ async function run(job: Job, stop: AbortSignal, tell: Tell): Promise<number> {
   let eventsBefore = 0;
   let failed = false;
 
-  const processor = supervise(new URL(import.meta.url), job, (report) => {
+  const processor = supervise(job, (report) => {
     if (report.type === "say") tell(report.line, report.level);
     if (report.type === "opened") {
       progress?.stop();
@@ -256,48 +208,7 @@ function say(line: string): void {
   process.stderr.write(`${line}\n`);
 }
 
-function print(line: string): void {
-  process.stdout.write(`${line}\n`);
-}
-
-/** The database at `databaseUrl`, or the private one, wherever it listens by now. */
-function openLedger(dataDir: string, databaseUrl: string | null): Database {
-  const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
-  return openDatabase(url, "processor", 1);
-}
-
-/** The Worker: does the job with a database of its own. */
-async function work(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
-  setEventTypes(job.eventTypes);
-  const database = openLedger(job.dataDir, job.databaseUrl);
-  try {
-    if (job.files.length === 0)
-      await Promise.all([follow(database, job, stop, report), letGo(job, stop, report)]);
-    for (const file of job.files) await postFile(database, file, stop, report);
-    report({ type: "done" });
-  } catch (error) {
-    report({ type: "failed", line: (error as Error).message });
-  }
-  await database.close();
-}
-
-/** Beside the posting, with a connection of its own. */
-async function letGo(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
-  if (job.keepDays === null) return;
-  const database = openLedger(job.dataDir, job.databaseUrl);
-  await retain(database, join(job.dataDir, JOURNAL_FILE), job.keepDays, stop, (line) =>
-    report({ type: "say", line: `processor: ${line}` }),
-  );
-  await database.close();
-}
-
-if (!Bun.isMainThread) {
-  const stop = new AbortController();
-  self.onmessage = ({ data }: MessageEvent<Job | "stop">) => {
-    if (data === "stop") stop.abort();
-    else work(data, stop.signal, postMessage).then(() => process.exit(0));
-  };
-} else if (import.meta.main) {
+if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
     say((error as Error).message);
     return 3;

@@ -6,8 +6,6 @@ import type { TUnsafe } from "@sinclair/typebox";
 
 import {
   decodeEvent,
-  type Event,
-  EventShape,
   getEventTypes,
   isEventId,
   MAX_EVENT_BYTES,
@@ -16,6 +14,7 @@ import {
   Refusal,
 } from "./event.ts";
 import type { EventSchema } from "./event-schema.ts";
+import { type Event, EventShape } from "./event-shape.ts";
 import { eachEvent, withoutBom } from "./lines.ts";
 import { Problem } from "./problem.ts";
 import type { Hold } from "./room.ts";

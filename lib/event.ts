@@ -2,9 +2,6 @@
  * What an event is. The door of the server and the processor ask the same function, so a line that
  * was accepted is a line that will be posted.
  */
-import { type Static, Type } from "@sinclair/typebox";
-import { TypeCompiler } from "@sinclair/typebox/compiler";
-
 import { parseAmount, UNITS } from "./amount.ts";
 import { Scanner, type Sign } from "./scan.ts";
 
@@ -24,31 +21,6 @@ function parseEventTypes(text: string): EventTypes {
   const types = text.split(",").map((part) => part.trim().split(":"));
   return new Map(types.map(([name = "", sign = ""]) => [name, SIGNS[sign] as Sign]));
 }
-
-/** The event as it is sent; other fields are allowed and kept in the journal. */
-export const EventShape = Type.Object(
-  {
-    userId: Type.String({
-      minLength: 1,
-      description: `1 to ${MAX_USER_ID_BYTES} UTF-8 bytes, no NUL`,
-    }),
-    name: Type.String({ description: "one of the kinds of events" }),
-    value: Type.Number({
-      description: "size below 10^15, at most 9 decimals and 15 significant digits as written",
-    }),
-    id: Type.Optional(
-      Type.String({
-        minLength: 1,
-        description: `1 to ${MAX_ID_BYTES} UTF-8 bytes; events with the same id count once`,
-      }),
-    ),
-  },
-  {
-    additionalProperties: true,
-    examples: [{ userId: "user1", name: "add_revenue", value: 98 }],
-  },
-);
-export type Event = Static<typeof EventShape>;
 
 /** What posting needs of an event: whose balance changes, and by how much (10^-9, signed). */
 export interface Change {
@@ -90,7 +62,12 @@ const WANTED = {
 };
 type Path = keyof typeof WANTED;
 
-const shape = TypeCompiler.Compile(EventShape);
+type Shape = typeof import("./event-shape.ts").shape;
+let loaded: Shape | null = null;
+/** Only lines that the scanner leaves need it, and to load it took a fourth of a client's start. */
+function shape(): Shape {
+  return (loaded ??= (require("./event-shape.ts") as typeof import("./event-shape.ts")).shape);
+}
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 let eventTypes: EventTypes;
@@ -140,9 +117,9 @@ export function decodeEvent(line: Uint8Array): Change | Refusal {
   }
 
   const event = parsed;
-  if (!shape.Check(event) || !eventTypes.has(event.name)) {
-    const paths = new Set([...shape.Errors(event)].map(({ path }) => path as Path));
-    const name = (event as Partial<Event> | null)?.name;
+  if (!shape().Check(event) || !eventTypes.has(event.name)) {
+    const paths = new Set([...shape().Errors(event)].map(({ path }) => path as Path));
+    const name = (event as { name?: unknown } | null)?.name;
     if (!paths.has("") && !eventTypes.has(name as string)) paths.add("/name");
     if (paths.has("")) return refuse("event", WANTED[""]);
     return new Refusal(

@@ -15,12 +15,13 @@
  * whose events the ledger has not posted yet.
  * An event line is never taken for a header: events have a `userId`, headers have the exact form.
  */
-import { crc32 } from "node:zlib";
 
 /** One frame holds at most this much: the largest body that is taken (16 MiB), its mark, some room. */
 export const MAX_FRAME_BYTES = 24 * 1024 * 1024;
 /** No header line is longer. */
 export const MAX_HEADER_BYTES = 128;
+
+const { crc32 } = Bun.hash;
 
 const LF = 10;
 const JOURNAL =

@@ -1,5 +1,5 @@
 /** How far long work has come: a bar on a terminal, else a line now and then; on stderr. */
-import { Format, SingleBar } from "cli-progress";
+const bars = process.stderr.isTTY ? await import("cli-progress") : null;
 
 const PLAIN_LINE_EVERY_MS = 5_000;
 
@@ -14,8 +14,8 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
   const rate = (events: number) =>
     Math.round(events / Math.max(0.001, (performance.now() - startedMs) / 1000));
 
-  if (process.stderr.isTTY) {
-    const bar = new SingleBar({
+  if (bars) {
+    const bar = new bars.SingleBar({
       stream: process.stderr,
       format: `${what} {bar} {percentage}% | {rate} events/s | {left} left`,
       hideCursor: true,
@@ -26,7 +26,7 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
       update(bytes, events = 0) {
         const elapsedMs = performance.now() - startedMs;
         const leftMs = (elapsedMs * (totalBytes - bytes)) / Math.max(1, bytes - fromBytes);
-        const left = Format.TimeFormat(Math.round(leftMs / 1000), { autopadding: false }, 1);
+        const left = bars.Format.TimeFormat(Math.round(leftMs / 1000), { autopadding: false }, 1);
         bar.update(bytes, { rate: rate(events).toLocaleString("en"), left });
       },
       stop: () => bar.stop(),

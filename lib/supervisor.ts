@@ -45,7 +45,7 @@ const FIRST_PAUSE_MS = 100;
 const LONGEST_PAUSE_MS = 2_000;
 const STOP_MS = 3_000;
 
-export function supervise(program: URL, job: Job, report: (report: Report) => void): Supervised {
+export function supervise(job: Job, report: (report: Report) => void): Supervised {
   const { promise: ended, resolve: end } = Promise.withResolvers<void>();
   let worker: Worker;
   let stopping = false;
@@ -68,7 +68,7 @@ export function supervise(program: URL, job: Job, report: (report: Report) => vo
   };
 
   function start() {
-    worker = new Worker(program);
+    worker = new Worker(new URL("./worker.ts", import.meta.url));
     worker.postMessage(job);
     worker.onmessage = ({ data }: MessageEvent<Report>) => {
       pauseMs = FIRST_PAUSE_MS;

@@ -9,8 +9,9 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   amount: { ours: [], packages: [] },
   scan: { ours: ["amount"] },
   sums: { ours: ["amount", "scan"] },
-  event: {
-    ours: ["amount", "scan"],
+  event: { ours: ["amount", "event-shape", "scan"], packages: [] },
+  "event-shape": {
+    ours: ["event"],
     packages: ["@sinclair/typebox", "@sinclair/typebox/compiler"],
   },
   "event-schema": { ours: ["config", "event"], packages: ["ajv/dist/2020.js"] },
@@ -83,6 +84,12 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   retention: {
     ours: ["database", "journal-disk", "journal-reader", "journal-segments", "ledger", "recount"],
   },
+  worker: {
+    ours: ["cluster", "database", "event", "journal", "posting", "retention", "supervisor"],
+  },
+  tools: {
+    ours: ["audit", "check", "cluster", "database", "event", "journal", "quarantine"],
+  },
   audit: { ours: ["database", "drift", "event", "progress", "recount"] },
   quarantine: {
     ours: ["amount", "database", "drift", "event", "fold", "journal-reader", "ledger", "lines"],
@@ -114,7 +121,7 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   metrics: { ours: ["event", "journal", "lag", "supervisor"], packages: ["prom-client"] },
   log: { ours: [], packages: ["pino"] },
   body: {
-    ours: ["event", "event-schema", "lines", "problem", "room", "zstd"],
+    ours: ["event", "event-schema", "event-shape", "lines", "problem", "room", "zstd"],
     packages: ["@sinclair/typebox"],
   },
   zstd: { ours: [] },
@@ -123,9 +130,9 @@ const FACES = ["app", "client", "processor"];
 
 function importsOf(path: string): string[] {
   const text = readFileSync(path, "utf8");
-  return [...text.matchAll(/^(?:import|export)\s[^;]*?from "([^"]+)"|import\("([^"]+)"\)/gm)].map(
-    (match) => (match[1] ?? match[2]) as string,
-  );
+  return [
+    ...text.matchAll(/^(?:import|export)\s[^;]*?from "([^"]+)"|(?:import|require)\("([^"]+)"\)/gm),
+  ].map((match) => (match[1] ?? match[2]) as string);
 }
 
 test.each(readdirSync(join(root, "lib")).filter((name) => name.endsWith(".ts")))(
