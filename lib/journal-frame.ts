@@ -118,10 +118,10 @@ export function parseFrames(bytes: Buffer): {
     if (to > bytes.length)
       return frameBeginsAfter(bytes, from) ? fault("a frame is cut short", true) : short();
     const payload = bytes.subarray(from, to);
-    const sum = hex(crc32(payload));
-    if (sum !== match[2])
+    const sum = crc32(payload);
+    if (sum !== parseInt(match[2] as string, 16))
       return fault(
-        `the checksum of a frame is ${sum}, not ${match[2]}`,
+        `the checksum of a frame is ${hex(sum)}, not ${match[2]}`,
         // With a wrong digit in its length it may reach to the end over all the frames behind it.
         to < bytes.length || frameBeginsAfter(bytes, from),
       );
@@ -176,8 +176,11 @@ export function isLost(line: Uint8Array): boolean {
 }
 
 function firstLine(bytes: Buffer, from: number): string | null {
-  const newline = bytes.subarray(from, from + MAX_HEADER_BYTES).indexOf(LF);
-  return newline < 0 ? null : bytes.toString("latin1", from, from + newline);
+  // To make a view for `indexOf` takes longer than to look through these few bytes.
+  const limit = Math.min(from + MAX_HEADER_BYTES, bytes.length);
+  for (let at = from; at < limit; at++)
+    if (bytes[at] === LF) return bytes.toString("latin1", from, at);
+  return null;
 }
 
 function hex(sum: number): string {

@@ -76,7 +76,7 @@ export const BREAKS: readonly Break[] = [
   {
     what: "the checksum of a frame",
     file: "lib/journal-frame.ts",
-    find: "if (sum !== match[2])",
+    find: "if (sum !== parseInt(match[2] as string, 16))",
     put: "if (false)",
     tests: ["tests/faults/tail.test.ts", "tests/faults/fuzz.test.ts"],
   },
