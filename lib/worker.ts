@@ -10,7 +10,6 @@ import { openDatabase } from "./database.ts";
 import { setEventTypes } from "./event.ts";
 import { JOURNAL_FILE } from "./journal.ts";
 import { follow, postFile } from "./posting.ts";
-import { retain } from "./retention.ts";
 import type { Job, Report } from "./supervisor.ts";
 
 const stop = new AbortController();
@@ -36,6 +35,7 @@ async function work(job: Job, stop: AbortSignal, report: (report: Report) => voi
 /** Beside the posting, with a connection of its own. */
 async function letGo(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
   if (job.keepDays === null) return;
+  const { retain } = await import("./retention.ts");
   const database = openLedger(job);
   await retain(database, join(job.dataDir, JOURNAL_FILE), job.keepDays, stop, (line) =>
     report({ type: "say", line: `processor: ${line}` }),
