@@ -26,7 +26,8 @@ export function openThrottle(now: () => number = () => performance.now()): Throt
   return {
     async failed(address) {
       const nowMs = now();
-      const paid = Math.max(paidMs.get(address) ?? 0, nowMs - FREE * EVERY_MS) + EVERY_MS;
+      const free = nowMs - FREE * EVERY_MS;
+      const paid = Math.max(paidMs.get(address) ?? free, free) + EVERY_MS;
       // No more debt than is ever waited for, or a flood would be felt long after it.
       paidMs.delete(address); // to the end of the Map: the last to be forgotten
       paidMs.set(address, Math.min(paid, nowMs + LONGEST_MS));

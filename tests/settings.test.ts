@@ -24,6 +24,16 @@ const SETTINGS: Record<string, string[]> = {
   "processor.ts": ["DATA_DIR", "DATABASE_URL"],
   "client.ts": ["SERVER_URL", "AUTH_SECRET"],
 };
+/** Of the contract. */
+const DEFAULTS: Record<string, Record<string, string>> = {
+  "app.ts": {
+    PORT: "8000",
+    HOST: "127.0.0.1",
+    AUTH_SECRET: "secret",
+    DATA_DIR: "./data",
+    DATABASE_URL: "unset",
+  },
+};
 const EXIT_CODES: Record<string, number[]> = {
   "app.ts": [0, 2],
   "processor.ts": [0, 2],
@@ -38,6 +48,8 @@ for (const program of PROGRAMS) {
     expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
     expect(stdout).toContain(`bun run ${program}`);
     for (const name of SETTINGS[program] ?? []) expect(stdout).toMatch(new RegExp(`\\b${name}\\b`));
+    for (const [name, value] of Object.entries(DEFAULTS[program] ?? {}))
+      expect(stdout).toMatch(new RegExp(`${name}.*default:? ${value.replaceAll(".", "\\.")}\\b`));
     for (const exit of EXIT_CODES[program] ?? [])
       expect(stdout).toMatch(new RegExp(`^ *${exit}\\b.*[a-z]`, "m"));
   });
@@ -49,18 +61,6 @@ for (const program of PROGRAMS) {
     expectNoStack(stderr);
   });
 }
-
-test("the defaults are those of the contract", async () => {
-  const { stdout } = await run("app.ts", { args: ["--help"], env });
-  for (const [name, value] of Object.entries({
-    PORT: "8000",
-    HOST: "127.0.0.1",
-    AUTH_SECRET: "secret",
-    DATA_DIR: "./data",
-    DATABASE_URL: "unset",
-  }))
-    expect(stdout).toMatch(new RegExp(`${name}.*default:? ${value.replaceAll(".", "\\.")}\\b`));
-});
 
 test("app.ts takes no files, and client.ts not two", async () => {
   for (const [program, args] of [
@@ -164,40 +164,25 @@ for (const [program, wrong] of [
     expect(existsSync(dir.file("never"))).toBe(false);
   });
 
-test("HOST 0.0.0.0 with a secret of one's own starts", async () => {
-  using dir = tempDir();
-  const own = { HOST: "0.0.0.0", AUTH_SECRET: SECRET };
-  await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE, env: own });
-  expect(app.url).toMatch(/^http:\/\/0\.0\.0\.0:\d+$/);
-  const { port } = new URL(app.url);
-  expect((await fetch(`http://127.0.0.1:${port}/healthz`)).status).toBe(200);
-});
-
-test("a setting that is empty is as good as unset", async () => {
-  using dir = tempDir();
-  const empty = { HOST: "", AUTH_SECRET: "" };
-  await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE, env: empty });
-  expect(app.url).toStartWith("http://127.0.0.1:");
-  expect((await app.post({ userId: "u", name: "add_revenue", value: 1 })).status).toBe(201);
-});
-
-test("no secret is on stdout or stderr, nor in an answer, and each of several lets write", async () => {
+test("HOST 0.0.0.0 with secrets of one's own: each lets write, and none is on stdout, stderr or in an answer", async () => {
   using dir = tempDir();
   const secrets = [`${SECRET}-1`, `${SECRET}-2`];
-  const own = { AUTH_SECRET: secrets.join() };
+  const own = { HOST: "0.0.0.0", AUTH_SECRET: secrets.join() };
   await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE, env: own });
+  expect(app.url).toMatch(/^http:\/\/0\.0\.0\.0:\d+$/);
+  const url = `http://127.0.0.1:${new URL(app.url).port}`;
   const answers: string[] = [];
   const post = async (authorization: string) => {
     const headers = { authorization, "content-type": "application/json" };
     const body = `{"userId":"u","name":"add_revenue","value":1}`;
-    const response = await fetch(`${app.url}/liveEvent`, { method: "POST", headers, body });
+    const response = await fetch(`${url}/liveEvent`, { method: "POST", headers, body });
     answers.push(await response.text());
     return response.status;
   };
   for (const secret of secrets) expect(await post(secret)).toBe(201);
   for (const secret of [secrets.join(), SECRET, "secret"]) expect(await post(secret)).toBe(401);
   for (const path of ["/userEvents/u", "/readyz", "/openapi", "/openapi/json"])
-    answers.push(await (await fetch(app.url + path)).text());
+    answers.push(await (await fetch(url + path)).text());
   app.kill("SIGTERM");
   expect(await app.exit()).toBe(0);
   expect(app.stdout.text() + app.stderr.text() + answers.join()).not.toContain(SECRET);
@@ -213,14 +198,6 @@ test("a port in use ends the start with one line that names it", async () => {
   expectFailedStart(found, PORT);
 });
 
-test("a second server on the port of the first does not start", async () => {
-  using first = tempDir();
-  using second = tempDir();
-  await using app = await startApp({ dataDir: first.path, databaseUrl: NO_DATABASE });
-  const PORT = new URL(app.url).port;
-  expectFailedStart(await run("app.ts", { env: { ...env, DATA_DIR: second.path, PORT } }), PORT);
-});
-
 test("an address that is not of this machine ends the start with one line that names it", async () => {
   using dir = tempDir();
   const HOST = "192.0.2.1";
@@ -228,26 +205,30 @@ test("an address that is not of this machine ends the start with one line that n
   expectFailedStart(await run("app.ts", { env: own }), HOST);
 });
 
-test("a second server on the same DATA_DIR does not start, and harms nothing", async () => {
+test("a second server on the port or the DATA_DIR of the first does not start, and harms nothing; killed, both are free at once", async () => {
   using dir = tempDir();
-  await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE });
+  using other = tempDir();
+  // A setting that is empty is as good as unset.
+  const empty = { HOST: "", AUTH_SECRET: "" };
+  const options = { dataDir: dir.path, databaseUrl: NO_DATABASE, env: empty };
+  await using app = await startApp(options);
+  expect(app.url).toStartWith("http://127.0.0.1:");
   const journal = () => readFileSync(dir.file("eventsPost.jsonl"), "utf8");
   const post = () => app.post({ userId: "u", name: "add_revenue", value: 1 });
   expect((await post()).status).toBe(201);
   const before = journal();
-  expectFailedStart(await run("app.ts", { env: { ...env, DATA_DIR: dir.path } }), dir.path);
+  const PORT = new URL(app.url).port;
+  for (const [own, named] of [
+    [{ DATA_DIR: other.path, PORT }, PORT],
+    [{ DATA_DIR: dir.path }, dir.path],
+  ] as const)
+    expectFailedStart(await run("app.ts", { env: { ...env, ...own } }), named);
   expect(journal()).toBe(before);
   expect((await post()).status).toBe(201);
-});
-
-test("the DATA_DIR of a server that was killed can be used at once", async () => {
-  using dir = tempDir();
-  const start = () => startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE });
-  await using killed = await start();
-  killed.kill("SIGKILL");
-  await killed.exit();
-  await using app = await start();
-  expect((await fetch(`${app.url}/healthz`)).status).toBe(200);
+  app.kill("SIGKILL");
+  await app.exit();
+  await using next = await startApp({ ...options, env: { PORT } });
+  expect((await fetch(`${next.url}/healthz`)).status).toBe(200);
 });
 
 test("a DATA_DIR that is a file ends the start with one line that names it", async () => {

@@ -46,56 +46,60 @@ function openSmallDisk() {
   };
 }
 
-test("a full disk: 507, nothing of it acknowledged, reads go on, and with room so does writing", async () => {
-  await using database = await testDatabase();
-  using disk = openSmallDisk();
-  // The last rotation has not the room for the next file's header.
-  await using server = await startApp({
-    dataDir: disk.path,
-    databaseUrl: database.url,
-    env: { JOURNAL_SEGMENT_BYTES: "300000" },
-  });
-  disk.limit(server.pid, "200000:");
-  const wanted = { ann: 0 };
-  const send = async () => {
-    const note = "n".repeat(20_000);
-    const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1, note });
-    if (status === 201) wanted.ann++;
-    return status;
-  };
-  const statuses = new Set<number>();
-  await until(async () => {
-    statuses.add(await send());
-    return statuses.has(507);
-  }, 60_000);
-  expect([...statuses]).toEqual([201, 507]);
+// Both wait more than they do.
+test.concurrent(
+  "a full disk: 507, nothing of it acknowledged, reads go on, and with room so does writing",
+  async () => {
+    await using database = await testDatabase();
+    using disk = openSmallDisk();
+    // The last rotation has not the room for the next file's header.
+    await using server = await startApp({
+      dataDir: disk.path,
+      databaseUrl: database.url,
+      env: { JOURNAL_SEGMENT_BYTES: "300000" },
+    });
+    disk.limit(server.pid, "200000:");
+    const wanted = { ann: 0 };
+    const send = async () => {
+      const note = "n".repeat(20_000);
+      const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1, note });
+      if (status === 201) wanted.ann++;
+      return status;
+    };
+    const statuses = new Set<number>();
+    await until(async () => {
+      statuses.add(await send());
+      return statuses.has(507);
+    }, 60_000);
+    expect([...statuses]).toEqual([201, 507]);
 
-  await until(async () => (await server.balance("ann")) === `${wanted.ann}`, 30_000);
-  expect((await fetch(`${server.url}/healthz`)).status).toBe(200);
-  const ready = await fetch(`${server.url}/readyz`);
-  expect(ready.status).toBe(503);
-  expect(await send()).toBe(507);
+    await until(async () => (await server.balance("ann")) === `${wanted.ann}`, 30_000);
+    expect((await fetch(`${server.url}/healthz`)).status).toBe(200);
+    const ready = await fetch(`${server.url}/readyz`);
+    expect(ready.status).toBe(503);
+    expect(await send()).toBe(507);
 
-  disk.makeRoom(server.pid);
-  await until(async () => (await send()) === 201, 30_000);
-  await until(async () => (await fetch(`${server.url}/readyz`)).status === 200, 30_000);
-  await until(async () => (await server.balance("ann")) === `${wanted.ann}`, 30_000);
-  server.kill("SIGTERM");
-  expect(await server.exit()).toBe(0);
+    disk.makeRoom(server.pid);
+    await until(async () => (await send()) === 201, 30_000);
+    await until(async () => (await fetch(`${server.url}/readyz`)).status === 200, 30_000);
+    await until(async () => (await server.balance("ann")) === `${wanted.ann}`, 30_000);
+    server.kill("SIGTERM");
+    expect(await server.exit()).toBe(0);
 
-  // And all of it is on the disk for the next one.
-  await using again = await startApp({ dataDir: disk.path, databaseUrl: database.url });
-  await again.post({ userId: "ann", name: "add_revenue", value: 1 });
-  await until(async () => (await again.balance("ann")) === `${wanted.ann + 1}`, 30_000);
-  expect(await balances(database.url)).toEqual({ ann: `${wanted.ann + 1}` });
-  await using check = spawn("processor.ts", { args: ["--check"], env: { DATA_DIR: disk.path } });
-  expect(await check.exit(), `${disk.kind}: ${check.stdout.text()}`).toBe(0);
-});
+    // And all of it is on the disk for the next one.
+    await using again = await startApp({ dataDir: disk.path, databaseUrl: database.url });
+    await again.post({ userId: "ann", name: "add_revenue", value: 1 });
+    await until(async () => (await again.balance("ann")) === `${wanted.ann + 1}`, 30_000);
+    expect(await balances(database.url)).toEqual({ ann: `${wanted.ann + 1}` });
+    await using check = spawn("processor.ts", { args: ["--check"], env: { DATA_DIR: disk.path } });
+    expect(await check.exit(), `${disk.kind}: ${check.stdout.text()}`).toBe(0);
+  },
+);
 
 const mounted = mount(1);
 mounted?.[Symbol.dispose]();
 
-test.if(mounted !== null)(
+test.concurrent.if(mounted !== null)(
   "a disk that fills up under the private Postgres: all that was taken is posted, and reads go on",
   async () => {
     using disk = mount(400);
