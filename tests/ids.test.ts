@@ -320,15 +320,18 @@ test("ids older than ID_DAYS are let go in small steps, while events are posted"
 
 // Reading one's own writes
 
-test("200 times: what was written is in the balance that is read after its position", async () => {
-  const user = newName();
-  for (let sum = 1; sum <= 200; sum++) {
-    const position = await take(event(user, 1));
-    expect(await balanceAfter(user, position)).toBe(`${sum}`);
-  }
-});
+test.concurrent(
+  "200 times: what was written is in the balance that is read after its position",
+  async () => {
+    const user = newName();
+    for (let sum = 1; sum <= 200; sum++) {
+      const position = await take(event(user, 1));
+      expect(await balanceAfter(user, position)).toBe(`${sum}`);
+    }
+  },
+);
 
-test("50 times the same, with the processor as a process of its own", async () => {
+test.concurrent("50 times the same, with the processor as a process of its own", async () => {
   using folder = tempDir();
   const options = { dataDir: folder.path, databaseUrl: database.url, args: ["--no-processor"] };
   await using app = await startApp(options);
@@ -342,6 +345,21 @@ test("50 times the same, with the processor as a process of its own", async () =
   }
 });
 
+test.concurrent(
+  "a position that is never posted is answered 504 with Retry-After after 5 s",
+  async () => {
+    using folder = tempDir();
+    const options = { dataDir: folder.path, databaseUrl: database.url, args: ["--no-processor"] };
+    await using app = await startApp(options);
+    const position = await takeLines(event(newName(), 1), app);
+    const beganMs = performance.now();
+    const response = await read(newName(), position, app);
+    expect(performance.now() - beganMs).toBeWithin(4_900, 7_000);
+    expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
+    await problem(response, 504);
+  },
+);
+
 test("many who write and read at once never read an old balance", async () => {
   const users = Array.from({ length: 40 }, newName);
   const write = async (user: string) => {
@@ -351,23 +369,19 @@ test("many who write and read at once never read an old balance", async () => {
   await Promise.all(users.map(write));
 });
 
-test("a position of another server's journal is waited for as well", async () => {
-  using folder = tempDir();
-  await using other = await startApp({ dataDir: folder.path, databaseUrl: database.url });
-  const user = newName();
-  for (let sum = 1; sum <= 10; sum++) {
-    const position = await takeLines(event(user, 1), other);
-    expect(await balanceAfter(user, position)).toBe(`${sum}`);
-  }
-});
-
-test("a server that has taken nothing yet names no position that is never posted, and lags by nothing", async () => {
+test("a server that has taken nothing yet names no position that is never posted, and lags by nothing; its later ones are waited for elsewhere", async () => {
   using folder = tempDir();
   await using other = await startApp({ dataDir: folder.path, databaseUrl: database.url });
   const { position } = (await (await other.postLines("no event\n")).json()) as { position: string };
   expect((await read(newName(), position, other)).status).toBe(404);
   const ready = (await (await fetch(`${other.url}/readyz`)).json()) as object;
   expect(ready).toEqual({ status: "ready", lagBytes: 0, lagSeconds: 0 });
+
+  const user = newName();
+  for (let sum = 1; sum <= 10; sum++) {
+    const position = await takeLines(event(user, 1), other);
+    expect(await balanceAfter(user, position)).toBe(`${sum}`);
+  }
 });
 
 test("a user without events is answered 404 after the position, too", async () => {
@@ -384,18 +398,6 @@ for (const after of ["", "x", "5", UUID, `${UUID}:`, `${UUID}:-1`, `${UUID}:1.5`
 test(`a position of 16 digits, or with more behind it, is answered 422`, async () => {
   for (const after of [`${UUID}:${"9".repeat(16)}`, `${UUID}:1:2`, `${UUID}:1 `, ` ${UUID}:1`])
     await problem(await read(newName(), after), 422);
-});
-
-test("a position that is never posted is answered 504 with Retry-After after 5 s", async () => {
-  using folder = tempDir();
-  const options = { dataDir: folder.path, databaseUrl: database.url, args: ["--no-processor"] };
-  await using app = await startApp(options);
-  const position = await takeLines(event(newName(), 1), app);
-  const beganMs = performance.now();
-  const response = await read(newName(), position, app);
-  expect(performance.now() - beganMs).toBeWithin(4_900, 7_000);
-  expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
-  await problem(response, 504);
 });
 
 test("with the database away waiting is answered 503 with Retry-After", async () => {
