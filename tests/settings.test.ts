@@ -85,6 +85,8 @@ const WRONG: [name: SettingName, found: string][] = [
   ["HOST", "not a host"],
   ["HOST", "http://127.0.0.1"],
   ["DATA_DIR", "da\0ta"],
+  ["EVENT_TYPES", "add_revenue"],
+  ["EVENT_TYPES", "a:+,a:-"],
   ["SERVER_URL", "nonsense"],
   ["SERVER_URL", "ftp://127.0.0.1"],
   ["AUTH_SECRET", `${SECRET} with spaces`],
