@@ -3,6 +3,9 @@ import { expect, test } from "bun:test";
 import fc from "fast-check";
 
 import { decodeEvent, MAX_EVENT_BYTES, Refusal } from "../lib/event.ts";
+import { IS_LONG } from "./support.ts";
+
+const RUNS = IS_LONG ? 20_000 : 5_000;
 
 const decode = (line: string | Uint8Array) => decodeEvent(Buffer.from(line as string));
 const refusal = (line: string | Uint8Array) => {
@@ -126,7 +129,7 @@ test("the quick way to read an event and JSON.parse agree on every line", () => 
       const slow = decode(line.replace("{", "{\n\n"));
       expect(decode(line)).toEqual(slow);
     }),
-    { numRuns: 20_000 },
+    { numRuns: RUNS },
   );
 });
 
@@ -135,7 +138,7 @@ test("an event is taken when an independent reading of the rules takes it", () =
     fc.property(nearly, (line) => {
       expect(!(decode(line) instanceof Refusal)).toBe(isEventByTheContract(line));
     }),
-    { numRuns: 20_000 },
+    { numRuns: RUNS },
   );
 });
 
