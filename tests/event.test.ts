@@ -81,6 +81,17 @@ test("the value that counts is the event's own, and of a repeated key the last",
   expect(decode(twice)).toMatchObject({ amount: 2_000_000_000n });
 });
 
+test("the digits count that are written, not those that a double has room for", () => {
+  for (const value of [
+    "1.0000000000000000001",
+    "100000000000000000.5e-5",
+    "0.10000000000000000001",
+  ])
+    expect(refusal(`{"userId":"u","name":"add_revenue","value":${value}}`)?.reason).toStartWith(
+      "value must",
+    );
+});
+
 test("bytes that are not UTF-8 are refused, and a byte order mark belongs to the file", () => {
   expect(refusal(Buffer.from([0x7b, 0xff, 0x7d]))).toEqual({
     kind: "json",
