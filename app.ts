@@ -8,7 +8,7 @@ import { join } from "node:path";
 
 import { createApi } from "./lib/api.ts";
 import { type Access, SCOPES } from "./lib/auth.ts";
-import { clusterUrl, openCluster } from "./lib/cluster.ts";
+import { ledgerUrl, openCluster } from "./lib/cluster.ts";
 import {
   isLoopback,
   maskSettings,
@@ -112,8 +112,7 @@ async function main(): Promise<number> {
     : await Promise.race([openCluster(join(dataDir, "postgres"), say), aborted(stop.signal)]);
   try {
     if (stop.signal.aborted) return 0;
-    const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
-    const database = openDatabase(url, "server", 4);
+    const database = openDatabase(ledgerUrl(dataDir, databaseUrl), "server", 4);
     const { asked, compared } = compareWithLedger(path, database, stop.signal);
     compared.catch(() => stop.abort());
     // Before anything is taken on top of it, if the database can be asked at all.

@@ -128,7 +128,7 @@ async function main(): Promise<number> {
 /** What the options ask for instead of posting, or what is wrong with them. */
 function toolOf(options: Record<string, string | boolean | undefined>): Choice {
   const { verify, rebuild, check, repair, yes, quarantine } = options;
-  const chosen = [verify, rebuild, check, quarantine].filter(Boolean).length;
+  const chosen = [verify, rebuild, check, quarantine !== undefined].filter(Boolean).length;
   if (chosen > 1)
     return { wrong: "found several of --verify, --rebuild, --check, --quarantine; wanted one" };
   if (repair && !check) return { wrong: "--repair: found alone, wanted with --check" };
@@ -137,7 +137,8 @@ function toolOf(options: Record<string, string | boolean | undefined>): Choice {
   if (rebuild) return { tool: "rebuild" };
   if (check) return { tool: repair ? "repair" : "check" };
   if (quarantine === "list" || quarantine === "retry") return { tool: quarantine };
-  if (quarantine) return { wrong: `--quarantine: found "${quarantine}", wanted nothing or retry` };
+  if (quarantine !== undefined)
+    return { wrong: `--quarantine: found "${quarantine}", wanted nothing or retry` };
   return { tool: null };
 }
 

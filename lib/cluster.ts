@@ -48,10 +48,15 @@ export class ClusterError extends Error {
 }
 
 /**
- * Where the Postgres in `dir` is, for a Worker of a process that has it open: read anew each time,
- * since a restart may change the port. Throws when there never was one.
+ * Where the ledger is: at `databaseUrl`, or in the private Postgres of `dataDir`, which some thread of
+ * this process has open. To be asked anew each time, since a restart of that may change the port.
  */
-export function clusterUrl(dir: string): string {
+export function ledgerUrl(dataDir: string, databaseUrl: string | null): () => string {
+  return () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
+}
+
+/** Throws when there never was one in `dir`. */
+function clusterUrl(dir: string): string {
   const read = (name: string) => readFileSync(join(dir, name), "utf8").trim();
   return `postgres://daybook:${read("password")}@127.0.0.1:${read("port")}/postgres`;
 }

@@ -1,6 +1,5 @@
-/** What an event looks like, as far as a schema can say it: for the door, and for the API's description. */
+/** What an event looks like, as far as a schema can say it: for the types and the description of the API. */
 import { type Static, Type } from "@sinclair/typebox";
-import { TypeCompiler } from "@sinclair/typebox/compiler";
 
 import { MAX_ID_BYTES, MAX_USER_ID_BYTES } from "./event.ts";
 
@@ -28,5 +27,3 @@ export const EventShape = Type.Object(
   },
 );
 export type Event = Static<typeof EventShape>;
-
-export const shape = TypeCompiler.Compile(EventShape);

@@ -6,7 +6,7 @@ import { join } from "node:path";
 
 import { rebuild, verify } from "./audit.ts";
 import { check, repair } from "./check.ts";
-import { clusterUrl } from "./cluster.ts";
+import { ledgerUrl } from "./cluster.ts";
 import { type Database, openDatabase, Refused } from "./database.ts";
 import { setEventTypes } from "./event.ts";
 import { JOURNAL_FILE } from "./journal.ts";
@@ -55,8 +55,7 @@ export async function useTool(
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl, EVENT_TYPES: eventTypes } = settings;
   setEventTypes(eventTypes);
   const journal = join(dataDir, JOURNAL_FILE);
-  const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
-  const database = openDatabase(url, "processor", 1);
+  const database = openDatabase(ledgerUrl(dataDir, databaseUrl ?? null), "processor", 1);
   try {
     const journals = files.length > 0 ? files : [journal];
     return await TOOLS[name]({ database, journals, paths: [journal, ...files], yes });

@@ -5,7 +5,7 @@
  */
 import { join } from "node:path";
 
-import { clusterUrl } from "./cluster.ts";
+import { ledgerUrl } from "./cluster.ts";
 import { openDatabase } from "./database.ts";
 import { setEventTypes } from "./event.ts";
 import { JOURNAL_FILE } from "./journal.ts";
@@ -44,6 +44,5 @@ async function letGo(job: Job, stop: AbortSignal, report: (report: Report) => vo
 }
 
 function openLedger({ dataDir, databaseUrl }: Job) {
-  const url = () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
-  return openDatabase(url, "processor", 1);
+  return openDatabase(ledgerUrl(dataDir, databaseUrl), "processor", 1);
 }

@@ -246,7 +246,7 @@ async function placeMade() {
     return copy(kept, dir);
   }
   await (await begin()).leave();
-  await until("it has stopped", () => postmasters().length === 0);
+  await until("it has stopped", () => processes().length === 0);
   copy(dir, kept);
 }
 

@@ -9,11 +9,8 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   amount: { ours: [], packages: [] },
   scan: { ours: ["amount"] },
   sums: { ours: ["amount", "scan"] },
-  event: { ours: ["amount", "event-shape", "scan"], packages: [] },
-  "event-shape": {
-    ours: ["event"],
-    packages: ["@sinclair/typebox", "@sinclair/typebox/compiler"],
-  },
+  event: { ours: ["amount", "scan"] },
+  "event-shape": { ours: ["event"], packages: ["@sinclair/typebox"] },
   "event-schema": { ours: ["config", "event"], packages: ["ajv/dist/2020.js"] },
   lines: { ours: ["event", "scan"] },
   lock: { ours: [], packages: ["bun:sqlite"] },
@@ -103,7 +100,7 @@ const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
   wake: { ours: [] },
   config: { ours: [] },
   install: { ours: [] },
-  supervisor: { ours: [] },
+  supervisor: { ours: ["worker"] },
   progress: { ours: [], packages: ["cli-progress"] },
   problem: { ours: [], packages: ["elysia"] },
   token: { ours: [], packages: ["jose"] },
@@ -131,7 +128,7 @@ const FACES = ["app", "client", "processor"];
 function importsOf(path: string): string[] {
   const text = readFileSync(path, "utf8");
   return [
-    ...text.matchAll(/^(?:import|export)\s[^;]*?from "([^"]+)"|(?:import|require)\("([^"]+)"\)/gm),
+    ...text.matchAll(/^(?:import|export)\s[^;]*?from "([^"]+)"|(?:import|new URL)\("([^"]+)"/gm),
   ].map((match) => (match[1] ?? match[2]) as string);
 }
 

@@ -62,6 +62,14 @@ for (const program of PROGRAMS) {
   });
 }
 
+test("--quarantine= with nothing behind it does not follow the journal instead", async () => {
+  const { code, stderr } = await run("processor.ts", { args: ["--quarantine="], env });
+  expect({ code, stderr }).toEqual({
+    code: 2,
+    stderr: '--quarantine: found "", wanted nothing or retry\n',
+  });
+});
+
 test("app.ts takes no files, and client.ts not two", async () => {
   for (const [program, args] of [
     ["app.ts", ["events.jsonl"]],
@@ -184,7 +192,9 @@ test("HOST 0.0.0.0 with secrets of one's own: each lets write, and none is on st
   for (const secret of secrets) expect(await post(secret)).toBe(201);
   for (const secret of [secrets.join(), SECRET, "secret"]) expect(await post(secret)).toBe(401);
   for (const path of ["/userEvents/u", "/readyz", "/openapi", "/openapi/json"])
-    answers.push(await (await fetch(url + path)).text());
+    answers.push(
+      await (await fetch(url + path, { headers: { authorization: secrets[0]! } })).text(),
+    );
   app.kill("SIGTERM");
   expect(await app.exit()).toBe(0);
   expect(app.stdout.text() + app.stderr.text() + answers.join()).not.toContain(SECRET);
@@ -207,7 +217,7 @@ test("an address that is not of this machine ends the start with one line that n
   expectFailedStart(await run("app.ts", { env: own }), HOST);
 });
 
-test("a second server on the port or the DATA_DIR of the first does not start, and harms nothing; killed, both are free at once", async () => {
+test("a second server on the port or the DATA_DIR of the first does not start, and harms nothing; killed, the next takes its place", async () => {
   using dir = tempDir();
   using other = tempDir();
   // A setting that is empty is as good as unset.

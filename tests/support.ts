@@ -49,13 +49,17 @@ function removeAfter(pid: number, dir: string): void {
 }
 
 afterAll(async () => {
-  await Promise.all(readers.values().map((sql) => sql.end({ timeout: 1 })));
-  readers.clear();
-  for (const name of idle.splice(0)) await admin?.unsafe(`drop database ${name} with (force)`);
-  await admin?.end({ timeout: 1 });
-  admin = null;
-  await (await cluster?.catch(() => null))?.close();
-  cluster = null;
+  try {
+    await Promise.all(readers.values().map((sql) => sql.end({ timeout: 1 })));
+    for (const name of made) await admin?.unsafe(`drop database if exists ${name} with (force)`);
+    await admin?.end({ timeout: 1 });
+  } finally {
+    await (await cluster?.catch(() => null))?.close();
+    readers.clear();
+    made.clear();
+    idle.length = 0;
+    admin = cluster = null;
+  }
 });
 
 async function adminUrl(): Promise<string> {
@@ -63,7 +67,9 @@ async function adminUrl(): Promise<string> {
   return (await (cluster ??= openTestCluster())).url();
 }
 
-/** Databases of this file that no test has at the moment, empty: to make one takes ten times as long. */
+/** The databases of this file. */
+const made = new Set<string>();
+/** Those of them that no test has at the moment, empty: to make one takes seven times as long. */
 const idle: string[] = [];
 
 /** An empty database of its own. */
@@ -73,6 +79,7 @@ export async function testDatabase() {
   let name = idle.pop();
   if (!name) {
     name = `daybook_test_${crypto.randomUUID().replaceAll("-", "")}`;
+    made.add(name);
     await admin.unsafe(`create database ${name}`);
   }
   url.pathname = `/${name}`;
@@ -81,6 +88,7 @@ export async function testDatabase() {
     await sql`
       select pg_terminate_backend(pid, 5000) from pg_stat_activity
       where datname = ${name} and pid <> pg_backend_pid()`;
+    await sql`select pg_stat_reset()`; // deadlocks are counted
     await sql.unsafe("drop schema public cascade; create schema public");
     idle.push(name);
   };

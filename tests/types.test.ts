@@ -197,7 +197,7 @@ test("of an event with many faults by EVENT_SCHEMA some are told, and serving go
   expect(answer.length).toBeLessThan(50_000);
 });
 
-test("a schema that cannot be used ends the start with one line", async () => {
+test("a schema or a certificate that cannot be used ends the start with one line", async () => {
   using dir = tempDir();
   await Bun.write(dir.file("bad.json"), '{"type":"nothing"}');
   await Bun.write(dir.file("async.json"), '{"$async":true,"required":["id"]}'); // would refuse nothing

@@ -7,6 +7,7 @@ import {
   cpSync,
   existsSync,
   mkdtempSync,
+  readdirSync,
   readFileSync,
   rmSync,
   symlinkSync,
@@ -50,6 +51,13 @@ export function alteredCopy(alterations: Alteration[]) {
     remove();
     throw error;
   }
+}
+
+/** Removes a folder for temporary files, and what a test that died has left mounted there. */
+export function removeTemporary(path: string): void {
+  for (const name of existsSync(path) ? readdirSync(path) : [])
+    Bun.spawnSync(["umount", "-l", join(path, name, "small")], { stderr: "ignore" });
+  removeFolder(path);
 }
 
 /**

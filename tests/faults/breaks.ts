@@ -4,7 +4,7 @@
  */
 import { mkdirSync } from "node:fs";
 
-import { type Alteration, alteredCopy } from "./altered.ts";
+import { type Alteration, alteredCopy, removeTemporary } from "./altered.ts";
 
 const LANES = 2;
 
@@ -144,7 +144,7 @@ export const BREAKS: readonly Break[] = [
     what: "the digits as written",
     file: "lib/event.ts",
     find: 'const written = values.find(({ holder }) => holder === event)?.written ?? "";',
-    put: "const written = `${event.value}`;",
+    put: "const written = `${value}`;",
     tests: ["tests/event.test.ts"],
   },
   inFile("lib/auth.ts")(
@@ -472,9 +472,15 @@ export const BREAKS: readonly Break[] = [
   ),
   inFile("lib/event.ts")(
     "the user that Postgres cannot keep",
-    'if (!isUserId(userId)) return refuse("event", WANTED["/userId"], "/userId");',
-    "",
+    'typeof userId !== "string" || !isUserId(userId)',
+    'typeof userId !== "string"',
     "tests/event.test.ts",
+  ),
+  inFile("lib/progress.ts")(
+    "the padding of the time that is left",
+    '{ autopaddingChar: "" }',
+    "{ autopadding: false }",
+    "tests/progress.test.ts",
   ),
   inFile("lib/throttle.ts")(
     "the free failures of a server that has just begun",
@@ -536,6 +542,7 @@ async function tryTests(alterations: Alteration[], args: string[]) {
   const passed = (await child.exited) === 0;
   killGroup(child.pid); // a test that is given up leaves its processes
   groups.delete(child.pid);
+  removeTemporary(temporary);
   const [, test] = /^\(fail\) (.*?)(?: \[[\d.]+ms\])?$/m.exec(stderr) ?? [];
   return { passed, test, stderr };
 }

@@ -5,12 +5,12 @@
  *
  * `bun run faults --breaks [NAME]` tests the suite itself: see breaks.ts.
  */
-import { mkdtempSync, readdirSync } from "node:fs";
+import { mkdtempSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 
-import { removeFolder, root } from "./altered.ts";
+import { removeTemporary, root } from "./altered.ts";
 import { groups, killGroup, tryBreaks } from "./breaks.ts";
 
 const LANES = 2;
@@ -41,11 +41,7 @@ const { values, positionals } = readArgs();
 // What a test that dies leaves goes with this folder: files, and what is mounted there.
 const temporary = mkdtempSync(join(tmpdir(), "daybook-test-"));
 process.env["TMPDIR"] = temporary;
-process.on("exit", () => {
-  for (const name of readdirSync(temporary))
-    Bun.spawnSync(["umount", "-l", join(temporary, name, "small")], { stderr: "ignore" });
-  removeFolder(temporary);
-});
+process.on("exit", () => removeTemporary(temporary));
 for (const signal of ["SIGINT", "SIGTERM"] as const)
   process.on(signal, () => {
     for (const pid of groups) killGroup(pid);
