@@ -40,7 +40,7 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
     update(bytes, events = 0) {
       if (performance.now() - saidMs < PLAIN_LINE_EVERY_MS) return;
       saidMs = performance.now();
-      const percent = Math.floor((100 * bytes) / Math.max(1, totalBytes));
+      const percent = Math.floor((100 * bytes) / Math.max(1, totalBytes, bytes)); // it may have grown
       process.stderr.write(`${what}: ${percent}%, ${events} events, ${rate(events)} events/s\n`);
     },
     stop() {},
