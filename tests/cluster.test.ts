@@ -138,7 +138,7 @@ test("users that begin at the same moment share one", async () => {
 test("users that come and go share one or start the next, and always get an answer", async () => {
   await placeMade();
   const comeAndGo = async () => {
-    for (let i = 0; i < 4; i++) {
+    for (let i = 0; i < 3; i++) {
       const user = await begin();
       await answers(user, 5_000);
       await user.leave();
@@ -327,7 +327,7 @@ async function until(what: string, isSo: () => boolean | Promise<boolean>, withi
   const deadline = Date.now() + withinMs;
   while (!(await isSo())) {
     if (Date.now() > deadline) throw new Error(`not within ${withinMs} ms: ${what}`);
-    await Bun.sleep(10);
+    await Bun.sleep(25); // each look goes through all processes of the machine
   }
 }
 

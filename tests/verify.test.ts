@@ -187,6 +187,7 @@ test("0.01 in one of 100,000 balances is found, and mended while others read", a
       const [row] =
         await ledger.sql`select trim_scale(sum(revenue))::text as sum from users_revenue`;
       sums.add(row?.["sum"]);
+      await Bun.sleep(10);
     }
   })();
   expect((await ledger.tool("--rebuild", path)).code).toBe(0);
