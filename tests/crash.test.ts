@@ -27,7 +27,7 @@ import {
 const KILLS = IS_LONG ? 5 : 2;
 /** More batches than one processor gets through before it is killed. */
 const PARTS = IS_LONG ? 16 : 6;
-const CUTS = IS_LONG ? 40 : 15;
+const CUTS = IS_LONG ? 40 : 8;
 setDefaultTimeout(30_000);
 
 test(

@@ -25,8 +25,8 @@ import {
 
 setDefaultTimeout(300_000);
 
-const LINES = IS_LONG ? 40_000 : 16_000;
-const KILLS = IS_LONG ? 10 : 4;
+const LINES = IS_LONG ? 40_000 : 12_000;
+const KILLS = IS_LONG ? 10 : 3;
 /** A client that meets bad luck five times in a row waits for 10 s, and then for 5 s each time. */
 const GOES_ON_MS = 120_000;
 /** Beyond the point at which a client is to die, so much more gets through at most. */

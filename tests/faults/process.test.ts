@@ -105,7 +105,10 @@ test(
     })();
     const sender = openSender(random);
     try {
-      await until(async () => (await sender.send(server), stops >= 10 * ROUNDS), 60_000 * ROUNDS);
+      await until(
+        async () => (await sender.send(server), stops >= (IS_LONG ? 10 * ROUNDS : 5)),
+        60_000 * ROUNDS,
+      );
       await until(() => sender.isPosted(database.url), 60_000).catch(() => {});
     } finally {
       done = true;
