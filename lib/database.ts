@@ -96,8 +96,8 @@ function connect(url: string, name: string, max: number): Sql {
     idle_timeout: max > 1 ? 60 : 0,
     max_lifetime: null,
     backoff: () => 0.1,
-    // A question that each new connection would ask, a quarter of what it costs Postgres: we have no
-    // arrays but as text.
+    // A question that each new connection would ask, and a quarter of what one costs: we have no arrays
+    // but as text.
     fetch_types: false,
     onnotice: () => {},
     connection: {

@@ -206,16 +206,22 @@ test("what was damaged after it had been posted stops the start; mended, everyth
   expect(await balances(database.url)).toEqual({ u: "46" });
 });
 
+/** A journal that ends before what the ledger at `databaseUrl` has posted of it. */
+async function putBackOlder(folder: string, databaseUrl: string) {
+  const env = { DATA_DIR: folder, DATABASE_URL: databaseUrl };
+  const { path } = await makeJournal(folder, 5, 10_000);
+  const older = readFileSync(path);
+  await makeJournal(folder, 5, 10_000);
+  expect((await run("processor.ts", { args: [path], env })).code).toBe(0);
+  writeFileSync(path, older);
+  return { path, env };
+}
+
 test("a server that has begun on an older copy while the database was away ends once that is back", async () => {
   await using database = await testDatabase();
   await using way = await openProxy(database.url);
   using dir = tempDir();
-  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
-  const { path } = await makeJournal(dir.path, 5, 10_000);
-  const older = readFileSync(path);
-  await makeJournal(dir.path, 5, 10_000);
-  expect((await run("processor.ts", { args: [path], env })).code).toBe(0);
-  writeFileSync(path, older);
+  await putBackOlder(dir.path, database.url);
   way.cut();
   const args = ["--no-processor"];
   await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url, args });
@@ -230,12 +236,7 @@ test("a server that has begun on an older copy while the database was away ends 
 test("an older copy that was put back and has grown since is named, and nothing of it is posted", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
-  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
-  const { path } = await makeJournal(dir.path, 5, 10_000);
-  const older = readFileSync(path);
-  await makeJournal(dir.path, 5, 10_000);
-  expect((await run("processor.ts", { args: [path], env })).code).toBe(0);
-  writeFileSync(path, older);
+  const { path, env } = await putBackOlder(dir.path, database.url);
   await makeJournal(dir.path, 20, 10_000);
   const refused = await run("processor.ts", { args: [path], env });
   expect(refused.stderr).toContain("the ledger has posted another frame here");

@@ -1,8 +1,10 @@
 import { expect, test } from "bun:test";
 
+import { Value } from "@sinclair/typebox/value";
 import fc from "fast-check";
 
 import { decodeEvent, MAX_EVENT_BYTES, Refusal } from "../lib/event.ts";
+import { EventShape } from "../lib/event-shape.ts";
 import { IS_LONG } from "./support.ts";
 
 const RUNS = IS_LONG ? 20_000 : 5_000;
@@ -74,6 +76,12 @@ test.each([
   expect(refusal(JSON.stringify({ ...good, ...change }))?.reason).toStartWith(`${field} must`);
 });
 
+test("all that is wrong with an event is told at once", () => {
+  const event = { userId: "é".repeat(129), name: "refund", value: "1", id: "" };
+  const told = refusal(JSON.stringify(event))?.reason.split("; ");
+  expect(told?.map((fault) => fault.split(" ")[0])).toEqual(["userId", "name", "value", "id"]);
+});
+
 test("the value that counts is the event's own, and of a repeated key the last", () => {
   const nested = '{"value":1,"userId":"u","name":"add_revenue","more":{"value":12345678901234567}}';
   expect(decode(nested)).toMatchObject({ amount: 1_000_000_000n });
@@ -139,6 +147,16 @@ test("the quick way to read an event and JSON.parse agree on every line", () => 
       // Two line breaks after the brace: still the same JSON, but nothing for the quick way.
       const slow = decode(line.replace("{", "{\n\n"));
       expect(decode(line)).toEqual(slow);
+    }),
+    { numRuns: RUNS },
+  );
+});
+
+test("what is taken has the shape that the API's description tells", () => {
+  fc.assert(
+    fc.property(nearly, (line) => {
+      if (!(decode(line) instanceof Refusal))
+        expect(Value.Check(EventShape, JSON.parse(line))).toBe(true);
     }),
     { numRuns: RUNS },
   );
