@@ -1,6 +1,8 @@
 /** Damage in a journal: found wherever it is, taken out without moving a single position. */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { readdirSync, readFileSync, statSync, truncateSync, writeFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, statSync } from "node:fs";
+import { truncateSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 
 import { disk } from "../lib/journal-disk.ts";
 import { checkJournal } from "../lib/journal-check.ts";
@@ -61,6 +63,7 @@ test("a whole journal is said to be whole, with its frames", async () => {
   expect(stdout).toContain(
     `50 whole frames in ${filesOf(dir.path).length} files; nothing is damaged`,
   );
+  expect(existsSync(join(dir.path, "postgres"))).toBe(false); // it asks no ledger
 });
 
 test("a torn tail is no damage", async () => {

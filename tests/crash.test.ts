@@ -201,7 +201,7 @@ test.if(IS_LONG)(
   }),
 );
 
-test("SIGTERM stops the private Postgres too; kill -9 leaves it to be found again, or to go", async () => {
+test("SIGTERM stops the private Postgres too; kill -9 leaves it to be found again, or to go; files and tools start it", async () => {
   using folder = tempDir();
   const dataDir = folder.file("data");
   const port = () => Number(readFileSync(`${dataDir}/postgres/port`, "utf8"));
@@ -215,6 +215,20 @@ test("SIGTERM stops the private Postgres too; kill -9 leaves it to be found agai
   app.kill("SIGTERM");
   expect(await app.exit()).toBe(0);
   expect(await answers(port())).toBe(false);
+
+  const file = folder.file("a.jsonl");
+  writeFileSync(file, event("ben", 2));
+  for (const [args, said] of [
+    [[file], "posted 1 events"],
+    [["--verify", file], "2 balances are what was sent"],
+  ] as const) {
+    const { code, stdout } = await run("processor.ts", {
+      args: [...args],
+      env: { DATA_DIR: dataDir },
+    });
+    expect({ code, stdout }).toEqual({ code: 0, stdout: expect.stringContaining(said) });
+    expect(await answers(port())).toBe(false);
+  }
 });
 
 const NONE = { lost: [], wrong: [], unlikeJournal: [] };
