@@ -27,7 +27,7 @@ import {
 const KILLS = IS_LONG ? 5 : 2;
 /** More batches than one processor gets through before it is killed. */
 const PARTS = IS_LONG ? 16 : 6;
-const CUTS = IS_LONG ? 40 : 8;
+const CUTS = 40;
 setDefaultTimeout(30_000);
 
 test(
@@ -95,7 +95,8 @@ test.if(IS_LONG)(
   }),
 );
 
-test(
+// In the normal run tests/faults/postgres.test.ts ends backends at random, and cuts at each packet.
+test.if(IS_LONG)(
   `${CUTS} times its connections are cut by Postgres: exact, and posting again within 5 s`,
   seeded(async (random) => {
     await using ledger = await openLedger();

@@ -25,14 +25,13 @@ import {
 
 setDefaultTimeout(300_000);
 
-const LINES = IS_LONG ? 40_000 : 12_000;
-const KILLS = IS_LONG ? 10 : 3;
+const LINES = 40_000;
+const KILLS = 10;
 /** A client that meets bad luck five times in a row waits for 10 s, and then for 5 s each time. */
 const GOES_ON_MS = 120_000;
 /** Beyond the point at which a client is to die, so much more gets through at most. */
 const SLACK_BYTES = 1024 * 1024;
 
-// What this one asks, the next asks as well, of a network that fails.
 test.if(IS_LONG)(
   "the client is killed again and again and the server now and then: every event counts once",
   seeded(async (random) => {
@@ -47,7 +46,9 @@ test.if(IS_LONG)(
   }),
 );
 
-test(
+// In the normal run a client dies, and answers are lost, at each point by name (tests/faults/process.test.ts,
+// tests/client.test.ts).
+test.if(IS_LONG)(
   "the same with a network that drops, delays and cuts requests and answers",
   seeded(async (random) => {
     await using ledger = await openLedger();

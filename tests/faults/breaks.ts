@@ -438,7 +438,6 @@ export const BREAKS: readonly Break[] = [
     "message === undefined || at <= last",
     "message === undefined",
     "tests/client.test.ts",
-    "tests/resume.test.ts",
   ),
   inFile("lib/scan.ts")(
     "the scanner's look at UTF-8",
