@@ -6,32 +6,32 @@ import "./lib/install.ts";
 
 import { join } from "node:path";
 
-import { createApi } from "./lib/api.ts";
-import { type Access, SCOPES } from "./lib/auth.ts";
-import { ledgerUrl, openCluster } from "./lib/cluster.ts";
+import { createApi } from "./lib/server/api.ts";
+import { type Access, SCOPES } from "./lib/server/auth.ts";
+import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
 import {
   isLoopback,
   maskSettings,
   parseDuration,
   readCommand,
-  WrongSetting,
+  InvalidSetting,
 } from "./lib/config.ts";
-import { openDatabase } from "./lib/database.ts";
-import { setEventTypes } from "./lib/event.ts";
-import { disk, leavingRoom } from "./lib/journal-disk.ts";
-import { compareWithLedger } from "./lib/journal-source.ts";
-import { type Commit, JOURNAL_FILE, openJournal } from "./lib/journal.ts";
-import { watchLag } from "./lib/lag.ts";
-import { type Listener, listen, readPair, type Seen } from "./lib/listener.ts";
+import { openDatabase } from "./lib/ledger/database.ts";
+import { setEventTypes } from "./lib/event/event.ts";
+import { disk, leavingRoom } from "./lib/journal/disk.ts";
+import { compareWithLedger } from "./lib/processor/batches.ts";
+import { type Commit, JOURNAL_FILE, openJournal } from "./lib/journal/writer.ts";
+import { watchLag } from "./lib/server/lag.ts";
+import { type Listener, listen, readPair, type Seen } from "./lib/server/listener.ts";
 import { waitForLock } from "./lib/lock.ts";
 import { type Log, openLog, watchState } from "./lib/log.ts";
-import { type Metrics, openMetrics } from "./lib/metrics.ts";
-import { routeFinder } from "./lib/problem.ts";
-import { openSources } from "./lib/sources.ts";
-import { type Job, supervise } from "./lib/supervisor.ts";
-import { openTokens, signToken, type TokenSettings } from "./lib/token.ts";
+import { type Metrics, openMetrics } from "./lib/server/metrics.ts";
+import { routeFinder } from "./lib/server/problem.ts";
+import { openSources } from "./lib/server/sources.ts";
+import { type Job, supervise } from "./lib/processor/supervisor.ts";
+import { openTokens, signToken, type TokenSettings } from "./lib/server/token.ts";
 
-export type { App } from "./lib/api.ts";
+export type { App } from "./lib/server/api.ts";
 
 /** A start waits this long for the ledger to say how far the journal is posted: it takes some 50. */
 const COMPARE_MS = 500;
@@ -95,7 +95,7 @@ async function main(): Promise<number> {
   };
   setEventTypes(settings.EVENT_TYPES);
   const schema = settings.EVENT_SCHEMA
-    ? (await import("./lib/event-schema.ts")).openEventSchema(settings.EVENT_SCHEMA)
+    ? (await import("./lib/server/event-schema.ts")).openEventSchema(settings.EVENT_SCHEMA)
     : null;
   const tls = cert && key ? { cert, key } : null;
   if (tls) readPair(tls); // before anything is made
@@ -163,7 +163,7 @@ async function main(): Promise<number> {
     lag.close();
     await Promise.all([processor, compared, database.close()]).catch((error: Error) => {
       log.fatal(error.message);
-      throw new Told();
+      throw new Reported();
     });
     log.info("stopped");
     return 0;
@@ -235,12 +235,12 @@ function complain(line: string): void {
 }
 
 /** The log has it already. */
-class Told extends Error {}
+class Reported extends Error {}
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    if (!(error instanceof Told)) complain((error as Error).message);
-    return error instanceof WrongSetting ? 2 : 1;
+    if (!(error instanceof Reported)) complain((error as Error).message);
+    return error instanceof InvalidSetting ? 2 : 1;
   });
   process.exit();
 }

@@ -2,7 +2,7 @@
  * The client: sends the events of a file to the server, so that each is there once, whatever is
  * killed and however often it is run. What is taken, only the server knows: the client asks where
  * the source stands, makes sure that the file begins with those bytes, and goes on from there.
- * While one piece is under way the next is read and hashed.
+ * While one chunk is under way the next is read and hashed.
  */
 import "./lib/install.ts";
 
@@ -20,14 +20,27 @@ import { tmpdir, userInfo } from "node:os";
 import { basename, dirname, join } from "node:path";
 
 import { parseDuration, readCommand } from "./lib/config.ts";
-import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event.ts";
+import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event/event.ts";
 import { type Lock, tryLock } from "./lib/lock.ts";
-import { type Read, readHandle, readStream } from "./lib/lines.ts";
-import { advance, begin, lastPiece, type Piece, readPieces, type Start } from "./lib/pieces.ts";
+import { type Read, readHandle, readStream } from "./lib/event/lines.ts";
+import {
+  advance,
+  begin,
+  lastChunk,
+  type Chunk,
+  readChunks,
+  type Start,
+} from "./lib/client/chunks.ts";
 import { showProgress } from "./lib/progress.ts";
-import { openRejected, type Rejected } from "./lib/rejected.ts";
-import { type Answer, GaveUp, openRemote, type Remote, type Stand } from "./lib/remote.ts";
-import { watchDirectory } from "./lib/wake.ts";
+import { openRejected, type Rejected } from "./lib/client/rejected.ts";
+import {
+  type Answer,
+  UploadFailed,
+  openRemote,
+  type Remote,
+  type SourceState,
+} from "./lib/client/api.ts";
+import { watchDirectory } from "./lib/watch.ts";
 
 async function main(): Promise<number> {
   const { settings, options, files } = readCommand({
@@ -129,7 +142,7 @@ async function send(remote: Remote, path: string, wish: Wish): Promise<number> {
     position: "",
   };
   const shown = path === "-" ? "standard input" : path;
-  let failure: GaveUp | null = null;
+  let failure: UploadFailed | null = null;
   let rejected: Rejected | null = null;
   try {
     rejected = await (path === "-"
@@ -137,7 +150,7 @@ async function send(remote: Remote, path: string, wish: Wish): Promise<number> {
       : sendFile(remote, path, wish, total));
     if (wish.wait && total.position) await remote.posted(total.position);
   } catch (error) {
-    if (!(error instanceof GaveUp)) throw error;
+    if (!(error instanceof UploadFailed)) throw error;
     failure = error;
   }
 
@@ -198,16 +211,16 @@ async function sendUntilEnd(
   wish.stop.addEventListener("abort", () => wake?.close());
   for (let again = wish.again; ; again = false) {
     // A rotation takes the file away for a moment.
-    while (wake && !wish.stop.aborted && !existsSync(path)) await wake.changed();
+    while (wake && !wish.stop.aborted && !existsSync(path)) await wake.next();
     await using file = await openFile(path);
     const { ino, dev, size } = await file.stat();
     const read = readHandle(file);
     const { source, taken } = await locate(remote, wish.name, read, size, again);
-    const { piece, start } = await lastPiece(read, begin(), taken?.offset ?? 0);
+    const { chunk, start } = await lastChunk(read, begin(), taken?.offset ?? 0);
     const rejectedPath = `${path}.rejected.jsonl`;
     const rejected = await openRejected(rejectedPath, start.offset, keepsRejected, say);
     // Whoever sent it may have died before it noted what was rejected: only the server knows.
-    if (piece && taken) await judge(remote, source, piece, rejected);
+    if (chunk && taken) await judge(remote, source, chunk, rejected);
     skip(total, begin(), start);
     total.position ||= taken?.position ?? "";
     const progress = showProgress(basename(path), size, start.offset);
@@ -216,9 +229,9 @@ async function sendUntilEnd(
         if (!wish.follow)
           say(`${path}: line ${line} has no newline and is no event yet: left for the next run`);
       },
-      taken(piece, counts) {
-        count(total, piece, counts);
-        progress.update(piece.to, total.accepted);
+      taken(chunk, counts) {
+        count(total, chunk, counts);
+        progress.update(chunk.to, total.accepted);
       },
       rejected,
       stop: wish.stop,
@@ -242,7 +255,7 @@ async function sendUntilEnd(
           if (rejected.count() > 0 && keepsRejected) setAside(rejectedPath);
           break;
         }
-        await wake?.changed();
+        await wake?.next();
       }
       // The file is not any more what was sent: find out what it is now.
     } finally {
@@ -266,23 +279,23 @@ async function goOn(
   source: string,
   read: Read,
   from: Start,
-  stand: Stand,
+  stand: SourceState,
   rejected: Rejected,
 ): Promise<Start | null> {
   const taken: Read = (from, to) => read(from, Math.min(to, stand.offset));
   let at = from;
-  for await (const piece of readPieces(taken, from, true, () => {})) {
-    await judge(remote, source, piece, rejected);
-    at = piece.end;
+  for await (const chunk of readChunks(taken, from, true, () => {})) {
+    await judge(remote, source, chunk, rejected);
+    at = chunk.end;
   }
   return at.hash.copy().digest("hex") === stand.digest ? at : null;
 }
 
-/** Notes what the server has rejected of a piece that it took without our hearing of it. */
-async function judge(remote: Remote, source: string, piece: Piece, rejected: Rejected) {
-  if (piece.bytes.length === 0) return;
-  const said = await remote.take(source, piece);
-  rejected.add(piece, ("accepted" in said ? said : said.lines)?.errors ?? []);
+/** Notes what the server has rejected of a chunk that it took without our hearing of it. */
+async function judge(remote: Remote, source: string, chunk: Chunk, rejected: Rejected) {
+  if (chunk.bytes.length === 0) return;
+  const said = await remote.take(source, chunk);
+  rejected.add(chunk, ("accepted" in said ? said : said.lines)?.errors ?? []);
 }
 
 /** Standard input: a source of its own, which nobody can go on with later. */
@@ -293,18 +306,18 @@ async function sendStream(remote: Remote, wish: Wish, total: Total): Promise<Rej
   const { stand } = await sendPieces(remote, wish.name, read, begin(), true, {
     leftOver: (line) =>
       say(`standard input: line ${line} has no newline and is no event: left out`),
-    taken: (piece, counts) => count(total, piece, counts),
+    taken: (chunk, counts) => count(total, chunk, counts),
     rejected,
     stop: wish.stop,
   });
-  if (stand) throw new GaveUp(`somebody else sends the source ${wish.name}`);
+  if (stand) throw new UploadFailed(`somebody else sends the source ${wish.name}`);
   return rejected;
 }
 
-function count(total: Total, piece: Piece, counts: Omit<Answer, "errors">): void {
+function count(total: Total, chunk: Chunk, counts: Omit<Answer, "errors">): void {
   total.accepted += counts.accepted;
-  if (piece.tooLong !== "further part") total.rejected += counts.rejected;
-  total.bytes += piece.to - piece.from;
+  if (chunk.tooLong !== "further part") total.rejected += counts.rejected;
+  total.bytes += chunk.to - chunk.from;
   total.position = counts.position || total.position;
 }
 
@@ -315,13 +328,13 @@ function skip(total: Total, from: Start, to: Start): void {
 
 interface Listener {
   leftOver(line: number): void;
-  taken(piece: Piece, counts: Omit<Answer, "errors">): void;
+  taken(chunk: Chunk, counts: Omit<Answer, "errors">): void;
   rejected: Rejected;
   stop: AbortSignal;
 }
 
 /**
- * Sends the pieces from `start` to the end, and returns where that is; with `stand`, where the
+ * Sends the chunks from `start` to the end, and returns where that is; with `stand`, where the
  * source turned out to be, because another client sends it too.
  */
 async function sendPieces(
@@ -331,26 +344,26 @@ async function sendPieces(
   start: Start,
   final: boolean,
   on: Listener,
-): Promise<{ end: Start; stand: Stand | null }> {
-  const pieces = readPieces(read, start, final, on.leftOver);
+): Promise<{ end: Start; stand: SourceState | null }> {
+  const chunks = readChunks(read, start, final, on.leftOver);
   let end = start;
-  let next = pieces.next();
+  let next = chunks.next();
   for (;;) {
-    const { value: piece } = await next;
-    if (!piece || on.stop.aborted) return { end, stand: null };
-    next = pieces.next();
+    const { value: chunk } = await next;
+    if (!chunk || on.stop.aborted) return { end, stand: null };
+    next = chunks.next();
     next.catch(() => {}); // awaited in the next turn
-    const answer = await remote.take(source, piece);
+    const answer = await remote.take(source, chunk);
     if ("accepted" in answer) {
-      on.rejected.add(piece, answer.errors);
-      on.taken(piece, answer);
-    } else if (answer.offset === piece.to && answer.digest === piece.digest) {
+      on.rejected.add(chunk, answer.errors);
+      on.taken(chunk, answer);
+    } else if (answer.offset === chunk.to && answer.digest === chunk.digest) {
       // It was taken before; only the answer was lost.
       const { lines, position } = answer;
-      on.rejected.add(piece, lines?.errors ?? []);
-      on.taken(piece, { accepted: lines?.accepted ?? 0, rejected: lines?.rejected ?? 0, position });
+      on.rejected.add(chunk, lines?.errors ?? []);
+      on.taken(chunk, { accepted: lines?.accepted ?? 0, rejected: lines?.rejected ?? 0, position });
     } else return { end, stand: answer };
-    end = piece.end;
+    end = chunk.end;
   }
 }
 
@@ -359,7 +372,7 @@ async function sendPieces(
  * file begins with; if there is none, or `again` is wished, the first that does not exist.
  */
 async function locate(remote: Remote, name: string, read: Read, size: number, again: boolean) {
-  const known: { generation: number; source: string; taken: Stand }[] = [];
+  const known: { generation: number; source: string; taken: SourceState }[] = [];
   let next = "";
   for (let generation = 1; ; generation++) {
     next = generation === 1 ? name : `${name}#${generation}`;
@@ -383,7 +396,7 @@ async function openFile(path: string): Promise<FileHandle> {
   try {
     return await open(path);
   } catch (error) {
-    throw new GaveUp(`${path} cannot be read any more: ${(error as Error).message}`);
+    throw new UploadFailed(`${path} cannot be read any more: ${(error as Error).message}`);
   }
 }
 

@@ -11,16 +11,16 @@ import "./lib/install.ts";
 import { mkdirSync, statSync } from "node:fs";
 import { basename, join } from "node:path";
 
-import { openCluster } from "./lib/cluster.ts";
+import { openCluster } from "./lib/postgres/cluster.ts";
 import { maskSettings, readCommand } from "./lib/config.ts";
-import { disk } from "./lib/journal-disk.ts";
-import { openJournalReader } from "./lib/journal-reader.ts";
-import { activeOf } from "./lib/journal-segments.ts";
-import { JOURNAL_FILE } from "./lib/journal.ts";
+import { disk } from "./lib/journal/disk.ts";
+import { openJournalReader } from "./lib/journal/reader.ts";
+import { activeOf } from "./lib/journal/segments.ts";
+import { JOURNAL_FILE } from "./lib/journal/writer.ts";
 import { waitForLock } from "./lib/lock.ts";
 import { type Progress, showProgress } from "./lib/progress.ts";
-import { type Job, supervise } from "./lib/supervisor.ts";
-import type { ToolName } from "./lib/tools.ts";
+import { type Job, supervise } from "./lib/processor/supervisor.ts";
+import type { ToolName } from "./lib/processor/tools.ts";
 
 async function main(): Promise<number> {
   const {
@@ -111,7 +111,7 @@ async function main(): Promise<number> {
     databaseUrl || tool === "check" ? null : await openCluster(join(dataDir, "postgres"), tell);
   try {
     if (tool) {
-      const { useTool } = await import("./lib/tools.ts");
+      const { useTool } = await import("./lib/processor/tools.ts");
       return await useTool(tool, files, options["yes"] === true, settings);
     }
     log?.info({ settings: maskSettings(settings) }, "started");

@@ -3,7 +3,7 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 
-import { openCluster } from "../lib/cluster.ts";
+import { openCluster } from "../lib/postgres/cluster.ts";
 
 const dir = mkdtempSync(join(tmpdir(), "daybook-ci-"));
 const cluster = await openCluster(join(dir, "postgres"), () => {});

@@ -11,7 +11,7 @@ import { parseArgs } from "node:util";
 
 import postgres from "postgres";
 
-import { openCluster } from "../lib/cluster.ts";
+import { openCluster } from "../lib/postgres/cluster.ts";
 
 const EVENTS = 2_000_000;
 const USERS = 100_000;

@@ -17,7 +17,7 @@ interface Setting<T, Default extends string | undefined> {
 
 const DEFAULT_SECRET = "secret";
 /** On an address that others can reach: 16 characters at random are out of reach of guessing. */
-const LEAST_SECRET = 16;
+const MIN_SECRET_LENGTH = 16;
 const SECRETS = ["AUTH_SECRET", "READ_SECRET", "JWT_SECRET"] as const;
 const LOG_LEVELS = ["debug", "info", "warn", "error", "fatal", "silent"] as const;
 
@@ -192,8 +192,10 @@ export function readSettings<Name extends SettingName>(
       const because = `because HOST ${HOST} can be reached from outside`;
       if (secrets.includes(DEFAULT_SECRET))
         wrong.push(`${name}: found the default, wanted a secret of your own, ${because}`);
-      else if (secrets.some(({ length }) => length < LEAST_SECRET))
-        wrong.push(`${name}: found too short a one, wanted ${LEAST_SECRET} characters, ${because}`);
+      else if (secrets.some(({ length }) => length < MIN_SECRET_LENGTH))
+        wrong.push(
+          `${name}: found too short a one, wanted ${MIN_SECRET_LENGTH} characters, ${because}`,
+        );
     }
   if (JWT_SECRET && JWKS_URL) wrong.push("JWKS_URL: found beside JWT_SECRET, wanted one of both");
   if (!TLS_CERT !== !TLS_KEY)
@@ -212,7 +214,7 @@ export function maskSettings(settings: Partial<Settings<SettingName>>): Record<s
 }
 
 /** What a setting names cannot be used. Ends the start with exit code 2, as a wrong setting does. */
-export class WrongSetting extends Error {}
+export class InvalidSetting extends Error {}
 
 /** `90`, `90s`, `5m`, `2h` or `30d` in milliseconds, or `undefined`. */
 export function parseDuration(text: string): number | undefined {

@@ -38,7 +38,7 @@ export interface State {
 }
 
 /** So many reasons are said in one time of trouble: some have numbers in them. */
-const MOST_REASONS = 10;
+const MAX_REASONS = 10;
 
 /** Says through `log` when something stops working, and `back` when it works again. */
 export function watchState(log: Log, level: "warn" | "error", back: string): State {
@@ -48,7 +48,7 @@ export function watchState(log: Log, level: "warn" | "error", back: string): Sta
   return {
     bad(reason) {
       if (failures++ === 0) fromMs = performance.now();
-      if (said.has(reason) || said.size >= MOST_REASONS) return;
+      if (said.has(reason) || said.size >= MAX_REASONS) return;
       said.add(reason);
       log[level](reason);
     },

@@ -6,7 +6,7 @@ import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 
 import { readSettings, type SettingName } from "../lib/config.ts";
-import { messages, run, spawn, startApp, tempDir, until } from "./support.ts";
+import { messages, run, spawn, startApp, tempDir, until } from "./support/programs.ts";
 
 const SECRET = "quokka-in-a-secret";
 const PROGRAMS = ["app.ts", "processor.ts", "client.ts"];

@@ -21,8 +21,8 @@ const inFile =
     ...{ what, file, find, put },
     tests: tests.length > 0 ? tests : ["tests/faults/disk.test.ts"],
   });
-const journal = inFile("lib/journal.ts");
-const ledger = inFile("lib/ledger.ts");
+const journal = inFile("lib/journal/writer.ts");
+const ledger = inFile("lib/ledger/ledger.ts");
 const client = inFile("client.ts");
 
 export const BREAKS: readonly Break[] = [
@@ -58,125 +58,125 @@ export const BREAKS: readonly Break[] = [
     "the taking back of what found no room",
     '      await file.truncate(end).catch((error) => {\n        throw fail("truncate", String(error));\n      });\n      throw failure;',
     "      throw failure;",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
   journal(
     "the end after a failed sync",
     '      const failure = fail("sync", codeOf(error));\n',
     "      const failure = error;\n",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
   journal(
     "the lock of the writer",
     "if (!lock) throw",
     "if (false) throw",
     "tests/settings.test.ts",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
   {
     what: "the checksum of a frame",
-    file: "lib/journal-frame.ts",
+    file: "lib/journal/format.ts",
     find: "if (sum !== parseInt(match[2] as string, 16))",
     put: "if (false)",
     tests: ["tests/faults/tail.test.ts", "tests/faults/fuzz.test.ts"],
   },
   {
     what: "the reader's look at the header after it has read",
-    file: "lib/journal-reader.ts",
+    file: "lib/journal/reader.ts",
     find: "if (!place.to && (await readHeader())?.base !== place.base) continue;",
     put: "",
-    tests: ["tests/rotation.test.ts"],
+    tests: ["tests/journal/rotation.test.ts"],
   },
   {
     what: "the reader's own sync before a posting",
-    file: "lib/journal-source.ts",
+    file: "lib/processor/batches.ts",
     find: "      await journal.sync();\n",
     put: "",
-    tests: ["tests/rotation.test.ts"],
+    tests: ["tests/journal/rotation.test.ts"],
   },
   {
     what: "the look at the last frame that was posted",
-    file: "lib/journal-source.ts",
+    file: "lib/processor/batches.ts",
     find: "last?.header !== header",
     put: "false",
-    tests: ["tests/check.test.ts"],
+    tests: ["tests/processor/check.test.ts"],
   },
   ledger(
     "the look at the checkpoint under its lock",
     'if (Number(checkpoint?.position) !== from) return { state: "elsewhere" };',
     "",
-    "tests/processor.test.ts",
+    "tests/processor/processor.test.ts",
     "tests/faults/process.test.ts",
   ),
   ledger(
     "the fence in the statement",
     "and checkpoint.position = move.begins",
     "",
-    "tests/ledger.test.ts",
+    "tests/ledger/ledger.test.ts",
   ),
   ledger(
     "the claim of ids",
     "join claimed using (id) where fresh",
     "join claimed using (id)",
-    "tests/ids.test.ts",
+    "tests/processor/ids.test.ts",
   ),
   ledger(
     "the addition to what is there",
     "revenue = balance.revenue + excluded.revenue",
     "revenue = excluded.revenue",
-    "tests/processor.test.ts",
+    "tests/processor/processor.test.ts",
   ),
   {
     what: "the position of a source",
-    file: "lib/fold.ts",
+    file: "lib/processor/fold.ts",
     find: "if (ends > postedTo) return true;",
     put: "return true;",
-    tests: ["tests/sources.test.ts"],
+    tests: ["tests/server/sources.test.ts"],
   },
   {
     what: "the quarantine",
-    file: "lib/fold.ts",
+    file: "lib/processor/fold.ts",
     find: "return this.quarantine(line, position, decoded.reason);",
     put: "return;",
-    tests: ["tests/processor.test.ts"],
+    tests: ["tests/processor/processor.test.ts"],
   },
   {
     what: "the digits as written",
-    file: "lib/event.ts",
+    file: "lib/event/event.ts",
     find: 'const written = values.find(({ holder }) => holder === event)?.written ?? "";',
     put: "const written = `${value}`;",
-    tests: ["tests/event.test.ts"],
+    tests: ["tests/unit/event.test.ts"],
   },
-  inFile("lib/auth.ts")(
+  inFile("lib/server/auth.ts")(
     "the comparison of secrets",
     "if (timingSafeEqual(secret, presented)) found = true;",
     "found = true;",
-    "tests/http.test.ts",
+    "tests/server/http.test.ts",
   ),
-  inFile("lib/auth.ts")(
+  inFile("lib/server/auth.ts")(
     "the scopes of a token",
     "if (!claims.scopes.includes(scope) && !isOwn)",
     "if (false)",
-    "tests/auth.test.ts",
+    "tests/server/auth.test.ts",
   ),
-  inFile("lib/token.ts")(
+  inFile("lib/server/token.ts")(
     "the algorithm that is given by the settings",
     'algorithms: secret ? ["HS256"] : KEY_ALGORITHMS,',
     "",
-    "tests/auth.test.ts",
+    "tests/server/auth.test.ts",
   ),
-  inFile("lib/token.ts")(
+  inFile("lib/server/token.ts")(
     "the expiry that a token must have",
     'requiredClaims: ["exp"],',
     "",
-    "tests/auth.test.ts",
+    "tests/server/auth.test.ts",
   ),
   {
     what: "the 409 of a source that stands elsewhere",
-    file: "lib/sources.ts",
+    file: "lib/server/sources.ts",
     find: "if (taken.offset !== from) return taken;",
     put: "",
-    tests: ["tests/sources.test.ts"],
+    tests: ["tests/server/sources.test.ts"],
   },
   journal(
     "the file's going back after a failed sync",
@@ -187,7 +187,7 @@ export const BREAKS: readonly Break[] = [
     "the look whether somebody changed the file",
     'if (!file.is(path, end + frame.length)) throw fail("go on with", "somebody changed the file");',
     "",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
   journal(
     "the waiting for commits when it closes",
@@ -199,16 +199,16 @@ export const BREAKS: readonly Break[] = [
     "the position before a header that no frame follows",
     "(hasFrames() ? base + end : base)",
     "base + end",
-    "tests/rotation.test.ts",
-    "tests/ids.test.ts",
+    "tests/journal/rotation.test.ts",
+    "tests/processor/ids.test.ts",
   ),
   journal(
     "the closing of the next file when a rotation fails",
     "      await next.close().catch(() => {});\n",
     "",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
-  inFile("lib/journal-disk.ts")(
+  inFile("lib/journal/disk.ts")(
     "the room that is left to the private Postgres",
     "if (blocks > 0 && bavail * bsize - bytes.length < left)",
     "if (false)",
@@ -218,274 +218,274 @@ export const BREAKS: readonly Break[] = [
     "the place of the frames at the end of a large file",
     "    from += skip;\n",
     "",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
-  inFile("lib/journal-disk.ts")(
+  inFile("lib/journal/disk.ts")(
     "the system's sync of a file",
     "sync: () => syncData(handle.fd),",
     "sync: async () => {},",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
-  inFile("lib/journal-disk.ts")(
+  inFile("lib/journal/disk.ts")(
     "the system's sync of a directory",
     "withHandle(path, (fd) => syncAll(fd)),",
     "withHandle(path, async () => {}),",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
-  inFile("lib/journal-disk.ts")(
+  inFile("lib/journal/disk.ts")(
     "the system's sync of what another process wrote",
     "withHandle(path, (fd) => syncData(fd)),",
     "withHandle(path, async () => {}),",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
-  inFile("lib/journal-disk.ts")(
+  inFile("lib/journal/disk.ts")(
     "the sync of a folder that is made",
     "      await disk.syncDirectory(dirname(at));\n",
     "",
-    "tests/journal.test.ts",
+    "tests/journal/writer.test.ts",
   ),
-  inFile("lib/journal-repair.ts")(
+  inFile("lib/journal/repair.ts")(
     "the sync of a file that is mended",
     "  await repaired.sync();\n",
     "",
     "tests/faults/disk.test.ts",
   ),
-  inFile("lib/journal-repair.ts")(
+  inFile("lib/journal/repair.ts")(
     "the sync of what is moved aside",
     "  await file.sync();\n",
     "",
     "tests/faults/disk.test.ts",
   ),
-  inFile("lib/retention.ts")(
+  inFile("lib/processor/retention.ts")(
     "the age of a segment that goes",
     "    if (ageMs < keepDays * DAY_MS) break;\n",
     "",
-    "tests/verify.test.ts",
+    "tests/processor/verify.test.ts",
   ),
-  inFile("lib/database.ts")(
+  inFile("lib/ledger/database.ts")(
     "what passes by itself",
     "/^(08|40|53|55|57|58)|^XX000$/",
     "/^(08|57)/",
     "tests/faults/postgres.test.ts",
   ),
-  inFile("lib/drift.ts")(
+  inFile("lib/ledger/reconcile.ts")(
     "the table in which a tally goes on",
     "    [table, other] = [other, table];\n",
     "",
-    "tests/verify.test.ts",
+    "tests/processor/verify.test.ts",
   ),
-  inFile("lib/drift.ts")(
+  inFile("lib/ledger/reconcile.ts")(
     "the comparison of what was counted again",
     "where tally.revenue is distinct from balance.revenue",
     "where false",
-    "tests/verify.test.ts",
+    "tests/processor/verify.test.ts",
   ),
-  inFile("lib/drift.ts")(
+  inFile("lib/ledger/reconcile.ts")(
     "the addition of what a rebuild corrects",
     `order by user_id collate "C"
       on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue`,
     `order by user_id collate "C"
       on conflict (user_id) do update set revenue = excluded.revenue`,
-    "tests/verify.test.ts",
+    "tests/processor/verify.test.ts",
   ),
   ledger(
     "the note of events that came before",
     "from (select *, turn - row_number() over (order by turn) as island from late where is_same) as late",
     "from (select *, 0 as island from late where false) as late",
-    "tests/verify.test.ts",
+    "tests/processor/verify.test.ts",
   ),
-  inFile("lib/journal-source.ts")(
+  inFile("lib/processor/batches.ts")(
     "the look at the ledger once it can be asked",
     "if (stop.aborted) return;",
     "return;",
-    "tests/check.test.ts",
+    "tests/processor/check.test.ts",
   ),
-  inFile("lib/supervisor.ts")(
+  inFile("lib/processor/supervisor.ts")(
     "the word of what ended the processor's thread",
     "return error ?? (",
     "return (",
     "tests/faults/process.test.ts",
   ),
-  inFile("lib/check.ts")(
+  inFile("lib/processor/check.ts")(
     "the ledger's word on a torn tail that it has posted",
     "if (base + from < posted) damage.push",
     "if (false) damage.push",
-    "tests/check.test.ts",
+    "tests/processor/check.test.ts",
   ),
-  inFile("lib/check.ts")(
+  inFile("lib/processor/check.ts")(
     "the two halves of a damage that is posted in part",
     "      splitAt(file, checkpoint?.position ?? 0);\n",
     "",
-    "tests/repair.test.ts",
+    "tests/processor/repair.test.ts",
   ),
-  inFile("lib/check.ts")(
+  inFile("lib/processor/check.ts")(
     "the ledger's letting go of a frame before it is repaired",
     "if (isLost) await forgetDigest",
     "if (false) await forgetDigest",
-    "tests/repair.test.ts",
+    "tests/processor/repair.test.ts",
   ),
-  inFile("lib/journal-check.ts")(
+  inFile("lib/journal/check.ts")(
     "the rule by which a tail is torn",
     'const mayBeTorn = rest === "short" || !rest.behind;',
     "const mayBeTorn = true;",
-    "tests/repair.test.ts",
+    "tests/processor/repair.test.ts",
   ),
-  inFile("lib/retention.ts")(
+  inFile("lib/processor/retention.ts")(
     "the last file that says which journal it is",
     "if ((await disk.size(path)) === 0) files.pop();",
     "",
-    "tests/repair.test.ts",
+    "tests/processor/repair.test.ts",
   ),
-  inFile("lib/quarantine.ts")(
+  inFile("lib/processor/quarantine.ts")(
     "the leaving of the quarantine with the posting",
     "delete from quarantine where source = ${source} and position = ${position} returning 1",
     "select 1",
-    "tests/types.test.ts",
-    "tests/verify.test.ts",
+    "tests/server/event-types.test.ts",
+    "tests/processor/verify.test.ts",
   ),
-  inFile("lib/journal-frame.ts")(
+  inFile("lib/journal/format.ts")(
     "the checksum in a journal's name",
     "|| !isJournalId(match[1] as string)",
     "",
     "tests/faults/tail.test.ts",
   ),
-  inFile("lib/journal-reader.ts")(
+  inFile("lib/journal/reader.ts")(
     "the reader's look at what comes before the active file",
     "!isRenamed && (last.id",
     "false && (last.id",
     "tests/faults/tail.test.ts",
   ),
-  inFile("lib/journal-source.ts")(
+  inFile("lib/processor/batches.ts")(
     "the look whether the writer has taken back what was read",
     "if ((await journal.end()) < position)",
     "if (false)",
-    "tests/rotation.test.ts",
+    "tests/journal/rotation.test.ts",
   ),
-  inFile("lib/retention.ts")(
+  inFile("lib/processor/retention.ts")(
     "the keeping of segments that are not posted",
     "|| segment.to > posted",
     "",
-    "tests/verify.test.ts",
+    "tests/processor/verify.test.ts",
   ),
-  inFile("lib/retention.ts")(
+  inFile("lib/processor/retention.ts")(
     "the snapshot before a segment goes",
     "if (!(await snapshotUpTo(database, journal, segment.to))) break;",
     "",
-    "tests/verify.test.ts",
+    "tests/processor/verify.test.ts",
   ),
   ledger(
     "the division by zero where a checkpoint has moved",
     "1 / (count(*) = ${moves.length})::int",
     "1",
-    "tests/ledger.test.ts",
+    "tests/ledger/ledger.test.ts",
   ),
   ledger(
     "the look at the sources under their locks",
     "if (posted.get(source) !== from) return posted;",
     "",
-    "tests/sources.test.ts",
+    "tests/server/sources.test.ts",
   ),
-  inFile("lib/posting.ts")(
+  inFile("lib/processor/posting.ts")(
     "the counting of a batch whose answer was lost",
     "if (sent && batches.from === sent.to)",
     "if (false)",
     "tests/faults/postgres.test.ts",
   ),
-  inFile("lib/database.ts")(
+  inFile("lib/ledger/database.ts")(
     "the deadline of a statement",
     "return await Promise.race([result, deadline]);",
     "return await result;",
     "tests/faults/postgres.test.ts",
   ),
-  inFile("lib/supervisor.ts")(
+  inFile("lib/processor/supervisor.ts")(
     "the next life of a processor that died",
     "setTimeout(() => (stopping ? end() : start()), pauseMs);",
     "",
     "tests/faults/process.test.ts",
   ),
-  inFile("lib/source.ts")(
+  inFile("lib/processor/file-batches.ts")(
     "the digest of a file's posted bytes",
     'if (here.copy().digest("hex") === digest)',
     "if (true)",
-    "tests/processor.test.ts",
+    "tests/processor/processor.test.ts",
   ),
   client(
     "the server's word on a piece whose answer was not heard",
     "    if (piece && taken) await judge(remote, source, piece, rejected);\n",
     "",
-    "tests/client.test.ts",
+    "tests/client/client.test.ts",
   ),
   client(
     "the position of what another client has sent",
     "          total.position = stand.position;\n",
     "",
-    "tests/client.test.ts",
+    "tests/client/client.test.ts",
   ),
   client(
     "the digest of a file's taken bytes",
     'if (passed.hash.copy().digest("hex") !== one.taken.digest) continue;',
     "",
-    "tests/client.test.ts",
+    "tests/client/client.test.ts",
   ),
   client(
     "the digest of what another client has sent",
     'return at.hash.copy().digest("hex") === stand.digest ? at : null;',
     "return at;",
-    "tests/client.test.ts",
+    "tests/client/client.test.ts",
   ),
-  inFile("lib/rejected.ts")(
+  inFile("lib/client/rejected.ts")(
     "the place of the last rejected line that is kept",
     "message === undefined || at <= last",
     "message === undefined",
-    "tests/client.test.ts",
+    "tests/client/client.test.ts",
   ),
-  inFile("lib/scan.ts")(
+  inFile("lib/event/scanner.ts")(
     "the scanner's look at UTF-8",
     "if (!isAscii && !isUtf8(bytes.subarray(from, at))) return -1;",
     "",
-    "tests/scan.test.ts",
+    "tests/unit/scanner.test.ts",
   ),
-  inFile("lib/scan.ts")(
+  inFile("lib/event/scanner.ts")(
     "the most digits that the scanner takes",
     "if ((whole === 0 ? 0 : digits) + decimals > SIGNIFICANT_DIGITS) return -1;",
     "",
-    "tests/scan.test.ts",
+    "tests/unit/scanner.test.ts",
   ),
-  inFile("lib/sums.ts")(
+  inFile("lib/event/sums.ts")(
     "the bytes of users with the same hash",
     " && this.isUser(row, bytes, from, to)",
     "",
-    "tests/scan.test.ts",
+    "tests/unit/scanner.test.ts",
   ),
-  inFile("lib/sums.ts")(
+  inFile("lib/event/sums.ts")(
     "the sums that are too large for a double",
-    "if (sum < MOST_WHOLE && sum > -MOST_WHOLE) return;",
+    "if (sum < MAX_WHOLE && sum > -MAX_WHOLE) return;",
     "return;",
-    "tests/scan.test.ts",
+    "tests/unit/scanner.test.ts",
   ),
-  inFile("lib/body.ts")(
+  inFile("lib/server/body.ts")(
     "the end of a zstd body",
     'if (least === null) throw new Problem(400, "the body is not whole zstd");',
     "if (least === null) return decompress(bytes, { maxOutputLength: MAX_EVENTS_BYTES });",
-    "tests/http.test.ts",
+    "tests/server/http.test.ts",
   ),
-  inFile("lib/event.ts")(
+  inFile("lib/event/event.ts")(
     "the user that Postgres cannot keep",
     'typeof userId !== "string" || !isUserId(userId)',
     'typeof userId !== "string"',
-    "tests/event.test.ts",
+    "tests/unit/event.test.ts",
   ),
   inFile("lib/progress.ts")(
     "the padding of the time that is left",
     '{ autopaddingChar: "" }',
     "{ autopadding: false }",
-    "tests/progress.test.ts",
+    "tests/client/progress.test.ts",
   ),
-  inFile("lib/throttle.ts")(
+  inFile("lib/server/throttle.ts")(
     "the free failures of a server that has just begun",
     "paidMs.get(address) ?? free",
     "paidMs.get(address) ?? 0",
-    "tests/auth.test.ts",
+    "tests/server/auth.test.ts",
   ),
 ];
 

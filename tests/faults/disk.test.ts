@@ -7,11 +7,11 @@
  */
 import { expect, test } from "bun:test";
 
-import { type CheckedFile, checkJournal, type Damage } from "../../lib/journal-check.ts";
-import { JournalDamage } from "../../lib/journal-frame.ts";
-import { JournalFailed, JournalFull, openJournal } from "../../lib/journal.ts";
-import { openJournalReader } from "../../lib/journal-reader.ts";
-import { repairFile } from "../../lib/journal-repair.ts";
+import { type CheckedFile, checkJournal, type Damage } from "../../lib/journal/check.ts";
+import { JournalDamage } from "../../lib/journal/format.ts";
+import { JournalFailed, JournalFull, openJournal } from "../../lib/journal/writer.ts";
+import { openJournalReader } from "../../lib/journal/reader.ts";
+import { repairFile } from "../../lib/journal/repair.ts";
 import { count as figure } from "./figures.ts";
 import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
 

@@ -5,7 +5,8 @@
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { mkdirSync, rmSync, statfsSync, writeFileSync } from "node:fs";
 
-import { balances, spawn, startApp, tempDir, testDatabase, until } from "../support.ts";
+import { balances, testDatabase } from "../support/postgres.ts";
+import { spawn, startApp, tempDir, until } from "../support/programs.ts";
 
 setDefaultTimeout(120_000);
 

@@ -8,11 +8,12 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { connect } from "node:net";
 import { gzipSync, zstdCompressSync } from "node:zlib";
 
-import { checkJournal } from "../../lib/journal-check.ts";
-import { encodeFrame, encodeJournalHeader, JournalDamage } from "../../lib/journal-frame.ts";
-import { openJournal } from "../../lib/journal.ts";
-import { openJournalReader } from "../../lib/journal-reader.ts";
-import { run, SECRET, startApp, tempDir, testDatabase, until } from "../support.ts";
+import { checkJournal } from "../../lib/journal/check.ts";
+import { encodeFrame, encodeJournalHeader, JournalDamage } from "../../lib/journal/format.ts";
+import { openJournal } from "../../lib/journal/writer.ts";
+import { openJournalReader } from "../../lib/journal/reader.ts";
+import { testDatabase } from "../support/postgres.ts";
+import { run, SECRET, startApp, tempDir, until } from "../support/programs.ts";
 import { count } from "./figures.ts";
 import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
 

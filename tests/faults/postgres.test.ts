@@ -9,20 +9,10 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { appendFileSync, writeFileSync } from "node:fs";
 import { connect, createServer, type Socket } from "node:net";
 
-import {
-  balances,
-  connectTest,
-  FAULT_ROUNDS as ROUNDS,
-  IS_LONG,
-  run,
-  seeded,
-  spawn,
-  startApp,
-  tempDir,
-  testDatabase,
-  until,
-  writeEvents,
-} from "../support.ts";
+import { writeEvents } from "../support/events.ts";
+import { balances, connectTest, testDatabase } from "../support/postgres.ts";
+import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { FAULT_ROUNDS as ROUNDS, IS_LONG, seeded } from "../support/random.ts";
 import { count } from "./figures.ts";
 
 const LOCKED_MS = IS_LONG ? 30_000 : 2_000;

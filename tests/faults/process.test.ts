@@ -8,20 +8,10 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 
-import {
-  balances,
-  FAULT_ROUNDS as ROUNDS,
-  IS_LONG,
-  rejectedFaults,
-  run,
-  seeded,
-  spawn,
-  startApp,
-  tempDir,
-  testDatabase,
-  until,
-  writeEvents,
-} from "../support.ts";
+import { rejectedFaults, writeEvents } from "../support/events.ts";
+import { balances, testDatabase } from "../support/postgres.ts";
+import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { FAULT_ROUNDS as ROUNDS, IS_LONG, seeded } from "../support/random.ts";
 import { type Alteration, alteredCopy } from "./altered.ts";
 import { count } from "./figures.ts";
 
@@ -31,9 +21,9 @@ setDefaultTimeout(120_000 * ROUNDS);
 const DIE =
   'if ((globalThis.passes = (globalThis.passes ?? 0) + 1) == process.env.FAULT_PASS) process.kill(process.pid, "SIGKILL");';
 
-const inJournal = (find: string, put: string) => ({ file: "lib/journal.ts", find, put });
-const inLedger = (find: string, put: string) => ({ file: "lib/ledger.ts", find, put });
-const inPosting = (find: string, put: string) => ({ file: "lib/posting.ts", find, put });
+const inJournal = (find: string, put: string) => ({ file: "lib/journal/writer.ts", find, put });
+const inLedger = (find: string, put: string) => ({ file: "lib/ledger/ledger.ts", find, put });
+const inPosting = (find: string, put: string) => ({ file: "lib/processor/posting.ts", find, put });
 
 const POINTS: Record<string, Alteration> = {
   "after the write": inJournal("await write(frame);", `await write(frame); ${DIE}`),
@@ -63,7 +53,7 @@ const POINTS: Record<string, Alteration> = {
     `${DIE} return { state: "posted", quarantined,`,
   ),
   "before a segment goes whose snapshot is taken": {
-    file: "lib/retention.ts",
+    file: "lib/processor/retention.ts",
     find: "await disk.remove(segment.path);",
     put: `${DIE} await disk.remove(segment.path);`,
   },
@@ -189,7 +179,7 @@ const CLIENT_POINTS: Record<string, Alteration> = {
     put: `${DIE} on.rejected.add(piece, answer.errors);`,
   },
   "half-way through noting it": {
-    file: "lib/rejected.ts",
+    file: "lib/client/rejected.ts",
     find: "if (text && keeps) appendFileSync(path, text);",
     put: `if (text && keeps) { appendFileSync(path, text.slice(0, text.length / 2)); ${DIE} appendFileSync(path, text.slice(text.length / 2)); }`,
   },

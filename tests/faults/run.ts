@@ -20,22 +20,38 @@ const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = 
   { name: "fuzz", files: ["tests/faults/fuzz.test.ts"], env: { FAULT_CASES: "50000" } },
   { name: "postgres", files: ["tests/faults/postgres.test.ts"], env: {} },
   { name: "full", files: ["tests/faults/full.test.ts", "tests/faults/tail.test.ts"], env: {} },
-  { name: "scan", files: ["tests/scan.test.ts"], env: { SCAN_RUNS: "300000" } },
-  { name: "verify", files: ["tests/verify.test.ts"], env: {} },
-  { name: "kills", files: ["tests/crash.test.ts", "tests/resume.test.ts"], env: {} },
+  { name: "scan", files: ["tests/unit/scanner.test.ts"], env: { SCAN_RUNS: "300000" } },
+  { name: "verify", files: ["tests/processor/verify.test.ts"], env: {} },
   {
-    name: "files",
-    files: ["tests/check.test.ts", "tests/repair.test.ts", "tests/rotation.test.ts"],
+    name: "kills",
+    files: ["tests/processor/crash.test.ts", "tests/client/resume.test.ts"],
     env: {},
   },
-  { name: "load", files: ["tests/pressure.test.ts", "tests/client.test.ts"], env: {} },
-  { name: "posting", files: ["tests/processor.test.ts", "tests/sources.test.ts"], env: {} },
-  { name: "driver", files: ["tests/driver.test.ts", "tests/ledger.test.ts"], env: {} },
-  { name: "events", files: ["tests/event.test.ts", "tests/ids.test.ts"], env: {} },
+  {
+    name: "files",
+    files: [
+      "tests/processor/check.test.ts",
+      "tests/processor/repair.test.ts",
+      "tests/journal/rotation.test.ts",
+    ],
+    env: {},
+  },
+  { name: "load", files: ["tests/server/memory.test.ts", "tests/client/client.test.ts"], env: {} },
+  {
+    name: "posting",
+    files: ["tests/processor/processor.test.ts", "tests/server/sources.test.ts"],
+    env: {},
+  },
+  {
+    name: "driver",
+    files: ["tests/ledger/driver.test.ts", "tests/ledger/ledger.test.ts"],
+    env: {},
+  },
+  { name: "events", files: ["tests/unit/event.test.ts", "tests/processor/ids.test.ts"], env: {} },
 ];
 
 /** A part that takes longer hangs. */
-const LONGEST_MS = 20 * 60_000;
+const MAX_MS = 20 * 60_000;
 
 const { values, positionals } = readArgs();
 // What a test that dies leaves goes with this folder: files, and what is mounted there.
@@ -103,7 +119,7 @@ async function runOne(run: number): Promise<void> {
     detached: true,
   });
   groups.add(child.pid);
-  const timer = setTimeout(() => killGroup(child.pid), LONGEST_MS);
+  const timer = setTimeout(() => killGroup(child.pid), MAX_MS);
   const [stdout, stderr] = await Promise.all([
     new Response(child.stdout).text(),
     new Response(child.stderr).text(),

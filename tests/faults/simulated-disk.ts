@@ -4,7 +4,7 @@
  * there is no room, a sync fails and forgets what it should have written: the next one then succeeds
  * and has written nothing, as Linux has it. All by one seed.
  */
-import type { Disk, JournalFile } from "../../lib/journal-disk.ts";
+import type { Disk, JournalFile } from "../../lib/journal/disk.ts";
 
 const PAGE = 4096;
 

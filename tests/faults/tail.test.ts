@@ -1,10 +1,10 @@
 /** Every way in which the end of a journal can be cut, and every bit of it flipped. */
 import { expect, test } from "bun:test";
 
-import type { Disk } from "../../lib/journal-disk.ts";
-import { encodeFrame, encodeJournalHeader, JournalDamage } from "../../lib/journal-frame.ts";
-import { openJournal } from "../../lib/journal.ts";
-import { openJournalReader } from "../../lib/journal-reader.ts";
+import type { Disk } from "../../lib/journal/disk.ts";
+import { encodeFrame, encodeJournalHeader, JournalDamage } from "../../lib/journal/format.ts";
+import { openJournal } from "../../lib/journal/writer.ts";
+import { openJournalReader } from "../../lib/journal/reader.ts";
 import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
 
 const PATH = "data/eventsPost.jsonl";

@@ -1,0 +1,124 @@
+/**
+ * The way to Postgres: connections that are replaced when they are lost, the schema, and a bound
+ * on how long anybody waits.
+ */
+import { join } from "node:path";
+
+import postgres from "postgres";
+
+export type Sql = postgres.Sql;
+export type Transaction = postgres.TransactionSql;
+/** Either of both. */
+export type Statements = postgres.ISql;
+/** A part of a statement. */
+export type Fragment = postgres.PendingQuery<postgres.Row[]>;
+
+/** Postgres gives up on a statement after this long, and its locks go with it. */
+const STATEMENT_TIMEOUT_MS = 10_000;
+
+/**
+ * The database did not do it. `passing`: the same may succeed later (it is away, restarts, is
+ * busy); otherwise it refuses, and a person must look. The message is one line without a secret.
+ */
+export class Unavailable extends Error {
+  constructor(
+    message: string,
+    readonly passing: boolean,
+  ) {
+    super(`database: ${message}`);
+  }
+}
+
+/** What `work` of `Database.use` throws when it is not the database that is wrong: passed on as it is. */
+export class CannotProceed extends Error {}
+
+export interface Database {
+  /**
+   * The result of `work`, which is given connections to a database with the schema in place.
+   * Throws CannotProceed if `work` does, and Unavailable for whatever else goes wrong, at the latest after `deadlineMs`: the driver's
+   * promise for a lost connection may never settle.
+   */
+  use<T>(work: (sql: Sql) => PromiseLike<T>, deadlineMs: number): Promise<T>;
+  close(): Promise<void>;
+}
+
+/**
+ * Up to `max` connections to the database at `url`, which is asked for when one is opened: a
+ * private Postgres may have moved. They show up in `pg_stat_activity` as `daybook NAME`.
+ */
+export function openDatabase(url: () => string, name: string, max: number): Database {
+  let sql: Sql | null = null;
+  let schema: Promise<void> | null = null;
+
+  return {
+    async use(work, deadlineMs) {
+      let timer: Timer | undefined;
+      let tried: Sql | null = null;
+      try {
+        const used = (tried = sql ??= connect(url(), name, max));
+        schema ??= applySchema(used);
+        const deadline = new Promise<never>((_, reject) => {
+          const late = () => reject(new Error(`no answer within ${deadlineMs / 1000} s`));
+          timer = setTimeout(late, deadlineMs);
+        });
+        const result = schema.then(() => work(used));
+        result.catch(() => {}); // nobody listens any more after the deadline
+        return await Promise.race([result, deadline]);
+      } catch (error) {
+        if (error instanceof CannotProceed) throw error;
+        const unavailable = describe(error);
+        // A refusal says that the connection works; anything else, and it is not trusted again.
+        if (unavailable.passing) forget(tried);
+        else if (sql === tried) schema = null;
+        throw unavailable;
+      } finally {
+        clearTimeout(timer);
+      }
+    },
+    async close() {
+      await sql?.end({ timeout: 1 }).catch(() => {});
+      sql = null;
+    },
+  };
+
+  /** Only what failed: the others may have new connections, which work, by now. */
+  function forget(failed: Sql | null) {
+    failed?.end({ timeout: 0 }).catch(() => {});
+    if (sql === failed) sql = schema = null;
+  }
+}
+
+function connect(url: string, name: string, max: number): Sql {
+  return postgres(url, {
+    max,
+    connect_timeout: 5,
+    // Not where there is one: what `alone` holds (its lock, temporary tables) is of that connection.
+    idle_timeout: max > 1 ? 60 : 0,
+    max_lifetime: null,
+    backoff: () => 0.1,
+    // A question that each new connection would ask, and a quarter of what one costs: we have no arrays
+    // but as text.
+    fetch_types: false,
+    onnotice: () => {},
+    connection: {
+      application_name: `daybook ${name}`,
+      statement_timeout: STATEMENT_TIMEOUT_MS,
+      idle_in_transaction_session_timeout: STATEMENT_TIMEOUT_MS,
+    },
+  });
+}
+
+async function applySchema(sql: Sql): Promise<void> {
+  await sql.unsafe(await Bun.file(join(import.meta.dir, "..", "..", "schema.sql")).text());
+}
+
+/** SQLSTATE classes of what passes: connection, rollback, resources, locks, intervention, system. */
+const PASSING = /^(08|40|53|55|57|58)|^XX000$/;
+
+function describe(error: unknown): Unavailable {
+  if (error instanceof Unavailable) return error;
+  const { message, code } = error as { message?: string; code?: string };
+  const sqlState = error instanceof postgres.PostgresError ? (code ?? "") : null;
+  const text = (message || code || String(error)).split("\n")[0] as string;
+  return new Unavailable(text, sqlState === null || PASSING.test(sqlState));
+}

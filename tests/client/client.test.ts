@@ -1,0 +1,882 @@
+/**
+ * The client as a program: what it sends, what it says, how it ends. The server is a real one,
+ * mostly without a database, which taking events does not need; or one whose answers are meddled
+ * with; or a stand-in.
+ */
+import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
+import {
+  appendFileSync,
+  closeSync,
+  existsSync,
+  fstatSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  readSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
+import { basename, dirname, join } from "node:path";
+
+import { readRejected, rejectedFaults, writeEvents } from "../support/events.ts";
+import { type Fault, openMeddler } from "../support/network.ts";
+import { balances, testDatabase } from "../support/postgres.ts";
+import { run, SECRET, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { IS_LONG, seeded } from "../support/random.ts";
+
+setDefaultTimeout(20_000);
+
+const LINES = IS_LONG ? 40_000 : 15_000;
+const NOWHERE = "http://127.0.0.1:1";
+const TOO_LONG = expect.stringMatching(/^longer than 65536/);
+
+test("every event of a file is on the server's disk, and the last line of stdout sums up", async () => {
+  await using server = await openServer();
+  const fixture = readFileSync(join(import.meta.dir, "..", "fixtures", "assignment.jsonl"), "utf8");
+  const sent = await server.send(server.write("assignment.jsonl", fixture));
+  expect(sent).toMatchObject({ code: 0, stderr: "" });
+  expect(sent.stdout).toMatch(
+    /^sent 5 events \(0 rejected\) from \S+assignment.jsonl: 264 bytes in [\d.]+ s, \d+ events\/s\n$/,
+  );
+  expect(server.journal()).toHaveLength(5);
+});
+
+test("without FILE it sends events.jsonl of the folder it is in", async () => {
+  await using server = await openOwnServer();
+  server.write("events.jsonl", add("ann", 1));
+  const sent = await run("client.ts", {
+    cwd: server.folder,
+    env: { SERVER_URL: `${server.url}/` },
+  });
+  expect(sent).toMatchObject({ code: 0, stderr: "" });
+  expect(sent.stdout).toStartWith("sent 1 events (0 rejected) from events.jsonl: ");
+  expect(server.journal()).toEqual([add("ann", 1)]);
+});
+
+test("rejected lines are kept with number, reason and text; the others are sent; exit code 1", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", `${add("ann", 1)}nonsense\n\n${add("", 2)}${add("ben", 3)}`);
+  const sent = await server.send(file);
+  expect(sent).toMatchObject({
+    code: 1,
+    stderr: `2 lines were rejected: see ${file}.rejected.jsonl\n`,
+  });
+  expect(sent.stdout).toStartWith("sent 2 events (2 rejected) from ");
+  expect(server.journal()).toEqual([add("ann", 1), add("ben", 3)]);
+  expect(rejected(file)).toEqual([
+    { line: 2, at: add("ann", 1).length, message: "not JSON", text: "nonsense" },
+    {
+      line: 4,
+      at: add("ann", 1).length + 10,
+      message: expect.stringMatching(/^userId must be a string of 1 to 256/),
+      text: add("", 2).trimEnd(),
+    },
+  ]);
+});
+
+test("25,000 bad lines in one piece are all kept, each with its own number", async () => {
+  await using server = await openServer();
+  const bad = Array.from({ length: 25_000 }, (_, i) => `b${i + 1}`);
+  const file = server.write("a.jsonl", `${bad.join("\n")}\n${add("ann", 1)}`);
+  const sent = await server.send(file);
+  expect(sent.code).toBe(1);
+  expect(sent.stdout).toStartWith("sent 1 events (25000 rejected) from ");
+  let at = 0;
+  const kept = bad.map((text, i) => {
+    const record = { line: i + 1, at, message: "not JSON", text };
+    at += text.length + 1;
+    return record;
+  });
+  expect(rejected(file)).toEqual(kept);
+});
+
+test("line numbers count on across pieces, blank lines and lines that are too long", async () => {
+  await using server = await openServer();
+  const note = "n".repeat(50_000);
+  const large = `{"userId":"ann","name":"add_revenue","value":1,"note":"${note}"}\n`;
+  const endless = "y".repeat(3_000_000);
+  const lines = `${large.repeat(45)}bad46\n\r\n${endless}\n${large.repeat(45)}${"z".repeat(70_000)}\nbad95`;
+  const file = server.write("a.jsonl", `${lines}\n${add("ben", 2)}`);
+  const sent = await server.send(file);
+  expect(sent.code).toBe(1);
+  expect(sent.stdout).toStartWith("sent 91 events (4 rejected) from ");
+  expect(server.journal()).toHaveLength(91);
+  const at = (text: string) => ({ at: lines.indexOf(text) });
+  const long = "z".repeat(4096);
+  expect(rejected(file)).toEqual([
+    { line: 46, ...at("bad46"), message: "not JSON", text: "bad46" },
+    { line: 48, ...at(endless), message: TOO_LONG, text: endless.slice(0, 4096) },
+    { line: 94, ...at(long), message: TOO_LONG, text: long },
+    { line: 95, ...at("bad95"), message: "not JSON", text: "bad95" },
+  ]);
+});
+
+test("CRLF, a BOM, blank lines and a last line without newline are fine", async () => {
+  await using server = await openServer();
+  const text = `\ufeff${add("ann", 1)}\n  \n${add("ben", 2)}${add("cid", 3)}`;
+  const file = server.write("a.jsonl", text.trimEnd().replaceAll("\n", "\r\n"));
+  expect(await server.send(file)).toMatchObject({ code: 0, stderr: "" });
+  expect(server.journal()).toEqual([add("ann", 1), add("ben", 2), add("cid", 3)]);
+});
+
+test("a torn last line is left, said so, and sent once it is complete", async () => {
+  await using server = await openServer();
+  const line = add("ben", 2);
+  const file = server.write("a.jsonl", add("ann", 1) + line.slice(0, 20));
+  const torn = await server.send(file);
+  expect(torn).toMatchObject({
+    code: 0,
+    stderr: `${file}: line 2 has no newline and is no event yet: left for the next run\n`,
+  });
+  expect(torn.stdout).toContain(`: ${add("ann", 1).length} bytes in `);
+  appendFileSync(file, line.slice(20));
+  for (const events of [1, 0]) {
+    const sent = await server.send(file);
+    expect(sent).toMatchObject({ code: 0, stderr: "" });
+    expect(sent.stdout).toStartWith(`sent ${events} events `);
+  }
+  expect(server.journal()).toEqual([add("ann", 1), line]);
+});
+
+test("a last line without newline that is a whole event is sent, once", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", add("ann", 1) + add("ben", 2).trimEnd());
+  expect((await server.send(file)).stdout).toStartWith("sent 2 events ");
+  appendFileSync(file, `\nbad\n${add("cid", 3)}`);
+  expect((await server.send(file)).stdout).toStartWith("sent 1 events (1 rejected) ");
+  expect(server.journal()).toEqual([add("ann", 1), add("ben", 2), add("cid", 3)]);
+  expect(readRejected(file)).toMatchObject([{ line: 3, text: "bad" }]);
+});
+
+test("run again, it sends nothing, says what is there already, and still knows the bad lines", async () => {
+  await using server = await openServer();
+  const text = `${add("ann", 1)}bad\n`;
+  const file = server.write("a.jsonl", text);
+  await server.send(file);
+  const before = readFileSync(`${file}.rejected.jsonl`, "utf8");
+  const again = await server.send(file);
+  expect(again.code).toBe(1);
+  expect(again.stdout).toMatch(
+    /^sent 0 events \(0 rejected\) from \S+: 0 bytes in .*; already there: (\d+) bytes \(2 lines\)\n$/,
+  );
+  expect(again.stdout).toContain(`there: ${text.length} bytes`);
+  expect(readFileSync(`${file}.rejected.jsonl`, "utf8")).toBe(before);
+  expect(server.journal()).toEqual([add("ann", 1)]);
+});
+
+test("of a file that grew, only the new lines are sent, and bad ones keep their numbers", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", `${add("ann", 1)}bad2\n`);
+  await server.send(file);
+  appendFileSync(file, `${add("ben", 2)}bad4\n`);
+  expect((await server.send(file)).stdout).toStartWith("sent 1 events (1 rejected) ");
+  expect(server.journal()).toEqual([add("ann", 1), add("ben", 2)]);
+  expect(readRejected(file)).toMatchObject([
+    { line: 2, text: "bad2" },
+    { line: 4, text: "bad4" },
+  ]);
+});
+
+test("a file that begins otherwise is taken whole, by itself, and each goes on where it was", async () => {
+  await using server = await openServer();
+  const [old, other] = [add("ann", 1) + add("ben", 2), add("ann", 5) + add("ben", 2)];
+  const texts = [old, other, old + add("cid", 7), other + add("dan", 8), old.slice(0, 5) + other];
+  const sent = [];
+  for (const text of texts) {
+    const { stdout } = await server.send(server.write("a.jsonl", text));
+    sent.push(Number(/^sent (\d+) events/.exec(stdout)?.[1]));
+  }
+  expect(sent).toEqual([2, 2, 1, 1, 1]);
+  expect(server.journal().join("")).toBe(
+    old + other + add("cid", 7) + add("dan", 8) + add("ben", 2),
+  );
+});
+
+test("after a file of bad lines, another in its place with none: no rejected lines, exit code 0", async () => {
+  await using server = await openServer();
+  expect((await server.send(server.write("a.jsonl", "bad\n"))).code).toBe(1);
+  const file = server.write("a.jsonl", add("ann", 1));
+  expect((await server.send(file)).code).toBe(0);
+  expect(existsSync(`${file}.rejected.jsonl`)).toBe(false);
+});
+
+test("the same file in another folder counts once, under another name or --source again", async () => {
+  await using server = await openOwnServer();
+  const text = add("ann", 1);
+  for (const [name, args, events] of [
+    ["a.jsonl", [], 1],
+    ["elsewhere/a.jsonl", [], 0],
+    ["b.jsonl", [], 1],
+    ["c.jsonl", ["--source", "a.jsonl"], 0],
+    ["a.jsonl", ["--source", "shop / 1: ü?#"], 1],
+    ["d.jsonl", ["--source", "shop / 1: ü?#"], 0],
+  ] as const) {
+    const sent = await server.send(server.write(name, text), ...args);
+    expect(sent.code).toBe(0);
+    expect(sent.stdout).toStartWith(`sent ${events} events `);
+  }
+  expect(server.journal()).toHaveLength(3);
+});
+
+test("--again sends the whole file once more; what it grows by then is sent once", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", add("ann", 1) + add("ben", 2));
+  await server.send(file);
+  expect((await server.send(file, "--again")).stdout).toStartWith("sent 2 events ");
+  appendFileSync(file, add("cid", 3));
+  for (const events of [1, 0])
+    expect((await server.send(file)).stdout).toStartWith(`sent ${events} events `);
+  expect(server.journal().join("")).toBe(
+    `${(add("ann", 1) + add("ben", 2)).repeat(2)}${add("cid", 3)}`,
+  );
+});
+
+test("--follow sends what the file grows by; SIGTERM ends it with 0 and a summary", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", add("ann", 1));
+  await using client = server.start(file, "--follow");
+  await until(() => server.journal().length === 1);
+  appendFileSync(file, add("ben", 2) + add("cid", 3).slice(0, 10));
+  await until(() => server.journal().length === 2);
+  appendFileSync(file, add("cid", 3).slice(10));
+  await until(() => server.journal().length === 3);
+  expect(client.child.exitCode).toBeNull();
+  client.kill("SIGTERM");
+  expect(await client.exit()).toBe(0);
+  expect(client.stderr.text()).toBe("");
+  expect(client.stdout.text()).toStartWith("sent 3 events (0 rejected) from ");
+  expect((await server.send(file)).stdout).toStartWith("sent 0 events ");
+  expect(server.journal()).toEqual([add("ann", 1), add("ben", 2), add("cid", 3)]);
+});
+
+test("--follow goes on with another file that takes the place of the first", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", add("ann", 1) + add("ann", 2));
+  await using client = server.start(file, "--follow");
+  await until(() => server.journal().length === 2);
+  server.write("a.jsonl", add("ben", 3));
+  await until(() => server.journal().length === 3);
+  appendFileSync(file, add("cid", 4));
+  await until(() => server.journal().length === 4);
+  client.kill("SIGTERM");
+  expect(await client.exit()).toBe(0);
+  expect(server.journal().slice(2)).toEqual([add("ben", 3), add("cid", 4)]);
+});
+
+test.each([true, false])(
+  "a file that another takes the place of while it is sent: each event of both counts once (--follow: %s)",
+  async (follows) => {
+    await using server = await openServer();
+    let pieces = 0;
+    await using way = await openMeddler(server.url, ({ method }) => {
+      if (method === "PATCH") pieces++;
+      return { delayMs: pieces < 3 ? 300 : 0 };
+    });
+    const lines = (user: string) => Array.from({ length: 60_000 }, (_, i) => add(`${user}${i}`, 1));
+    const file = server.write("a.jsonl", lines("old").join(""));
+    const next = server.write("next.jsonl", lines("new").join(""));
+    const start = () =>
+      spawn("client.ts", {
+        args: follows ? [file, "--follow"] : [file],
+        env: { SERVER_URL: way.url },
+      });
+    await using client = start();
+    await until(() => pieces === 1);
+    renameSync(next, file);
+    if (!follows) {
+      expect(await client.exit()).toBe(0);
+      await using again = start();
+      expect(await again.exit()).toBe(0);
+    } else {
+      await until(() => server.journal().length >= 120_000);
+      client.kill("SIGTERM");
+      expect(await client.exit()).toBe(0);
+    }
+    expect(server.journal().toSorted()).toEqual([...lines("old"), ...lines("new")].toSorted());
+  },
+);
+
+test("--follow sends a file that is rotated to its end, and then what has its name", async () => {
+  await using server = await openServer();
+  let delayMs = 0;
+  await using way = await openMeddler(server.url, () => ({ delayMs }));
+  const file = server.write("a.jsonl", add("ann", 1));
+  await using client = spawn("client.ts", {
+    args: [file, "--follow"],
+    env: { SERVER_URL: way.url },
+  });
+  await until(() => server.journal().length === 1);
+  delayMs = 300;
+  appendFileSync(file, add("ann", 2));
+  await until(() => server.journal().length === 2);
+  appendFileSync(file, add("ann", 3)); // while the answer to the one before is on its way
+  renameSync(file, `${file}.1`);
+  writeFileSync(file, add("ben", 4));
+  await until(() => server.journal().length === 4);
+  expect(server.journal()).toEqual([1, 2, 3].map((n) => add("ann", n)).concat(add("ben", 4)));
+  // And told to stop while no file has the name: all that there was is sent.
+  rmSync(file);
+  await Bun.sleep(100);
+  client.kill("SIGTERM");
+  expect(await client.exit()).toBe(0);
+});
+
+test("SIGTERM ends --follow while the server is away too", async () => {
+  using folder = tempDir();
+  const file = folder.file("a.jsonl");
+  writeFileSync(file, add("ann", 1));
+  await using client = spawn("client.ts", {
+    args: [file, "--follow"],
+    env: { SERVER_URL: NOWHERE },
+  });
+  await until(() => client.stderr.text().includes("trying again"));
+  client.kill("SIGTERM");
+  await until(() => client.child.exitCode !== null, 3_000);
+  expect(client.child.exitCode).toBe(3);
+  expect(client.stdout.text()).toStartWith("stopped: sent 0 events ");
+});
+
+test("--wait returns when the balances are there, and says so; also when nothing is new, at whichever server", async () => {
+  await using database = await testDatabase();
+  await using server = await openOwnServer(database.url);
+  const lines = Array.from({ length: 20_000 }, (_, i) => add(`user${i}`, 1));
+  const file = server.write("a.jsonl", lines.join(""));
+  const sent = await server.send(file, "--wait");
+  expect(Object.values(await balances(database.url))).toEqual(lines.map(() => "1"));
+  expect(sent).toMatchObject({ code: 0, stderr: "" });
+  expect(sent.stdout).toEndWith("; all of it is in the ledger\n");
+
+  const again = await server.send(file, "--wait");
+  expect(again.code).toBe(0);
+  expect(again.stdout).toStartWith("sent 0 events ");
+  expect(again.stdout).toEndWith("; all of it is in the ledger\n");
+
+  // It waited for ever where the server had a journal without events.
+  await using other = await openOwnServer(database.url);
+  const elsewhere = await other.send(file, "--wait");
+  expect(elsewhere).toMatchObject({ code: 0, stderr: "" });
+  expect(elsewhere.stdout).toStartWith("sent 0 events ");
+  expect(elsewhere.stdout).toEndWith("; all of it is in the ledger\n");
+});
+
+test("--wait waits for what another client has sent meanwhile", async () => {
+  await using database = await testDatabase();
+  await using server = await openOwnServer(database.url);
+  const lines = Array.from({ length: 45_000 }, (_, i) => add(`user${i % 100}`, 1));
+  const file = server.write("a.jsonl", lines.join(""));
+  let isSent = false;
+  let waits = 0;
+  await using way = await openMeddler(server.url, async ({ method, url = "" }) => {
+    // The balances alone would not tell: they are there soon, whoever waits.
+    if (url.includes("?after=")) waits++;
+    // Between the look and the first piece all of it is sent by another.
+    if (method === "PATCH" && !isSent) {
+      isSent = true;
+      expect((await server.send(file)).code).toBe(0);
+    }
+    return null;
+  });
+  const args = [file, "--wait"];
+  const second = await run("client.ts", { args, env: { SERVER_URL: way.url } });
+  expect(waits).toBeGreaterThan(0);
+  expect(second.stdout).toEndWith("; all of it is in the ledger\n");
+  expect(Object.values(await balances(database.url))).toEqual(Array(100).fill("450"));
+});
+
+test("what is rejected only the server says: its kinds of events, its schema, also when an answer was lost", async () => {
+  using folder = tempDir();
+  const schema = folder.file("schema.json");
+  writeFileSync(schema, JSON.stringify({ properties: { value: { multipleOf: 0.01 } } }));
+  const env = { EVENT_TYPES: "sale:+", EVENT_SCHEMA: schema };
+  await using server = await openOwnServer(undefined, env);
+  const sale = (value: number) => `{"userId":"ann","name":"sale","value":${value}}\n`;
+  const file = server.write("a.jsonl", sale(19.99) + sale(0.001) + sale(4.35));
+  let lost = 0;
+  await using way = await openMeddler(server.url, ({ method }) =>
+    method === "PATCH" && lost++ === 0 ? "lose" : null,
+  );
+  for (let again = 0; again < 3; again++) {
+    const sent = await run("client.ts", { args: [file], env: { SERVER_URL: way.url } });
+    expect(sent.code).toBe(1);
+    expect(rejected(file)).toMatchObject([{ line: 2, text: sale(0.001).trimEnd() }]);
+    expect(server.journal()).toEqual([sale(19.99), sale(4.35)]);
+  }
+});
+
+test("--follow keeps what was rejected of a file that is rotated away; exit code 1", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", `${add("ann", 1)}bad\n`);
+  await using client = spawn("client.ts", {
+    args: [file, "--follow"],
+    env: { SERVER_URL: server.url },
+  });
+  await until(() => existsSync(`${file}.rejected.jsonl`));
+  renameSync(file, `${file}.1`);
+  writeFileSync(file, `${add("ben", 2)}worse\n`);
+  await until(() => server.journal().length === 2);
+  await until(() => existsSync(`${file}.rejected.jsonl`));
+  client.kill("SIGTERM");
+  expect(await client.exit()).toBe(1);
+  expect(rejected(file)).toMatchObject([{ text: "worse" }]);
+  expect(readFileSync(`${file}.rejected.1.jsonl`, "utf8")).toContain('"text":"bad"');
+});
+
+test("rejected lines that cannot be kept hold up nobody: the others are sent, and it is said", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", `bad\n${add("ann", 1)}`);
+  mkdirSync(`${file}.rejected.jsonl`);
+  for (let again = 0; again < 2; again++) {
+    const sent = await server.send(file);
+    expect(sent.code).toBe(1);
+    expect(sent.stderr).toContain("rejected lines cannot be kept");
+    expect(server.journal()).toEqual([add("ann", 1)]);
+  }
+});
+
+test("a source whose name is as long as a name may be is sent again and grows", async () => {
+  await using server = await openOwnServer();
+  const name = "m".repeat(256);
+  const file = server.write("a.jsonl", add("ann", 1));
+  for (const lines of [1, 2]) {
+    expect((await server.send(file, "--source", name)).code).toBe(0);
+    expect(server.journal()).toHaveLength(lines);
+    appendFileSync(file, add("ben", 2));
+  }
+});
+
+test("-: standard input is sent, its bad lines are kept, and it says that it cannot be resumed", async () => {
+  await using server = await openServer();
+  const sent = await run("client.ts", {
+    args: ["-"],
+    cwd: server.folder,
+    env: { SERVER_URL: server.url },
+    stdin: `${add("ann", 1).repeat(30_000)}bad\n${add("ben", 2).trimEnd()}`,
+  });
+  expect(sent.code).toBe(1);
+  expect(sent.stdout).toStartWith("sent 30001 events (1 rejected) from standard input: ");
+  expect(sent.stderr).toContain("cannot be resumed");
+  expect(server.journal()).toHaveLength(30_001);
+  expect(readRejected(join(server.folder, "stdin"))).toEqual([
+    { line: 30_001, at: 30_000 * add("ann", 1).length, text: "bad" },
+  ]);
+});
+
+test("an empty file is nothing to send: exit code 0", async () => {
+  await using server = await openServer();
+  const sent = await server.send(server.write("a.jsonl", ""));
+  expect(sent).toMatchObject({ code: 0, stderr: "" });
+  expect(sent.stdout).toStartWith("sent 0 events (0 rejected) from ");
+});
+
+test("no such file, a folder, two files, an unknown option: exit code 2 and a line", async () => {
+  using folder = tempDir();
+  const file = folder.file("a.jsonl");
+  const wrong = await Promise.all(
+    [[file], [folder.path], [file, file], ["--twice"], ["--retry-for", "soon", file]].map((args) =>
+      run("client.ts", { args }),
+    ),
+  );
+  expect(wrong.map(({ code, stdout }) => ({ code, stdout }))).toEqual(
+    wrong.map(() => ({ code: 2, stdout: "" })),
+  );
+  const [missing, aFolder, two, option, soon] = wrong.map(({ stderr }) => stderr);
+  expect(missing).toBe(`${file}: no such file\n`);
+  expect(aFolder).toBe(`${folder.path}: not a regular file\n`);
+  expect(two).toStartWith("too many arguments: found 2, wanted 1 at most\nusage: ");
+  expect(option).toContain("--twice");
+  expect(soon).toBe("--retry-for: wanted a time like 90s, 5m or 2h\n");
+});
+
+test("a wrong secret ends it with exit code 2, is not shown, and nothing is taken", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", add("ann", 1));
+  const sent = await server.sendWith({ AUTH_SECRET: "hunter2" }, file);
+  expect(sent.code).toBe(2);
+  expect(sent.stderr).toStartWith(`${server.url} answered 401: `);
+  expect(sent.stdout).toStartWith("stopped: sent 0 events (0 rejected) from ");
+  expect(sent.stdout + sent.stderr).not.toContain("hunter2");
+  expect(server.journal()).toEqual([]);
+});
+
+test("of several secrets the first is presented", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", add("ann", 1));
+  const sent = await server.sendWith({ AUTH_SECRET: `${SECRET},hunter2` }, file);
+  expect(sent.code).toBe(0);
+});
+
+test("a server that cannot be reached for --retry-for: exit code 3, and why", async () => {
+  using folder = tempDir();
+  const file = folder.file("a.jsonl");
+  writeFileSync(file, add("ann", 1));
+  const args = [file, "--retry-for", "1s"];
+  const sent = await run("client.ts", { args, env: { SERVER_URL: NOWHERE } });
+  expect(sent.code).toBe(3);
+  expect(sent.stderr).toStartWith(`${NOWHERE} gives no answer: `);
+  expect(sent.stderr.trimEnd().split("\n")).toHaveLength(1);
+  expect(sent.stdout).toStartWith(`stopped: sent 0 events (0 rejected) from ${file}: 0 bytes in `);
+});
+
+test("a server that is no Daybook: exit code 3, whatever it answers", async () => {
+  const strangers = [
+    () => new Response("hello"),
+    () => new Response("made", { status: 201 }),
+    () => new Response("none", { status: 404 }),
+    onPatch(() => new Response("hello")),
+    onPatch(() => Response.json({ accepted: 1 })),
+    onPatch(() => Response.json(null)),
+    onPatch(() => new Response("where?", { status: 409 })),
+  ];
+  for (const answer of strangers) {
+    await using stranger = standIn(answer);
+    const sent = await stranger.send(add("ann", 1));
+    expect(sent.code).toBe(3);
+    expect(sent.stderr).toStartWith(`${stranger.url} `);
+    expect(sent.stdout).toStartWith("stopped: sent 0 events ");
+  }
+});
+
+test("the secret is not carried to where a server redirects", async () => {
+  let asked = 0;
+  await using other = standIn(() => (asked++, new Response("thanks")));
+  const redirect = () => Response.redirect(`${other.url}/sources/a`, 307);
+  for (const answer of [redirect, onPatch(redirect)]) {
+    await using server = standIn(answer);
+    expect((await server.send(add("ann", 1))).code).toBe(3);
+  }
+  expect(asked).toBe(0);
+});
+
+test("a server that gives up half-way: exit code 3, and the bytes that are on its disk", async () => {
+  await using server = await openServer();
+  const line = add("ann", 1);
+  await using full = await openMeddler(server.url, ({ headers }) =>
+    headers["upload-offset"] === `${20_000 * line.length}` ? { answer: 507 } : null,
+  );
+  const file = server.write("a.jsonl", line.repeat(25_000)); // a piece has at most 20,000 lines
+  const sent = await server.sendWith({ SERVER_URL: full.url }, file, "--retry-for", "1s");
+  expect(sent.code).toBe(3);
+  expect(sent.stderr).toStartWith(`${full.url} answered 507: `);
+  expect(sent.stdout).toContain("stopped: sent 20000 events (0 rejected) from ");
+  expect(sent.stdout).toContain(`: ${20_000 * line.length} bytes in `);
+  expect((await server.send(file)).stdout).toStartWith("sent 5000 events ");
+  expect(server.journal()).toHaveLength(25_000);
+});
+
+test.each<Exclude<Fault, null>>([
+  { answer: 408 },
+  { answer: 425 },
+  { answer: 429 },
+  { answer: 500 },
+  { answer: 502 },
+  { answer: 503, headers: { "retry-after": "0" } },
+  { answer: 504 },
+  { answer: 507 },
+  "cut",
+  "lose",
+  "tear",
+  { delayMs: 50 },
+])("%j: it tries again, and every event counts once", async (fault) => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", add("ann", 1).repeat(20_000) + add("ben", 2));
+  const spoilt = new Set<string>();
+  await using meddler = await openMeddler(server.url, ({ method, headers }) => {
+    const request = `${method} ${headers["upload-offset"]}`;
+    return spoilt.size !== spoilt.add(request).size ? fault : null; // each the first time
+  });
+  const sent = await server.sendWith({ SERVER_URL: meddler.url }, file);
+  expect(sent).toMatchObject({ code: 0, stderr: "" });
+  expect(sent.stdout).toStartWith("sent 20001 events (0 rejected) ");
+  expect(spoilt.size).toBe(3);
+  expect(server.journal()).toHaveLength(20_001);
+});
+
+test("when the server names the seconds in Retry-After, it does not come back before", async () => {
+  await using server = await openServer();
+  const triesMs: number[] = [];
+  await using meddler = await openMeddler(server.url, ({ method }) => {
+    if (method === "PATCH") triesMs.push(performance.now());
+    return triesMs.length === 1 ? { answer: 503, headers: { "retry-after": "1" } } : null;
+  });
+  const file = server.write("a.jsonl", add("ann", 1));
+  expect((await server.sendWith({ SERVER_URL: meddler.url }, file)).code).toBe(0);
+  expect(triesMs).toHaveLength(2);
+  expect(triesMs[1]! - triesMs[0]!).toBeGreaterThan(990);
+});
+
+test("any other 4xx: it stops at once, without trying again", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", add("ann", 1));
+  for (const answer of [400, 401, 403, 404, 413, 415, 422]) {
+    let tries = 0;
+    await using meddler = await openMeddler(server.url, ({ method }) =>
+      method === "PATCH" && ++tries ? { answer } : null,
+    );
+    const sent = await server.sendWith({ SERVER_URL: meddler.url }, file);
+    expect({ answer, tries, code: sent.code }).toEqual({
+      answer,
+      tries: 1,
+      code: answer === 401 || answer === 403 ? 2 : 3,
+    });
+    expect(sent.stdout).toStartWith("stopped: sent 0 events ");
+  }
+  expect(server.journal()).toEqual([]);
+});
+
+test("two clients with copies of a file at once: every event counts once, both end with 0", async () => {
+  await using server = await openServer();
+  const lines = Array.from({ length: 45_000 }, (_, i) => add(`user${i}`, 1));
+  const files = ["one", "two"].map((folder) => server.write(`${folder}/a.jsonl`, lines.join("")));
+  await using meddler = await bothAtOnce(server.url);
+  const sent = await Promise.all(
+    files.map((file) => server.sendWith({ SERVER_URL: meddler.url }, file)),
+  );
+  expect(sent.map(({ code, stderr }) => ({ code, stderr }))).toEqual([
+    { code: 0, stderr: "" },
+    { code: 0, stderr: "" },
+  ]);
+  expect(server.journal().join("") === lines.join("")).toBe(true);
+});
+
+test("two clients with different files of one name at once: each is taken whole", async () => {
+  await using server = await openServer();
+  const files = ["one", "two"].map((folder) =>
+    server.write(`${folder}/a.jsonl`, add(folder, 1).repeat(15_000)),
+  );
+  await using meddler = await bothAtOnce(server.url);
+  const sent = await Promise.all(
+    files.map((file) => server.sendWith({ SERVER_URL: meddler.url }, file)),
+  );
+  expect(sent.map(({ code }) => code)).toEqual([0, 0]);
+  expect(server.journal().toSorted().join("")).toBe(
+    add("one", 1).repeat(15_000) + add("two", 1).repeat(15_000),
+  );
+});
+
+test(
+  "two clients with one file at once: every event counts once, and each bad line is kept once",
+  seeded(async (random) => {
+    await using server = await openServer();
+    const file = server.write("a.jsonl", "");
+    const { good, bad } = writeEvents(file, LINES, random);
+    await using slow = await openMeddler(server.url, () => ({ delayMs: 30 }));
+    const send = () => server.sendWith({ SERVER_URL: slow.url }, file);
+    const sent = await Promise.all([send(), send()]);
+    expect(sent.map(({ code }) => code)).toEqual([1, 1]);
+    expect(server.journal().join("") === good.join("")).toBe(true);
+    expect(rejectedFaults(file, bad).slice(0, 3)).toEqual([]);
+  }),
+);
+
+// Where it dies by name: below, and in tests/faults/process.test.ts.
+test.if(IS_LONG)(
+  "killed at random moments, FILE.rejected.jsonl has each bad line once in the end",
+  seeded(async (random) => {
+    await using server = await openServer();
+    const file = server.write("a.jsonl", "");
+    const { good, bad } = writeEvents(file, LINES, random);
+    for (let kill = 0; kill < 10; kill++) {
+      const from = server.size();
+      await using client = server.start(file);
+      await until(() => server.size() > from || client.child.exitCode !== null);
+      await Bun.sleep(random() * 15);
+      client.kill("SIGKILL");
+      await client.exit();
+    }
+    expect((await server.send(file)).code).toBe(1);
+    expect(rejectedFaults(file, bad)).toEqual([]);
+    expect(server.journal().join("") === good.join("")).toBe(true);
+  }),
+);
+
+const MIB = 1024 * 1024;
+const padded = (line: string) => `${line.padEnd(127)}\n`;
+
+test.each([
+  ["a piece of 1 MiB to the byte", `${padded("bad").repeat(8192)}${padded(add("a", 1).trim())}`, 0],
+  [
+    "the second piece of 1 MiB to the byte",
+    `${padded(add("a", 1).trim()).repeat(8192)}${padded("bad").repeat(8192)}`,
+    MIB,
+  ],
+  ["the beginning of a line of 3 MB", `${"x".repeat(3_000_000)}\n${add("a", 1)}bad\n`, 0],
+  [
+    "the beginning of a line of 3 MB further on",
+    `${add("a", 1)}bad\n${"x".repeat(3_000_000)}\nbad\n`,
+    add("a", 1).length + 4,
+  ],
+])("killed before it hears of %s: each bad line is kept once", async (_, text, offset) => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", text);
+  await using meddler = await openMeddler(server.url, ({ headers }) => {
+    if (headers["upload-offset"] !== `${offset}`) return null;
+    if (lost) client.kill("SIGKILL");
+    lost = true;
+    return "lose";
+  });
+  let lost = false;
+  await using client = spawn("client.ts", { args: [file], env: { SERVER_URL: meddler.url } });
+  expect(await client.exit()).toBeNull();
+  expect((await server.send(file)).code).toBe(1);
+  let at = 0;
+  const lines = text.split("\n").map((line, i) => {
+    const record = { line: i + 1, at, text: line.trim().slice(0, 4096) };
+    at += line.length + 1;
+    return record;
+  });
+  const bad = lines.filter(({ text }) => text && !text.startsWith("{"));
+  expect(rejectedFaults(file, bad)).toEqual([]);
+});
+
+test.if(process.platform === "linux")("240 MB are sent with less than 160 MB", async () => {
+  using folder = tempDir();
+  const path = folder.file("a.jsonl");
+  const part = `{"userId":"ann","name":"add_revenue","value":1,"note":"${"n".repeat(60_000)}"}\n`;
+  const lines = Buffer.from(part.repeat(100));
+  for (let i = 0; i < 40; i++) appendFileSync(path, lines);
+  let mostKib = 0;
+  const answer = onPatch(async (request) => {
+    await request.bytes();
+    const status = readFileSync(`/proc/${client.pid}/status`, "utf8");
+    mostKib = Number(/VmHWM:\s+(\d+)/.exec(status)?.[1]);
+    return Response.json({ accepted: 1, rejected: 0, errors: [], position: "x:1" });
+  });
+  await using server = standIn(answer);
+  await using client = spawn("client.ts", { args: [path], env: { SERVER_URL: server.url } });
+  expect(await client.exit()).toBe(0);
+  expect(mostKib).toBeGreaterThan(0);
+  expect(mostKib).toBeLessThan(160 * 1024);
+});
+
+/** An event line. */
+function add(userId: string, value: number): string {
+  return `${JSON.stringify({ userId, name: "add_revenue", value })}\n`;
+}
+
+function rejected(file: string): unknown[] {
+  const lines = readFileSync(`${file}.rejected.jsonl`, "utf8").trimEnd().split("\n");
+  return lines.map((line) => JSON.parse(line));
+}
+
+/** A way to the server at `url` where nothing is sent before two clients have asked. */
+function bothAtOnce(url: string) {
+  let asked = 0;
+  return openMeddler(url, async ({ method }) => {
+    if (method === "HEAD") asked++;
+    else await until(() => asked >= 2);
+    return null;
+  });
+}
+
+/** A stand-in that knows of no source, and answers what is sent to it. */
+function onPatch(answer: (request: Request) => Response | Promise<Response>) {
+  return (request: Request) =>
+    request.method === "HEAD" ? new Response(null, { status: 404 }) : answer(request);
+}
+
+type App = Awaited<ReturnType<typeof startApp>>;
+
+const NO_DATABASE = "postgres://nobody@127.0.0.1:1/none";
+let shared: Promise<{ app: App; dir: ReturnType<typeof tempDir> }> | null = null;
+let looks = 0;
+
+/** One server for whoever needs no database: to start one for each took a third of these tests' time. */
+async function startShared() {
+  const dir = tempDir();
+  const args = ["--no-processor"];
+  return { dir, app: await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE, args }) };
+}
+
+afterAll(async () => {
+  const used = await shared?.catch(() => null);
+  await used?.app[Symbol.asyncDispose]();
+  used?.dir[Symbol.dispose]();
+  shared = null;
+});
+
+/** A real server as a test sees it that is alone with it. */
+async function openServer() {
+  const { app, dir } = await (shared ??= startShared());
+  // The name of a file is that of its source, which the server knows for ever.
+  return lookAt(app.url, dir.path, tempDir(), `${++looks}.`);
+}
+
+/** A server that is really the test's own. */
+async function openOwnServer(databaseUrl?: string, settings: Record<string, string> = {}) {
+  const folder = tempDir();
+  const dataDir = folder.file("data");
+  const args = databaseUrl ? [] : ["--no-processor"];
+  const app = await startApp({
+    ...{ dataDir, env: settings, args, databaseUrl: databaseUrl ?? NO_DATABASE },
+  });
+  const seen = lookAt(app.url, dataDir, folder, "");
+  return {
+    ...seen,
+    async [Symbol.asyncDispose]() {
+      await app[Symbol.asyncDispose]();
+      seen[Symbol.dispose]();
+    },
+  };
+}
+
+/**
+ * What a server takes from now on, a folder for files, whose names get this prefix, and the client to
+ * send them.
+ */
+function lookAt(url: string, dataDir: string, folder: ReturnType<typeof tempDir>, prefix: string) {
+  const journal = join(dataDir, "eventsPost.jsonl");
+  const from = statSync(journal).size;
+  const env = { SERVER_URL: url };
+  return {
+    url,
+    folder: folder.path,
+    write(name: string, content: string) {
+      const path = folder.file(join(dirname(name), prefix + basename(name)));
+      mkdirSync(dirname(path), { recursive: true });
+      writeFileSync(path, content);
+      return path;
+    },
+    send: (...args: string[]) => run("client.ts", { args, env }),
+    sendWith: (other: Record<string, string>, ...args: string[]) =>
+      run("client.ts", { args, env: { ...env, ...other } }),
+    start: (...args: string[]) => spawn("client.ts", { args, env }),
+    /** The event lines on the server's disk. */
+    journal: () =>
+      readFrom(journal, from)
+        .split("\n")
+        .filter((line) => line !== "" && !/^\{"(journal|frame|source)":/.test(line))
+        .map((line) => `${line}\n`),
+    /** The bytes of the journal. */
+    size: () => statSync(journal).size,
+    [Symbol.dispose]: () => folder[Symbol.dispose](),
+  };
+}
+
+/** All of a file behind `from`: it may be long, and is looked at often. */
+function readFrom(path: string, from: number): string {
+  const file = openSync(path, "r");
+  try {
+    const bytes = Buffer.alloc(fstatSync(file).size - from);
+    return bytes.toString("utf8", 0, readSync(file, bytes, 0, bytes.length, from));
+  } finally {
+    closeSync(file);
+  }
+}
+
+/** A server that answers as it likes; `send` sends it a file of this content. */
+function standIn(fetch: (request: Request) => Response | Promise<Response>) {
+  const server = Bun.serve({ port: 0, hostname: "127.0.0.1", fetch });
+  const url = `http://127.0.0.1:${server.port}`;
+  return {
+    url,
+    async send(content: string) {
+      using folder = tempDir();
+      const path = folder.file("a.jsonl");
+      writeFileSync(path, content);
+      return await run("client.ts", { args: [path], env: { SERVER_URL: url } });
+    },
+    [Symbol.asyncDispose]: () => server.stop(true),
+  };
+}

@@ -1,0 +1,405 @@
+/** The journal in many files: nothing that holds for one file ends where a segment does. */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import {
+  copyFileSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  truncateSync,
+} from "node:fs";
+
+import { openDatabase } from "../../lib/ledger/database.ts";
+import { BatchLimit } from "../../lib/processor/batch-limit.ts";
+import { type Disk, disk } from "../../lib/journal/disk.ts";
+import { openJournal } from "../../lib/journal/writer.ts";
+import { openJournalReader } from "../../lib/journal/reader.ts";
+import { post } from "../../lib/ledger/ledger.ts";
+import { listSegments } from "../../lib/journal/segments.ts";
+import { openJournalSource } from "../../lib/processor/batches.ts";
+import { postFile } from "../../lib/processor/posting.ts";
+import { openSources } from "../../lib/server/sources.ts";
+import { balances, testDatabase } from "../support/postgres.ts";
+import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { IS_LONG } from "../support/random.ts";
+
+setDefaultTimeout(60_000);
+
+const quiet = () => {};
+const line = (text: string) => Buffer.from(`${text}\n`);
+const event = (userId: string, value = 1, more = {}) =>
+  JSON.stringify({ userId, name: "add_revenue", value, ...more });
+
+/** The lines of a journal, each frame read from the position behind the one before. */
+async function readLines(path: string): Promise<string[]> {
+  const reader = await openJournalReader(path);
+  const lines: string[] = [];
+  for (let position = reader?.start ?? 0; reader;) {
+    const frames = await reader.read(position);
+    if (frames.length === 0) break;
+    for (const { payload, to } of frames) {
+      lines.push(...payload.toString().split("\n").slice(0, -1));
+      position = to;
+    }
+  }
+  return lines;
+}
+
+const segments = (directory: string) =>
+  readdirSync(directory).filter((name) => /^eventsPost\.\d+\.jsonl$/.test(name));
+
+/** A journal of ten appends in files of at most 300 bytes. */
+async function rotated(directory: string) {
+  const journal = await openJournal(directory, quiet, disk, 300);
+  const positions: number[] = [];
+  for (let i = 0; i < 10; i++) positions.push(await journal.append(line(`${i}`)));
+  await journal.close();
+  return { id: journal.id, positions };
+}
+
+test("a full file becomes a segment named by its base, and positions go on", async () => {
+  using dir = tempDir();
+  const { id, positions } = await rotated(dir.path);
+  const files = [...segments(dir.path).toSorted(byBase), "eventsPost.jsonl"];
+  expect(files.length).toBeGreaterThan(3);
+  let base = 0;
+  for (const name of files) {
+    const bytes = readFileSync(dir.file(name));
+    expect(bytes.toString()).toStartWith(`{"journal":"${id}","base":${base},"version":1}\n`);
+    if (name !== "eventsPost.jsonl") expect(name).toBe(`eventsPost.${base}.jsonl`);
+    base += bytes.length;
+  }
+  expect(positions.at(-1)).toBe(base);
+  expect(positions).toEqual(positions.toSorted((a, b) => a - b));
+  expect(await readLines(dir.file("eventsPost.jsonl"))).toEqual([..."0123456789"]);
+});
+
+test("a start goes on behind the last segment, also where the rotation had died half-way", async () => {
+  using dir = tempDir();
+  const { id, positions } = await rotated(dir.path);
+  const end = positions.at(-1) as number;
+  const base = JSON.parse(readFileSync(dir.file("eventsPost.jsonl"), "utf8").split("\n")[0] ?? "");
+  renameSync(dir.file("eventsPost.jsonl"), dir.file(`eventsPost.${base.base}.jsonl`));
+  const journal = await openJournal(dir.path, quiet, disk, 300);
+  expect(journal.id).toBe(id);
+  // Behind the last frame, not behind the new file's header: nobody would ever post that.
+  expect(journal.end()).toBe(end);
+  expect(await journal.append(Buffer.alloc(0))).toBe(end);
+  await journal.append(line("next"));
+  await journal.close();
+  expect(await readLines(dir.file("eventsPost.jsonl"))).toEqual([..."0123456789", "next"]);
+});
+
+test("a journal without its oldest files is read from where it begins; without one between, named", async () => {
+  using dir = tempDir();
+  await rotated(dir.path);
+  const [first = "", second = "", third = ""] = segments(dir.path).toSorted(byBase);
+  rmSync(dir.file(first));
+  const left = await readLines(dir.file("eventsPost.jsonl"));
+  expect("0123456789").toEndWith(left.join(""));
+  rmSync(dir.file(third));
+  await expect(readLines(dir.file("eventsPost.jsonl"))).rejects.toThrow(second);
+  await expect(openJournal(dir.path, quiet)).rejects.toThrow(second);
+});
+
+test("a segment of another journal, or one that is cut, is named by the next start", async () => {
+  using dir = tempDir();
+  using other = tempDir();
+  await rotated(dir.path);
+  await rotated(other.path);
+  const last = segments(dir.path).toSorted(byBase).at(-1) as string;
+  renameSync(dir.file(last), dir.file("kept"));
+  renameSync(other.file(segments(other.path).toSorted(byBase).at(-1) as string), dir.file(last));
+  await expect(openJournal(dir.path, quiet)).rejects.toThrow("belongs to another journal");
+  await Bun.write(dir.file(last), readFileSync(dir.file("kept")).subarray(0, -5));
+  await expect(openJournal(dir.path, quiet)).rejects.toThrow("is damaged at byte");
+});
+
+test("a reader follows while the writer rotates with every append", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const reader = await openJournalReader(dir.file("eventsPost.jsonl"));
+  if (!reader) throw new Error("no journal");
+  const found: string[] = [];
+  let position = reader.start;
+  let done = false;
+  const writing = (async () => {
+    for (let i = 0; i < 200; i++) await journal.append(line(`${i}`));
+    done = true;
+  })();
+  for (;;) {
+    const wasDone = done;
+    const frames = await reader.read(position);
+    for (const { payload, to } of frames) {
+      found.push(payload.toString().trim());
+      position = to;
+    }
+    expect(await reader.end()).toBeGreaterThanOrEqual(position);
+    if (wasDone && frames.length === 0) break;
+  }
+  await writing;
+  await journal.close();
+  expect(found).toEqual(Array.from({ length: 200 }, (_, i) => `${i}`));
+});
+
+test("a file that is rotated away between the look at its header and the read is not taken for the next", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  await journal.append(line("0"));
+  let rotate: (() => Promise<unknown>) | null = null;
+  const strange = {
+    ...disk,
+    async read(path: string, from: number, to: number) {
+      const act = from > 0 ? rotate : null;
+      if (act) rotate = null;
+      await act?.();
+      return disk.read(path, from, to);
+    },
+  };
+  const reader = await openJournalReader(dir.file("eventsPost.jsonl"), strange);
+  if (!reader) throw new Error("no journal");
+  rotate = () => journal.append(line("another"));
+  const [frame] = await reader.read(0);
+  expect(frame?.payload.toString()).toBe("0\n");
+  expect(frame?.to).toBeLessThan(journal.end());
+  const [next] = await reader.read(frame?.to ?? 0);
+  expect(next?.payload.toString()).toBe("another\n");
+  await journal.close();
+});
+
+test.each([
+  ["a reader that opens", openJournalReader],
+  ["a start", listSegments],
+])("%s does not take a segment for damage that is let go of meanwhile", async (_, look) => {
+  for (let at = 0, calls = 1; calls > at; at++) {
+    using dir = tempDir();
+    await rotated(dir.path);
+    calls = 0;
+    /** After the `at`-th call the oldest segment is gone. */
+    const passing = <T>(result: T): T => {
+      if (calls++ === at) rmSync(dir.file(segments(dir.path).toSorted(byBase)[0] as string));
+      return result;
+    };
+    const losing = {
+      ...disk,
+      list: async (path: string) => passing(await disk.list(path)),
+      size: async (path: string) => passing(await disk.size(path)),
+      read: async (path: string, from: number, to: number) =>
+        passing(await disk.read(path, from, to)),
+    };
+    expect(await look(dir.file("eventsPost.jsonl"), losing)).toBeTruthy();
+  }
+});
+
+test("a segment that goes while its last frame is compared with the checkpoint is not missed", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const ledger = openDatabase(() => database.url, "test", 1);
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  await journal.append(line(event("ann")));
+  const path = dir.file("eventsPost.jsonl");
+  const open = async (disk: Disk) => {
+    const reader = await openJournalReader(path, disk);
+    if (!reader) throw new Error("no journal");
+    return openJournalSource(ledger, path, reader, new BatchLimit(), new Map());
+  };
+  const batch = await (await open(disk)).next(Promise.resolve());
+  if (!batch) throw new Error("no batch");
+  expect(await post(ledger, batch, 5_000)).toMatchObject({ state: "posted" });
+  await journal.append(line(event("bob")));
+  await journal.close();
+  const [posted = ""] = segments(dir.path);
+  let reads = 0;
+  const losing = (at: number) => ({
+    ...disk,
+    async read(name: string, from: number, to: number) {
+      if (name === dir.file(posted) && reads++ === at) rmSync(name);
+      return disk.read(name, from, to);
+    },
+  });
+  const kept = readFileSync(dir.file(posted));
+  for (let at = 0; at < 3; at++) {
+    reads = 0;
+    const batches = await open(losing(at));
+    expect((await batches.next(Promise.resolve()))?.from).toBe(batch.to);
+    expect(reads).toBeGreaterThan(at);
+    await Bun.write(dir.file(posted), kept);
+  }
+  // Where it is kept, and another, that is damage.
+  await Bun.write(dir.file(posted), kept.toString().replace("ann", "eve"));
+  await expect(open(disk)).rejects.toThrow("is damaged");
+  await ledger.close();
+});
+
+test("processor.ts JOURNAL beside another that posts the same and lets go of it goes on", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  for (let i = 0; i < 6; i++) await journal.append(line(event("ann")));
+  await journal.close();
+  const path = dir.file("eventsPost.jsonl");
+  const ledger = openDatabase(() => database.url, "test", 1);
+  let opened = 0;
+  const { signal } = new AbortController();
+  await postFile(ledger, path, signal, ({ type }) => {
+    if (type !== "opened" || opened++ > 0) return;
+    const env = { ...process.env, DATABASE_URL: database.url, DATA_DIR: dir.file("other") };
+    Bun.spawnSync([process.execPath, "run", "processor.ts", path], { env });
+    for (const name of segments(dir.path).toSorted(byBase).slice(0, 3)) rmSync(dir.file(name));
+  });
+  expect(opened).toBe(2);
+  expect(await balances(database.url)).toEqual({ ann: "6" });
+  await ledger.close();
+});
+
+test("a server that reads its marks while segments go asks the ledger once more", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet, disk, 1);
+  for (const name of ["a", "b"]) await journal.append(line(event(name)));
+  const [first = ""] = segments(dir.path);
+  const segment = statSync(dir.file(first)).size;
+  const ledger = [
+    { source: "sent:a", position: "0", digest: null },
+    { source: `journal:${journal.id}`, position: `${segment}`, digest: null },
+    { source: `journal:${journal.id}`, position: "0", digest: null },
+  ];
+  const database = {
+    async use<T>() {
+      const row = ledger.pop();
+      if (row?.position === "0") rmSync(dir.file(first), { force: true });
+      return [row] as T;
+    },
+    close: async () => {},
+  };
+  const sources = openSources(dir.file("eventsPost.jsonl"), journal, database);
+  expect(await sources.look("a")).toBeNull();
+  expect(ledger).toEqual([]);
+  await journal.close();
+});
+
+test("a reader asks no more of the disk for each file, however many there are", async () => {
+  const callsPerFile = async (files: number) => {
+    using dir = tempDir();
+    const journal = await openJournal(dir.path, quiet, disk, 1);
+    for (let i = 0; i < files; i++) await journal.append(line(`${i}`));
+    await journal.close();
+    let calls = 0;
+    const counting = {
+      ...disk,
+      read: (path: string, from: number, to: number) => (calls++, disk.read(path, from, to)),
+      size: (path: string) => (calls++, disk.size(path)),
+      list: (path: string) => (calls++, disk.list(path)),
+    };
+    const reader = await openJournalReader(dir.file("eventsPost.jsonl"), counting);
+    let read = 0;
+    for (let position = 0; reader;) {
+      const [frame] = await reader.read(position);
+      if (!frame) break;
+      position = frame.to;
+      read++;
+    }
+    expect(read).toBe(files);
+    return calls / files;
+  };
+  expect(await callsPerFile(300)).toBeLessThanOrEqual(await callsPerFile(30));
+});
+
+test("a batch is handed over only when the reader itself has synced what it read", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const calls: string[] = [];
+  const strange = {
+    ...disk,
+    async syncFile(path: string) {
+      await disk.syncFile(path);
+      calls.push("sync");
+    },
+    read(path: string, from: number, to: number) {
+      if (from > 0) calls.push("read");
+      return disk.read(path, from, to);
+    },
+  };
+  const journal = await openJournal(dir.path, quiet);
+  await journal.append(line(event("ann")));
+  const path = dir.file("eventsPost.jsonl");
+  const reader = await openJournalReader(path, strange);
+  const ledger = openDatabase(() => database.url, "test", 1);
+  if (!reader) throw new Error("no journal");
+  const batches = await openJournalSource(ledger, path, reader, new BatchLimit(), new Map());
+  expect((await batches.next(Promise.resolve()))?.events).toBe(1);
+  expect(calls.at(-1)).toBe("sync");
+
+  // And when the writer has taken it back meanwhile, its sync having failed, there is no batch.
+  await journal.append(line(event("bob")));
+  const size = statSync(path).size;
+  const taking = { ...strange, syncFile: async () => truncateSync(path, size - 20) };
+  const other = await openJournalReader(path, taking);
+  if (!other) throw new Error("no journal");
+  const again = await openJournalSource(ledger, path, other, new BatchLimit(), new Map());
+  await expect(again.next(Promise.resolve())).rejects.toThrow("taken back");
+  await journal.close();
+  await ledger.close();
+});
+
+const KILLS = IS_LONG ? 3 : 1;
+
+test("a server that is killed while it begins one segment after the other: every event counts once", async () => {
+  await using database = await testDatabase();
+  using dir = tempDir();
+  const env = { JOURNAL_SEGMENT_BYTES: "2000" };
+  const options = { dataDir: dir.file("data"), databaseUrl: database.url, env };
+  const lines = Array.from({ length: 20_000 }, (_, i) => event(`user${i % 50}`, 1));
+  await Bun.write(dir.file("a.jsonl"), `${lines.join("\n")}\n`);
+  let server = await startApp(options);
+  const { port } = new URL(server.url);
+  const kept = () => segments(dir.file("data")).length;
+  for (let kill = 0; kill < KILLS; kill++) {
+    const before = kept();
+    await using client = spawn("client.ts", {
+      args: [dir.file("a.jsonl")],
+      env: { SERVER_URL: server.url },
+    });
+    for (let i = 0; i < 50; i++) await server.post(event("live", 1, { id: `${kill}.${i}` }));
+    await until(() => kept() > before || client.child.exitCode !== null);
+    server.kill("SIGKILL");
+    await server.exit();
+    server = await startApp({ ...options, env: { ...env, PORT: port } });
+  }
+  const { code } = await run("client.ts", {
+    args: [dir.file("a.jsonl"), "--wait"],
+    env: { SERVER_URL: server.url },
+  });
+  expect(code).toBe(0);
+  await until(async () => (await server.balance("live")) === `${50 * KILLS}`);
+  await server[Symbol.asyncDispose]();
+  const found = await balances(database.url);
+  for (let user = 0; user < 50; user++) expect(found[`user${user}`]).toBe("400");
+  expect(kept()).toBeGreaterThan(3);
+
+  // The whole journal again, to another database, from the active file and what lies beside it.
+  await using second = await testDatabase();
+  const posted = await run("processor.ts", {
+    args: [dir.file("data/eventsPost.jsonl")],
+    env: { DATA_DIR: dir.file("other"), DATABASE_URL: second.url },
+  });
+  expect(posted.code).toBe(0);
+  expect(await balances(second.url)).toEqual(found);
+
+  // And from the last file alone: what is missing before it is not passed over in silence.
+  await using third = await testDatabase();
+  const last = segments(dir.file("data")).toSorted(byBase).at(-1) as string;
+  mkdirSync(dir.file("alone"));
+  copyFileSync(dir.file(`data/${last}`), dir.file(`alone/${last}`));
+  const refused = await run("processor.ts", {
+    args: [dir.file(`alone/${last}`)],
+    env: { DATA_DIR: dir.file("other"), DATABASE_URL: third.url },
+  });
+  expect(refused.code).toBe(3);
+  expect(refused.stderr).toContain("put the segments between back");
+});
+
+function byBase(a: string, b: string): number {
+  return Number(a.split(".")[1]) - Number(b.split(".")[1]);
+}

@@ -1,0 +1,405 @@
+import { expect, test } from "bun:test";
+import {
+  appendFileSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+} from "node:fs";
+import { crc32 } from "node:zlib";
+
+import { type Disk, disk, type JournalFile } from "../../lib/journal/disk.ts";
+import { type Journal, JournalFull, openJournal } from "../../lib/journal/writer.ts";
+import { openJournalReader } from "../../lib/journal/reader.ts";
+import { tempDir } from "../support/programs.ts";
+
+const quiet = () => {};
+const line = (text: string) => Buffer.from(`${text}\n`);
+
+/** The real disk with some of its calls replaced, and a list of those that were made. */
+function strangeDisk(
+  strange: Partial<
+    Record<keyof JournalFile, (file: JournalFile, bytes?: Uint8Array) => Promise<void>>
+  >,
+) {
+  const calls: string[] = [];
+  const wrapped: Disk = {
+    ...disk,
+    async syncDirectory(path) {
+      calls.push("syncDirectory");
+      await disk.syncDirectory(path);
+    },
+    async openForAppend(path) {
+      const file = await disk.openForAppend(path);
+      const call = (name: "append" | "sync" | "truncate" | "close") => async (bytes?: never) => {
+        calls.push(name);
+        await (strange[name]?.(file, bytes) ?? file[name](bytes as never));
+      };
+      return {
+        append: call("append"),
+        sync: call("sync"),
+        truncate: call("truncate"),
+        is: (path: string, bytes: number) => file.is(path, bytes),
+        close: call("close"),
+      } as unknown as JournalFile;
+    },
+  };
+  return { disk: wrapped, calls, strange };
+}
+
+async function withJournal(use: (journal: Journal, path: string) => Promise<unknown>) {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet);
+  await use(journal, dir.file("eventsPost.jsonl"));
+  await journal.close();
+}
+
+/** Opens the journal once more and returns the event lines that a reader finds. */
+async function reopen(directory: string, say: (line: string) => void = quiet): Promise<string[]> {
+  await (await openJournal(directory, say)).close();
+  return readLines(`${directory}/eventsPost.jsonl`);
+}
+
+async function readLines(path: string): Promise<string[]> {
+  const reader = await openJournalReader(path);
+  if (!reader) throw new Error("no journal");
+  const lines: string[] = [];
+  for (let position = reader.start; ;) {
+    const frames = await reader.read(position);
+    if (frames.length === 0) return lines;
+    for (const { payload, to } of frames) {
+      lines.push(...payload.toString().split("\n").slice(0, -1));
+      position = to;
+    }
+  }
+}
+
+test("the file is a header line, then frames with the byte count and the CRC-32 of their lines", async () => {
+  await withJournal(async (journal, path) => {
+    const position = await journal.append(line('{"a":1}'));
+    const text = readFileSync(path, "utf8");
+    const [header, frame, event] = text.split("\n").map((part) => part && JSON.parse(part));
+    expect(header).toEqual({ journal: journal.id, base: 0, version: 1 });
+    expect(frame.frame).toMatchObject({
+      bytes: 8,
+      crc32: crc32('{"a":1}\n').toString(16).padStart(8, "0"),
+    });
+    expect(event).toEqual({ a: 1 });
+    expect(position).toBe(text.length);
+  });
+});
+
+test("a new file is synced, and its directory, before anything is appended", async () => {
+  using dir = tempDir();
+  const { disk, calls } = strangeDisk({});
+  await (await openJournal(dir.path, quiet, disk)).close();
+  expect(calls).toEqual(["truncate", "append", "sync", "syncDirectory", "close"]);
+});
+
+test("every append that waits shares the next sync", async () => {
+  using dir = tempDir();
+  const { disk, calls } = strangeDisk({});
+  const journal = await openJournal(dir.path, quiet, disk);
+  calls.length = 0;
+  await Promise.all(Array.from({ length: 100 }, (_, i) => journal.append(line(`${i}`))));
+  expect(calls).toEqual(["append", "sync", "append", "sync"]);
+  await journal.close();
+  expect(await reopen(dir.path)).toEqual(Array.from({ length: 100 }, (_, i) => `${i}`));
+});
+
+test("an append is answered after the sync, not before", async () => {
+  using dir = tempDir();
+  const gate = Promise.withResolvers<void>();
+  const { disk, strange } = strangeDisk({});
+  const journal = await openJournal(dir.path, quiet, disk);
+  strange.sync = () => gate.promise;
+  let answered = false;
+  const appended = journal.append(line("a")).then(() => (answered = true));
+  await Bun.sleep(50);
+  expect(answered).toBe(false);
+  gate.resolve();
+  await appended;
+  await journal.close();
+});
+
+test("after a failed sync nothing is acknowledged, and it never syncs again", async () => {
+  using dir = tempDir();
+  const { disk, strange, calls } = strangeDisk({});
+  const journal = await openJournal(dir.path, quiet, disk);
+  await journal.append(line("before"));
+  strange.sync = () => Promise.reject(Object.assign(new Error("bad"), { code: "EIO" }));
+  const answers = await Promise.allSettled([journal.append(line("a")), journal.append(line("b"))]);
+  expect(answers.map(({ status }) => status)).toEqual(["rejected", "rejected"]);
+  delete strange.sync;
+  calls.length = 0;
+  await expect(journal.append(line("c"))).rejects.toThrow("check the disk, then start again");
+  expect(journal.trouble()).toContain("cannot sync");
+  expect(calls).toEqual([]);
+  await journal.close();
+  expect((await reopen(dir.path))[0]).toBe("before");
+});
+
+test("a full disk refuses what does not fit, keeps the file whole, and goes on once there is room", async () => {
+  using dir = tempDir();
+  const { disk, strange } = strangeDisk({});
+  const journal = await openJournal(dir.path, quiet, disk);
+  await journal.append(line("before"));
+  strange.append = async (file, bytes) => {
+    await file.append((bytes as Uint8Array).subarray(0, 20));
+    throw Object.assign(new Error("full"), { code: "ENOSPC" });
+  };
+  await expect(journal.append(line("refused"))).rejects.toThrow("no room (ENOSPC)");
+  expect(journal.trouble()).toContain("no room");
+  delete strange.append;
+  await journal.append(line("after"));
+  expect(journal.trouble()).toBeNull();
+  await journal.close();
+  expect(await reopen(dir.path)).toEqual(["before", "after"]);
+});
+
+test.each([
+  ["removed", (path: string) => rmSync(path)],
+  ["moved away", (path: string) => renameSync(path, `${path}.old`)],
+  ["replaced", (path: string) => (rmSync(path), writeFileSync(path, "x"))],
+  ["cut", (path: string) => truncateSync(path, 80)],
+])("a journal that somebody has %s acknowledges nothing more", async (_what, change) => {
+  await withJournal(async (journal, path) => {
+    await journal.append(line("before"));
+    change(path);
+    await expect(journal.append(line("after"))).rejects.toThrow("somebody changed the file");
+    await expect(journal.append(line("later"))).rejects.toThrow("nothing more is taken");
+  });
+});
+
+test("the real disk really syncs: a file that no system can sync is an error", async () => {
+  // For these Linux and macOS answer EINVAL or ENOTSUP; a call that is not made answers nothing.
+  const refused = /EINVAL|ENOTSUP|EOPNOTSUPP|ENOTTY/;
+  const file = await disk.openForAppend("/dev/null");
+  await expect(file.sync()).rejects.toThrow(refused);
+  await file.close();
+  await expect(disk.syncFile("/dev/null")).rejects.toThrow(refused);
+  await expect(disk.syncDirectory("/dev/null")).rejects.toThrow(refused);
+});
+
+test("each folder that is made is synced into the one above it", async () => {
+  using dir = tempDir();
+  const synced: string[] = [];
+  const { syncDirectory } = disk;
+  disk.syncDirectory = async (path) => {
+    await syncDirectory(path);
+    synced.push(path);
+  };
+  try {
+    await disk.makeDirectory(dir.file("a/b"));
+  } finally {
+    disk.syncDirectory = syncDirectory;
+  }
+  expect(synced.toSorted()).toEqual([dir.path, dir.file("a")]);
+});
+
+test("a start reads the end of a large file, and nothing of it is cut off", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet);
+  const large = line("x".repeat(13 * 1024 * 1024));
+  for (let i = 0; i < 4; i++) await journal.append(large); // more than it reads
+  const end = await journal.append(line("last"));
+  await journal.close();
+  const said: string[] = [];
+  const again = await openJournal(dir.path, (text) => said.push(text));
+  expect(again.end()).toBe(end);
+  expect(said).toEqual([]);
+  await again.close();
+});
+
+test("a disk without room for a new journal is said in a line that names the file and what to do", async () => {
+  using dir = tempDir();
+  const { disk } = strangeDisk({
+    append: () => Promise.reject(Object.assign(new Error("write"), { code: "ENOSPC" })),
+  });
+  const opening = openJournal(dir.path, quiet, disk);
+  await expect(opening).rejects.toThrow(
+    `cannot begin ${dir.file("eventsPost.jsonl")}: no room (ENOSPC); free some space and start again`,
+  );
+  await (await openJournal(dir.path, quiet)).close(); // with room it starts
+});
+
+test.each(["rename", "syncDirectory"] as const)(
+  "a rotation that fails at %s leaves no file open: as garbage it would end the process",
+  async (call) => {
+    using dir = tempDir();
+    const { disk, calls } = strangeDisk({});
+    let opened = 0;
+    let isBroken = false;
+    const breaking = {
+      ...disk,
+      openForAppend: (path: string) => (opened++, disk.openForAppend(path)),
+      async [call](...paths: [string, string]) {
+        if (isBroken) throw Object.assign(new Error("broken"), { code: "EIO" });
+        await (disk[call] as (...paths: string[]) => Promise<void>)(...paths);
+      },
+    };
+    const journal = await openJournal(dir.path, quiet, breaking, 100);
+    await journal.append(line("first"));
+    isBroken = true;
+    await expect(journal.append(line("second"))).rejects.toThrow("begin another file after");
+    await journal.close();
+    expect(opened).toBe(2);
+    expect(calls.filter((name) => name === "close")).toHaveLength(2);
+  },
+);
+
+test.each(["open", "rename"] as const)(
+  "no room at the %s of the next file is a full disk, and passes",
+  async (call) => {
+    using dir = tempDir();
+    let isFull = false;
+    const refuse = () => {
+      if (isFull) throw Object.assign(new Error("no space left"), { code: "ENOSPC" });
+    };
+    const filling = {
+      ...disk,
+      async openForAppend(path: string) {
+        if (call === "open") refuse();
+        return disk.openForAppend(path);
+      },
+      async rename(from: string, to: string) {
+        if (call === "rename") refuse();
+        return disk.rename(from, to);
+      },
+    };
+    const journal = await openJournal(dir.path, () => {}, filling, 300);
+    const add = () => journal.append(Buffer.from(`${"x".repeat(200)}\n`));
+    const first = await add();
+    isFull = true;
+    await expect(add()).rejects.toBeInstanceOf(JournalFull);
+    isFull = false;
+    expect(await add()).toBeGreaterThan(first);
+    await journal.close();
+  },
+);
+
+test("a disk that was full is not held to be full for ever", async () => {
+  using dir = tempDir();
+  const { disk, strange } = strangeDisk({});
+  let nowMs = 1_000_000;
+  const journal = await openJournal(dir.path, quiet, { ...disk, now: () => nowMs });
+  strange.append = () => Promise.reject(Object.assign(new Error("full"), { code: "ENOSPC" }));
+  await expect(journal.append(line("refused"))).rejects.toThrow("no room");
+  expect(journal.trouble()).toContain("no room");
+  nowMs += 6_000;
+  expect(journal.trouble()).toBeNull();
+  await journal.close();
+});
+
+test("a tail torn at any byte is cut off, and what was whole stays", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet);
+  await journal.append(line("first"));
+  const whole = await journal.append(line("second"));
+  const end = await journal.append(line('{"userId":"third"}'));
+  await journal.close();
+  const path = dir.file("eventsPost.jsonl");
+  const bytes = readFileSync(path);
+  for (let cut = whole + 1; cut < end; cut++) {
+    writeFileSync(path, bytes.subarray(0, cut));
+    const said: string[] = [];
+    expect(await reopen(dir.path, (line) => said.push(line))).toEqual(["first", "second"]);
+    expect(said).toEqual([
+      `${path}: cut off ${cut - whole} bytes of a frame that was never acknowledged`,
+    ]);
+    expect(readFileSync(path).length).toBe(whole);
+  }
+});
+
+test("a file that died while it was made begins anew, whatever is there of its header", async () => {
+  using dir = tempDir();
+  const path = dir.file("eventsPost.jsonl");
+  const header = '{"journal":"3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11","base":0,"version":1}';
+  for (const begun of ["", header.slice(0, 1), header.slice(0, 40), header, "\0\0\0\0"]) {
+    writeFileSync(path, begun);
+    expect(await reopen(dir.path)).toEqual([]);
+  }
+});
+
+test("damage before the tail names the file and the byte, and nothing is changed", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet);
+  const start = readFileSync(dir.file("eventsPost.jsonl")).length;
+  const first = await journal.append(line("first"));
+  await journal.append(line("second"));
+  await journal.close();
+  const path = dir.file("eventsPost.jsonl");
+  const good = readFileSync(path);
+  for (let at = start; at < first; at++) {
+    const bad = Buffer.from(good);
+    bad[at] = (bad[at] as number) ^ 1;
+    writeFileSync(path, bad);
+    const opened = openJournal(dir.path, quiet);
+    // The time of a frame is told, not relied upon: a flipped digit in it goes unnoticed.
+    if (JSON.parse(good.toString().split("\n")[1] ?? "").frame.at !== frameTime(bad)) {
+      await (await opened.catch(() => null))?.close();
+      continue;
+    }
+    await expect(opened).rejects.toThrow(`${path} is damaged at byte ${start}`);
+    expect(readFileSync(path).equals(bad)).toBe(true);
+  }
+});
+
+function frameTime(bytes: Buffer): number | null {
+  return Number(/"at":(\d+)\}\}$/.exec(bytes.toString("latin1").split("\n")[1] ?? "")?.[1] ?? null);
+}
+
+test("a file that is no journal is refused and left alone", async () => {
+  using dir = tempDir();
+  const path = dir.file("eventsPost.jsonl");
+  const events = readFileSync(`${import.meta.dir}/../fixtures/assignment.jsonl`);
+  writeFileSync(path, events);
+  await expect(openJournal(dir.path, quiet)).rejects.toThrow("does not begin with the header");
+  expect(readFileSync(path).equals(events)).toBe(true);
+});
+
+test("a second writer is refused while the first lives", async () => {
+  using dir = tempDir();
+  const journal = await openJournal(dir.path, quiet);
+  await expect(openJournal(dir.path, quiet)).rejects.toThrow("written by another process");
+  await journal.close();
+  expect(await reopen(dir.path)).toEqual([]);
+});
+
+test("a reader takes a frame that is not all there for the end, until it is", async () => {
+  await withJournal(async (journal, path) => {
+    await journal.append(line("first"));
+    const whole = readFileSync(path);
+    await journal.append(line("second"));
+    const grown = readFileSync(path);
+    for (let bytes = whole.length; bytes < grown.length; bytes++) {
+      writeFileSync(path, grown.subarray(0, bytes));
+      expect(await readLines(path)).toEqual(["first"]);
+    }
+    writeFileSync(path, grown);
+    expect(await readLines(path)).toEqual(["first", "second"]);
+  });
+});
+
+test("a reader names damage as soon as something follows it", async () => {
+  await withJournal(async (journal, path) => {
+    const end = await journal.append(line("first"));
+    appendFileSync(path, "garbage\n");
+    expect(await readLines(path)).toEqual(["first"]);
+    truncateSync(path, end);
+    await journal.append(line("second"));
+    await journal.append(line("third"));
+    const bytes = readFileSync(path, "utf8").replace("second", "sEcond");
+    writeFileSync(path, bytes);
+    await expect(readLines(path)).rejects.toThrow(`damaged at byte ${end}`);
+  });
+});
+
+test("frames larger than what is read at once are read whole", async () => {
+  await withJournal(async (journal, path) => {
+    const large = Array.from({ length: 5 }, (_, i) => `${i}`.repeat(3 << 20));
+    for (const text of large) await journal.append(line(text));
+    expect(await readLines(path)).toEqual(large);
+  });
+});

@@ -1,0 +1,394 @@
+/**
+ * What dies, whenever it dies, loses no acknowledged event and counts none twice. Real processes
+ * are really killed. Each event sent has a user of its own, so that each can be seen by itself:
+ * a lost one is missing, a double one has twice its value.
+ */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { appendFileSync, readFileSync, writeFileSync } from "node:fs";
+import { connect } from "node:net";
+
+import { encodeFrame, parseJournalHeader } from "../../lib/journal/format.ts";
+import { count } from "../faults/figures.ts";
+import { openProxy } from "../support/network.ts";
+import { balances, connectTest, testDatabase } from "../support/postgres.ts";
+import { messages, run, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { IS_LONG, seeded } from "../support/random.ts";
+
+const KILLS = IS_LONG ? 5 : 2;
+/** More batches than one processor gets through before it is killed. */
+const PARTS = IS_LONG ? 16 : 6;
+const CUTS = 40;
+setDefaultTimeout(30_000);
+
+test(
+  "a server that is killed under load loses no acknowledged event and doubles none",
+  seeded(async (random) => {
+    await using ledger = await openLedger();
+    const load = openLoad(random);
+    for (let round = 0; round < KILLS; round++) {
+      await using app = await startApp(ledger.app);
+      const sending = load.start(app);
+      await sending.underWay();
+      await Bun.sleep(random() * 300);
+      app.kill("SIGKILL");
+      count("kills");
+      await sending.end;
+    }
+    await ledger.postRest();
+    expect(await faults(ledger, load)).toEqual(NONE);
+  }),
+);
+
+test(
+  "a processor that is killed while it posts a file goes on where it was",
+  seeded(async (random) => {
+    await using ledger = await openLedger();
+    const file = ledger.folder.file("a.jsonl");
+    const parts = Array.from({ length: PARTS }, (_, part) => manyLines(part));
+    writeFileSync(file, parts.join(""));
+    for (let kill = 0; kill < KILLS; kill++) {
+      await using processor = ledger.process(file);
+      const from = await ledger.position();
+      await until(async () => (await ledger.position()) > from || processor.child.exitCode);
+      await Bun.sleep(random() * 80);
+      processor.kill("SIGKILL");
+      count("kills");
+    }
+    const last = await run("processor.ts", { args: [file], env: ledger.env });
+    expect(last.stderr).toBe("");
+    const all = Object.entries(await ledger.balances());
+    expect(all.filter(([user, sum]) => sum !== user.slice(4))).toEqual([]);
+    expect(all).toHaveLength(PARTS * 4_000);
+    expect(await ledger.quarantined()).toBe(PARTS * 1_000);
+  }),
+);
+
+// Where it dies between two batches by name, tests/faults/process.test.ts has it always.
+test.if(IS_LONG)(
+  "a processor that is killed while it follows a journal goes on where it was",
+  seeded(async (random) => {
+    await using ledger = await openLedger();
+    const load = openLoad(random);
+    await using app = await startApp({ ...ledger.app, args: ["--no-processor"] });
+    const sending = load.start(app);
+    for (let kill = 0; kill < KILLS; kill++) {
+      await using processor = ledger.process();
+      const from = await ledger.position();
+      await until(async () => (await ledger.position()) > from);
+      await Bun.sleep(random() * 100);
+      processor.kill("SIGKILL");
+      count("kills");
+    }
+    await sending.stop();
+    await ledger.postRest();
+    expect(await faults(ledger, load)).toEqual(NONE);
+  }),
+);
+
+// In the normal run tests/faults/postgres.test.ts ends backends at random, and cuts at each packet.
+test.if(IS_LONG)(
+  `${CUTS} times its connections are cut by Postgres: exact, and posting again within 5 s`,
+  seeded(async (random) => {
+    await using ledger = await openLedger();
+    await using app = await startApp(ledger.app);
+    const load = openLoad(random);
+    const sending = load.start(app);
+    const reading = readOften(app.url, random);
+    for (let cuts = 0; cuts < CUTS;) {
+      const from = await ledger.position();
+      for (let burst = Math.ceil(random() * 4); burst > 0; burst--) {
+        cuts += await ledger.cutConnections();
+        await Bun.sleep(random() * 60);
+      }
+      await until(async () => (await ledger.position()) > from, 5_000);
+    }
+    await sending.stop();
+    const { statuses, slowestMs } = await reading.stop();
+    expect(app.child.exitCode).toBeNull();
+    expect([...statuses].filter((status) => ![200, 404, 503].includes(status))).toEqual([]);
+    expect(slowestMs).toBeLessThan(5_000);
+    app.kill("SIGTERM");
+    expect(await app.exit()).toBe(0);
+    await ledger.postRest();
+    expect(await faults(ledger, load)).toEqual(NONE);
+  }),
+);
+
+test("while the database is away events are taken, and the ledger catches up by itself", async () => {
+  await using ledger = await openLedger();
+  await using proxy = await openProxy(ledger.app.databaseUrl);
+  await using app = await startApp({ ...ledger.app, databaseUrl: proxy.url });
+  await app.post(event("ann", 1));
+  await until(async () => (await app.balance("ann")) === "1");
+
+  proxy.cut();
+  for (let i = 0; i < 20; i++) expect((await app.post(event("ann", 1))).status).toBe(201);
+  const away = await fetch(`${app.url}/userEvents/ann`);
+  expect(away.status).toBe(503);
+  expect(Number(away.headers.get("retry-after"))).toBeGreaterThan(0);
+  expect((await fetch(`${app.url}/readyz`)).status).toBe(503);
+  expect((await fetch(`${app.url}/healthz`)).status).toBe(200);
+  await until(() => proxy.refused() >= 5);
+
+  proxy.mend();
+  await until(async () => (await app.balance("ann").catch(() => null)) === "21");
+  expect((await fetch(`${app.url}/readyz`)).status).toBe(200);
+});
+
+test("a torn last frame is cut off at the start, said so, and the journal goes on", async () => {
+  await using ledger = await openLedger();
+  const whole = frame(event("torn", 1));
+  const wrong = Buffer.from(whole);
+  wrong[wrong.length - 5]! ^= 1;
+  await withApp(ledger, (app) => app.post(event("ann", 1)));
+  for (const tail of [whole.subarray(0, 30), whole.subarray(0, whole.length - 1), wrong]) {
+    appendFileSync(ledger.journal, tail);
+    const said = await withApp(ledger, (app) => app.post(event("ann", 1)));
+    expect(messages(said)[0]).toBe(
+      `info: ${ledger.journal}: cut off ${tail.length} bytes of a frame that was never acknowledged`,
+    );
+  }
+  await ledger.postRest();
+  expect(await ledger.balances()).toEqual({ ann: "4" });
+});
+
+test("a flipped byte before the last frame: it refuses to start, and names file and byte", async () => {
+  await using ledger = await openLedger();
+  await withApp(ledger, async (app) => {
+    for (const user of ["ann", "ben", "cid"]) await app.post(event(user, 1));
+  });
+  const bytes = readFileSync(ledger.journal);
+  const at = parseJournalHeader(bytes)!.bytes;
+  for (const flipped of [at + 3, bytes.indexOf('"ann"') + 1]) {
+    const damaged = Buffer.from(bytes);
+    damaged[flipped]! ^= 1;
+    writeFileSync(ledger.journal, damaged);
+    const { code, stdout, stderr } = await run("app.ts", { env: ledger.env });
+    expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
+    expect(stderr).toMatch(/^.* is damaged at byte \d+: .*\n$/);
+    expect(stderr).toStartWith(`${ledger.journal} is damaged at byte ${at}: `);
+  }
+  writeFileSync(ledger.journal, bytes);
+  await withApp(ledger, async (app) => expect((await app.post(event("dan", 1))).status).toBe(201));
+});
+
+// As in tests/server/http.test.ts, and on to the ledger.
+test.if(IS_LONG)(
+  "SIGTERM under load: what was accepted is on the disk, exit code 0, no connection stays",
+  seeded(async (random) => {
+    await using ledger = await openLedger();
+    await using app = await startApp(ledger.app);
+    const load = openLoad(random);
+    const sending = load.start(app);
+    await sending.underWay();
+    app.kill("SIGTERM");
+    const toldMs = performance.now();
+    expect(await app.exit()).toBe(0);
+    expect(performance.now() - toldMs).toBeLessThan(5_000);
+    await sending.end;
+    await until(async () => (await ledger.connections()) === 0, 2_000);
+    await ledger.postRest();
+    expect(await faults(ledger, load)).toEqual(NONE);
+  }),
+);
+
+test("SIGTERM stops the private Postgres too; kill -9 leaves it to be found again, or to go; files and tools start it", async () => {
+  using folder = tempDir();
+  const dataDir = folder.file("data");
+  const port = () => Number(readFileSync(`${dataDir}/postgres/port`, "utf8"));
+  await using killed = await startApp({ dataDir });
+  expect((await killed.post(event("ann", 1))).status).toBe(201);
+  killed.kill("SIGKILL");
+  await killed.exit();
+
+  await using app = await startApp({ dataDir });
+  await until(async () => (await app.balance("ann").catch(() => null)) === "1");
+  app.kill("SIGTERM");
+  expect(await app.exit()).toBe(0);
+  expect(await answers(port())).toBe(false);
+
+  const file = folder.file("a.jsonl");
+  writeFileSync(file, event("ben", 2));
+  for (const [args, said] of [
+    [[file], "posted 1 events"],
+    [["--verify", file], "2 balances are what was sent"],
+  ] as const) {
+    const { code, stdout } = await run("processor.ts", {
+      args: [...args],
+      env: { DATA_DIR: dataDir },
+    });
+    expect({ code, stdout }).toEqual({ code: 0, stdout: expect.stringContaining(said) });
+    expect(await answers(port())).toBe(false);
+  }
+});
+
+const NONE = { lost: [], wrong: [], unlikeJournal: [] };
+
+/**
+ * Acknowledged events that are missing; balances that are not the value of the one event that was
+ * sent for the user; users whose balance is not what the journal says.
+ */
+async function faults(ledger: Ledger, { sent, acknowledged }: Load) {
+  const found = await ledger.balances();
+  const journal = journalEvents(ledger.journal);
+  const users = new Set([...Object.keys(found), ...journal.keys()]);
+  return {
+    lost: [...acknowledged].filter((user) => !(user in found)),
+    wrong: Object.entries(found).filter(([user, revenue]) => revenue !== `${sent.get(user)}`),
+    unlikeJournal: [...users].filter((user) => found[user] !== `${journal.get(user)}`),
+  };
+}
+
+/** The sums of the journal, read as plain text. */
+function journalEvents(path: string): Map<string, number> {
+  const sums = new Map<string, number>();
+  for (const line of readFileSync(path, "utf8").split("\n")) {
+    if (line === "" || /^\{"(journal|frame)":/.test(line)) continue;
+    const { userId, value } = JSON.parse(line) as { userId: string; value: number };
+    sums.set(userId, (sums.get(userId) ?? 0) + value);
+  }
+  return sums;
+}
+
+type App = Awaited<ReturnType<typeof startApp>>;
+type Load = ReturnType<typeof openLoad>;
+type Ledger = Awaited<ReturnType<typeof openLedger>>;
+
+/** Events that are sent, each with a user of its own, and which of them were acknowledged. */
+function openLoad(random: () => number) {
+  const sent = new Map<string, number>();
+  const acknowledged = new Set<string>();
+
+  function invent(): { userId: string; line: string } {
+    const userId = `user${sent.size}`;
+    const value = 1 + Math.floor(random() * 1e6);
+    sent.set(userId, value);
+    return { userId, line: event(userId, value) };
+  }
+
+  /** One event, or many in one body. */
+  async function send(app: App): Promise<void> {
+    const many = Math.floor(random() * 40);
+    const events = Array.from({ length: random() < 0.5 ? 1 : many + 2 }, invent);
+    const text = events.map(({ line }) => line).join("");
+    const response = await (events.length === 1 ? app.post(text) : app.postLines(text));
+    await response.body?.cancel();
+    if (response.status !== 201) throw new Error(`a POST was answered ${response.status}`);
+    for (const { userId } of events) acknowledged.add(userId);
+  }
+
+  return {
+    sent,
+    acknowledged,
+    /** Eight senders, until they are stopped or the server goes away. */
+    start(app: App) {
+      const before = acknowledged.size;
+      let stopped = false;
+      const sender = async () => {
+        while (!stopped && app.child.exitCode === null && app.child.signalCode === null) {
+          await send(app).catch((error) => {
+            if ((error as Error).message.startsWith("a POST")) throw error;
+          });
+          await Bun.sleep(random() * 10); // else it is the cores that are tested
+        }
+      };
+      const end = Promise.all(Array.from({ length: 8 }, sender)).then(() => {});
+      end.catch(() => {}); // whoever awaits it hears of it
+      const stop = () => ((stopped = true), end);
+      return { end, stop, underWay: () => until(() => acknowledged.size > before + 20) };
+    },
+  };
+}
+
+/** Asks for balances all the time, until it is stopped; a request may take 10 s. */
+function readOften(url: string, random: () => number) {
+  const statuses = new Set<number>();
+  let slowestMs = 0;
+  let stopped = false;
+  const reader = async () => {
+    while (!stopped) {
+      const startedMs = performance.now();
+      const path = `${url}/userEvents/user${Math.floor(random() * 2_000)}`;
+      const answer = await fetch(path, { signal: AbortSignal.timeout(10_000) });
+      await answer.text();
+      statuses.add(answer.status);
+      slowestMs = Math.max(slowestMs, performance.now() - startedMs);
+      await Bun.sleep(5);
+    }
+  };
+  const end = Promise.all([reader(), reader(), reader()]);
+  end.catch(() => {});
+  return { stop: async () => ((stopped = true), await end, { statuses, slowestMs }) };
+}
+
+function event(userId: string, value: number): string {
+  return `{"userId":"${userId}","name":"add_revenue","value":${value}}\n`;
+}
+
+/** A part of about 1 MiB, which is one batch: 4,000 users, each worth its number, and bad lines. */
+function manyLines(part: number): string {
+  const note = "n".repeat(180);
+  const line = (number: number) =>
+    `{"userId":"user${number}","name":"add_revenue","value":${number},"note":"${note}"}\n`;
+  const good = Array.from({ length: 4_000 }, (_, i) => line(part * 4_000 + i + 1));
+  return `${good.join("")}${"bad\n".repeat(1_000)}`;
+}
+
+function frame(lines: string): Buffer {
+  return encodeFrame([Buffer.from(lines)], Buffer.byteLength(lines), Date.now());
+}
+
+/** Runs the server for `use`, stops it, and returns what it said on stderr. */
+async function withApp(ledger: Ledger, use: (app: App) => Promise<unknown>): Promise<string> {
+  await using app = await startApp({ ...ledger.app, args: ["--no-processor"] });
+  await use(app);
+  app.kill("SIGTERM");
+  expect(await app.exit()).toBe(0);
+  return app.stderr.text();
+}
+
+/** A ledger of its own, a folder for a journal, and a look from outside. */
+async function openLedger() {
+  const database = await testDatabase();
+  const folder = tempDir();
+  const dataDir = folder.file("data");
+  const env = { DATA_DIR: dataDir, DATABASE_URL: database.url };
+  const journal = `${dataDir}/eventsPost.jsonl`;
+  const sql = connectTest(database.url);
+  await sql.unsafe(await Bun.file(`${import.meta.dir}/../../schema.sql`).text());
+  const count = async (query: string) => Number((await sql.unsafe(query))[0]?.["count"] ?? 0);
+  const ours = "datname = current_database() and application_name like 'daybook%'";
+  return {
+    folder,
+    env,
+    journal,
+    app: { dataDir, databaseUrl: database.url },
+    balances: () => balances(database.url),
+    /** How far the only source has been posted. */
+    position: () => count("select max(position) as count from checkpoints"),
+    quarantined: () => count("select count(*) from quarantine"),
+    connections: () => count(`select count(*) from pg_stat_activity where ${ours}`),
+    cutConnections: () =>
+      count(`select count(pg_terminate_backend(pid)) from pg_stat_activity where ${ours}`),
+    process: (...args: string[]) => spawn("processor.ts", { args, env }),
+    /** Posts what the journal still has. */
+    async postRest() {
+      const { code, stderr } = await run("processor.ts", { args: [journal], env });
+      expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
+    },
+    async [Symbol.asyncDispose]() {
+      await sql.end({ timeout: 1 });
+      folder[Symbol.dispose]();
+      await database.drop();
+    },
+  };
+}
+
+/** Whether anybody listens on this port. */
+function answers(port: number): Promise<boolean> {
+  return new Promise((resolve) => {
+    const socket = connect(port, "127.0.0.1");
+    socket.on("connect", () => (socket.destroy(), resolve(true)));
+    socket.on("error", () => resolve(false));
+  });
+}

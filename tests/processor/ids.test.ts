@@ -1,0 +1,497 @@
+/**
+ * Events with an id count once, however often they come and whichever way; and who writes can wait
+ * until that is posted, and reads it then.
+ */
+import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
+import { readFileSync, writeFileSync } from "node:fs";
+
+import { openDatabase } from "../../lib/ledger/database.ts";
+import { pruneIds } from "../../lib/ledger/ledger.ts";
+import { balances, connectTest, testDatabase } from "../support/postgres.ts";
+import { run, SECRET, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { seeded } from "../support/random.ts";
+
+const EVENTS = 5_000;
+const KIB = 1024;
+const OTHER_EVENT = "its id belongs to another event, which came first";
+
+type App = Awaited<ReturnType<typeof startApp>>;
+
+setDefaultTimeout(20_000);
+
+const dir = tempDir();
+let database: Awaited<ReturnType<typeof testDatabase>>;
+let sql: ReturnType<typeof connectTest>;
+let app: App;
+
+beforeAll(async () => {
+  database = await testDatabase();
+  app = await startApp({ dataDir: dir.path, databaseUrl: database.url });
+  sql = connectTest(database.url);
+  await until(async () => (await fetch(`${app.url}/readyz`)).status === 200);
+});
+
+afterAll(async () => {
+  await app?.[Symbol.asyncDispose]();
+  await sql?.[Symbol.asyncDispose]();
+  await database?.drop();
+  dir[Symbol.dispose]();
+});
+
+// What an id is
+
+test("an id in the event and an Idempotency-Key are the same thing", async () => {
+  const [user, id] = [newName(), newName()];
+  await take(event(user, 5, id));
+  await take(event(user, 5), { "idempotency-key": id });
+  await take(event(user, 5, id), { "idempotency-key": id });
+  expect(await settled(user)).toBe("5");
+  expect(await quarantined(user)).toEqual([]);
+});
+
+test("an Idempotency-Key is kept as it is, whatever is in it", async () => {
+  const user = newName();
+  const keys = ['"quoted"', "a\\b", "{x},NULL", "__proto__", "x".repeat(87)].map(
+    (key) => user + key,
+  );
+  for (const key of [...keys, ...keys]) await take(event(user, 1), { "idempotency-key": key });
+  expect(await settled(user)).toBe("5");
+  expect((await idsOf(user)).sort()).toEqual(keys.sort());
+});
+
+test("an Idempotency-Key beside another id is answered 422", async () => {
+  const user = newName();
+  await refused(event(user, 5, "one"), { "idempotency-key": "two" });
+  expect(await settled(user)).toBeNull();
+});
+
+for (const [what, id] of [
+  ["empty", ""],
+  ["129 bytes long", "x".repeat(129)],
+] as const)
+  test(`an id or Idempotency-Key that is ${what} is answered 422`, async () => {
+    await refused(event(newName(), 1, id));
+    await refused(event(newName(), 1), { "idempotency-key": id });
+    await refused(event(newName(), 1, id), { "idempotency-key": id });
+  });
+
+for (const json of [
+  "1",
+  "null",
+  "true",
+  "{}",
+  '["x"]',
+  `"${"é".repeat(64)}x"`,
+  '"a\\u0000b"',
+  '"\\ud800"',
+])
+  test(`no event has the id ${json.slice(0, 12)}`, async () => {
+    const user = newName();
+    const written = event(user, 1, "ID").replace('"ID"', json);
+    await refused(written);
+    const response = await app.postLines(`${written}${event(user, 2)}`);
+    expect(await response.json()).toMatchObject({ accepted: 1, rejected: 1 });
+    expect(await settled(user)).toBe("2");
+  });
+
+for (const end of [
+  "",
+  "x".repeat(87),
+  `${"é".repeat(43)}x`,
+  `${"😀".repeat(21)}xyz`,
+  " ",
+  "/__proto__",
+  "a\nb\t\u0001",
+  `"\\{},NULL`,
+  "\ufeff",
+])
+  test(`an event may have an id of ${41 + Buffer.byteLength(end)} bytes that ends in ${JSON.stringify(end.slice(0, 12))}`, async () => {
+    const user = newName();
+    const line = event(user, 1, user + end);
+    await takeLines(line + line);
+    await takeLines(line);
+    expect(await settled(user)).toBe("1");
+    expect(await idsOf(user)).toEqual([user + end]);
+  });
+
+test("events without an id count each time, and no id is kept for them", async () => {
+  const user = newName();
+  const before = await countIds();
+  await takeLines(event(user, 1).repeat(3));
+  await take(event(user, 1));
+  expect(await settled(user)).toBe("4");
+  expect(await countIds()).toBe(before);
+});
+
+test("what is answered 201 is posted, also an event of 64 KiB with an Idempotency-Key", async () => {
+  const user = newName();
+  const bare = event(user, 1).trim().replace(/}$/, ',"pad":""}');
+  const body = bare.replace('""}', `"${"x".repeat(64 * KIB - bare.length)}"}`);
+  expect(body).toHaveLength(64 * KIB);
+  const response = await post(body, { "idempotency-key": newName() });
+  expect([201, 413]).toContain(response.status);
+  expect(await settled(user)).toBe(response.status === 201 ? "1" : null);
+  expect(await quarantined(user)).toEqual([]);
+});
+
+// The same event again
+
+test("the same event counts once: in one request, in others, at another server, after a restart, from a file", async () => {
+  using folder = tempDir();
+  const [user, id] = [newName(), newName()];
+  const line = event(user, 7, id);
+  await takeLines(line.repeat(3));
+  await takeLines(line);
+  await Promise.all([line, line, line].map((line) => take(line)));
+  expect(await settled(user)).toBe("7");
+  for (let start = 0; start < 2; start++) {
+    const options = { dataDir: folder.path, databaseUrl: database.url };
+    await using other = await startApp(options);
+    await takeLines(line, other);
+    expect(await settled(user, other)).toBe("7");
+    other.kill();
+    await other.exit();
+  }
+  const file = folder.file("again.jsonl");
+  writeFileSync(file, line.repeat(2));
+  const env = { DATA_DIR: folder.file("none"), DATABASE_URL: database.url };
+  expect((await run("processor.ts", { args: [file], env })).code).toBe(0);
+  expect(await settled(user)).toBe("7");
+  expect(await quarantined(user)).toEqual([]);
+});
+
+test("5, 5.0 and 5e0 are the same value, and other fields make no other event", async () => {
+  const [user, id] = [newName(), newName()];
+  for (const value of ["5", "5.0", "5e0", "0.5e1", "5.000"]) await take(event(user, value, id));
+  await take(`{"note":[1,2],"id":"${id}","value":5,"userId":"${user}","name":"add_revenue"}`);
+  expect(await settled(user)).toBe("5");
+  expect(await quarantined(user)).toEqual([]);
+});
+
+for (const [what, first, second] of [
+  ["another value", ["add_revenue", 5], ["add_revenue", 6]],
+  ["the other name", ["add_revenue", 5], ["subtract_revenue", 5]],
+  ["the other name and sign", ["add_revenue", 5], ["subtract_revenue", -5]],
+] as const)
+  test(`${what} under the same id is quarantined, and the first event stands`, async () => {
+    for (const together of [true, false]) {
+      const [user, id] = [newName(), newName()];
+      const [one, two] = [first, second].map(([name, value]) => event(user, value, id, name));
+      if (together) await takeLines(`${one}${two}${one}`);
+      else {
+        await takeLines(`${one}`);
+        await settled(user);
+        await takeLines(`${two}${two}`);
+      }
+      expect(await settled(user)).toBe("5");
+      const reasons = (await quarantined(user)).map(({ reason }) => reason);
+      expect(reasons.length).toBeGreaterThan(0);
+      expect(new Set(reasons)).toEqual(new Set([OTHER_EVENT]));
+    }
+  });
+
+test("another user under the same id is quarantined, and gets nothing", async () => {
+  const [first, second, id] = [newName(), newName(), newName()];
+  await take(event(first, 5, id));
+  await take(event(second, 5, id));
+  expect(await settled(first)).toBe("5");
+  expect(await settled(second)).toBeNull();
+  expect(await quarantined(second)).toMatchObject([{ reason: OTHER_EVENT }]);
+});
+
+test("between two others under its id the event that stands is not quarantined", async () => {
+  const [user, id] = [newName(), newName()];
+  await take(event(user, 5, id));
+  expect(await settled(user)).toBe("5");
+  await takeLines(event(user, 6, id) + event(user, 5, id) + event(user, 7, id));
+  expect(await settled(user)).toBe("5");
+  const values = (await quarantined(user)).map(({ line }) => /"value":"?(\d)/.exec(line)?.[1]);
+  expect(values.sort()).toEqual(["6", "7"]);
+});
+
+test("what is quarantined holds up nothing that came with it", async () => {
+  const [user, other, id] = [newName(), newName(), newName()];
+  await takeLines(event(user, 1, id));
+  await takeLines(event(user, 2, id) + event(other, 4) + event(other, 8, newName()));
+  expect(await settled(other)).toBe("12");
+  expect(await settled(user)).toBe("1");
+});
+
+test(
+  "processors at the same time, on files that share their ids, post each event once",
+  seeded(async (random) => {
+    await using ledger = await testDatabase();
+    using folder = tempDir();
+    const lines = Array.from({ length: 3_000 }, (_, i) => event(`user${i % 100}`, 1, `id${i}`));
+    const env = { DATA_DIR: folder.file("data"), DATABASE_URL: ledger.url };
+    const runs = ["a", "b", "c"].map((name) => {
+      const file = folder.file(name);
+      writeFileSync(file, shuffled(lines, random).join(""));
+      return run("processor.ts", { args: [file], env });
+    });
+    for (const { code, stderr } of await Promise.all(runs)) expect([code, stderr]).toEqual([0, ""]);
+    const found = Object.values(await balances(ledger.url));
+    expect(found).toEqual(Array.from({ length: 100 }, () => "30"));
+  }),
+);
+
+test(
+  "events sent one to three times, in any order, to two servers: exact",
+  seeded(async (random) => {
+    await using ledger = await testDatabase();
+    using folder = tempDir();
+    const start = (name: string) =>
+      startApp({ dataDir: folder.file(name), databaseUrl: ledger.url });
+    await using first = await start("first");
+    await using second = await start("second");
+    const wanted = new Map<string, number>();
+    const sent: string[] = [];
+    for (let i = 0; i < EVENTS; i++) {
+      const user = `user${Math.floor(random() * (EVENTS / 20))}`;
+      const value = Math.floor(random() * 1_000);
+      const add = random() < 0.6;
+      wanted.set(user, (wanted.get(user) ?? 0) + (add ? value : -value));
+      const line = event(user, value, `id${i}`, add ? "add_revenue" : "subtract_revenue");
+      for (let times = Math.ceil(random() * 3); times > 0; times--) sent.push(line);
+    }
+    const parts = inParts(shuffled(sent, random), random);
+    const send = async (app: App) => {
+      for (let part = parts.pop(); part; part = parts.pop()) await takeLines(part.join(""), app);
+    };
+    await Promise.all([first, first, second, second].map(send));
+    for (const app of [first, second]) {
+      const after = await takeLines(event("last", 0), app);
+      await until(async () => (await fetch(`${app.url}/userEvents/last?after=${after}`)).ok, 600e3);
+    }
+    const found = await balances(ledger.url);
+    expect(found).toEqual({
+      ...Object.fromEntries([...wanted].map(([k, v]) => [k, `${v}`])),
+      last: "0",
+    });
+    await using sql = connectTest(ledger.url);
+    const [row] = await sql`
+      select (select count(*) from event_ids)::int as ids, (select count(*) from quarantine)::int as bad`;
+    expect(row).toEqual({ ids: EVENTS, bad: 0 });
+  }),
+  600_000,
+);
+
+// ID_DAYS
+
+test("ids older than ID_DAYS are let go in small steps, while events are posted", async () => {
+  await using ledger = await testDatabase();
+  using folder = tempDir();
+  const options = { dataDir: folder.path, databaseUrl: ledger.url, env: { ID_DAYS: "3" } };
+  await using sql = connectTest(ledger.url);
+  await sql.unsafe(await Bun.file(`${import.meta.dir}/../../schema.sql`).text());
+  await sql`
+    insert into event_ids (id, event, claimed_on)
+    select 'old' || i, 'x', current_date - 4 from generate_series(1, 20000) as i`;
+  await sql`insert into event_ids (id, event, claimed_on) values ('kept', 'x', current_date - 3)`;
+  const old = async () =>
+    (await sql`select count(*)::int as count from event_ids where id <> 'kept'`)[0]?.["count"];
+
+  const database = openDatabase(() => ledger.url, "test", 1);
+  expect(await pruneIds(database, 3)).toBe(true);
+  expect(await old()).toBe(10_000);
+  await database.close();
+
+  await using app = await startApp(options);
+  let sum = 0;
+  await until(async () => {
+    await takeLines(event("ann", 1), app);
+    expect(await settled("ann", app)).toBe(`${++sum}`);
+    return (await old()) === 0;
+  });
+  expect(await sql`select id from event_ids`).toMatchObject([{ id: "kept" }]);
+
+  await takeLines(event("ann", 100, "old7") + event("ann", 100, "kept"), app);
+  expect(await settled("ann", app)).toBe(`${sum + 100}`);
+});
+
+// Reading one's own writes
+
+test.concurrent(
+  "200 times: what was written is in the balance that is read after its position",
+  async () => {
+    const user = newName();
+    for (let sum = 1; sum <= 200; sum++) {
+      const position = await take(event(user, 1));
+      expect(await balanceAfter(user, position)).toBe(`${sum}`);
+    }
+  },
+);
+
+test.concurrent("50 times the same, with the processor as a process of its own", async () => {
+  using folder = tempDir();
+  const options = { dataDir: folder.path, databaseUrl: database.url, args: ["--no-processor"] };
+  await using app = await startApp(options);
+  const env = { DATA_DIR: folder.path, DATABASE_URL: database.url };
+  await using _ = spawn("processor.ts", { env });
+  const user = newName();
+  for (let sum = 1; sum <= 50; sum++) {
+    const position =
+      sum % 2 ? await take(event(user, 1), {}, app) : await takeLines(event(user, 1), app);
+    expect(await balanceAfter(user, position, app)).toBe(`${sum}`);
+  }
+});
+
+test.concurrent(
+  "a position that is never posted is answered 504 with Retry-After after 5 s",
+  async () => {
+    using folder = tempDir();
+    const options = { dataDir: folder.path, databaseUrl: database.url, args: ["--no-processor"] };
+    await using app = await startApp(options);
+    const position = await takeLines(event(newName(), 1), app);
+    const beganMs = performance.now();
+    const response = await read(newName(), position, app);
+    expect(performance.now() - beganMs).toBeWithin(4_900, 7_000);
+    expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
+    await problem(response, 504);
+  },
+);
+
+test("many who write and read at once never read an old balance", async () => {
+  const users = Array.from({ length: 40 }, newName);
+  const write = async (user: string) => {
+    for (let sum = 1; sum <= 5; sum++)
+      expect(await balanceAfter(user, await take(event(user, 1)))).toBe(`${sum}`);
+  };
+  await Promise.all(users.map(write));
+});
+
+test("a server that has taken nothing yet names no position that is never posted, and lags by nothing; its later ones are waited for elsewhere", async () => {
+  using folder = tempDir();
+  await using other = await startApp({ dataDir: folder.path, databaseUrl: database.url });
+  const { position } = (await (await other.postLines("no event\n")).json()) as { position: string };
+  expect((await read(newName(), position, other)).status).toBe(404);
+  const ready = (await (await fetch(`${other.url}/readyz`)).json()) as object;
+  expect(ready).toEqual({ status: "ready", lagBytes: 0, lagSeconds: 0 });
+
+  const user = newName();
+  for (let sum = 1; sum <= 10; sum++) {
+    const position = await takeLines(event(user, 1), other);
+    expect(await balanceAfter(user, position)).toBe(`${sum}`);
+  }
+});
+
+test("a user without events is answered 404 after the position, too", async () => {
+  const position = await take(event(newName(), 1));
+  expect((await read(newName(), position)).status).toBe(404);
+});
+
+const UUID = "00000000-0000-4000-8000-000000000000";
+for (const after of ["", "x", "5", UUID, `${UUID}:`, `${UUID}:-1`, `${UUID}:1.5`, `${UUID}:x`])
+  test(`?after=${after} is answered 422`, async () => {
+    await problem(await read(newName(), after), 422);
+  });
+
+test(`a position of 16 digits, or with more behind it, is answered 422`, async () => {
+  for (const after of [`${UUID}:${"9".repeat(16)}`, `${UUID}:1:2`, `${UUID}:1 `, ` ${UUID}:1`])
+    await problem(await read(newName(), after), 422);
+});
+
+test("with the database away waiting is answered 503 with Retry-After", async () => {
+  using folder = tempDir();
+  const databaseUrl = "postgres://nobody@127.0.0.1:1/nothing";
+  await using app = await startApp({ dataDir: folder.path, databaseUrl });
+  const position = await takeLines(event(newName(), 1), app);
+  const response = await read(newName(), position, app);
+  expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
+  await problem(response, 503);
+});
+
+// Helpers
+
+function newName(): string {
+  return `name-${crypto.randomUUID()}`;
+}
+
+function event(user: string, value: number | string, id?: string, name = "add_revenue"): string {
+  const more = id === undefined ? "" : `,"id":${JSON.stringify(id)}`;
+  return `{"userId":"${user}","name":"${name}","value":${value}${more}}\n`;
+}
+
+function post(body: string, headers = {}, server = app): Promise<Response> {
+  const all = { authorization: SECRET, "content-type": "application/json", ...headers };
+  return fetch(`${server.url}/liveEvent`, { method: "POST", headers: all, body });
+}
+
+/** POST /liveEvent; returns the position. */
+async function take(body: string, headers = {}, server = app): Promise<string> {
+  const response = await post(body, headers, server);
+  expect(response.status).toBe(201);
+  return ((await response.json()) as { position: string }).position;
+}
+
+/** POST /liveEvents of good lines; returns the position. */
+async function takeLines(body: string, server = app): Promise<string> {
+  const response = await server.postLines(body);
+  const answer = (await response.json()) as { rejected: number; position: string };
+  expect([response.status, answer.rejected]).toEqual([201, 0]);
+  return answer.position;
+}
+
+async function refused(body: string, headers = {}): Promise<void> {
+  const size = () => readFileSync(dir.file("eventsPost.jsonl")).length;
+  const before = size();
+  const { errors } = await problem(await post(body, headers), 422);
+  expect(errors.map(({ path }) => path)).toEqual(["/id"]);
+  expect(size()).toBe(before);
+}
+
+async function problem(response: Response, status: number) {
+  const text = await response.text();
+  expect(response.status, text).toBe(status);
+  expect(response.headers.get("content-type")).toStartWith("application/problem+json");
+  return JSON.parse(text) as { errors: { path: string }[] };
+}
+
+function read(user: string, after: string, server = app): Promise<Response> {
+  return fetch(`${server.url}/userEvents/${user}?after=${encodeURIComponent(after)}`);
+}
+
+async function balanceAfter(user: string, position: string, server = app): Promise<string | null> {
+  const response = await read(user, position, server);
+  expect([200, 404]).toContain(response.status);
+  return ((await response.json()) as { revenue?: string }).revenue ?? null;
+}
+
+/** The balance when all is posted that this server has taken until now. */
+async function settled(user: string, server = app): Promise<string | null> {
+  return balanceAfter(user, await takeLines(event("everybody", 0), server), server);
+}
+
+function quarantined(text: string) {
+  return sql<{ reason: string; line: string }[]>`
+    select reason, line from quarantine where strpos(line, ${text}) > 0`.then((rows) => [...rows]);
+}
+
+async function idsOf(user: string): Promise<string[]> {
+  const rows = await sql`select id from event_ids where strpos(event, ${user}) > 0`;
+  return rows.map(({ id }) => id as string);
+}
+
+async function countIds(): Promise<number> {
+  return (await sql`select count(*)::int as count from event_ids`)[0]?.["count"];
+}
+
+function shuffled<T>(all: readonly T[], random: () => number): T[] {
+  const mixed = [...all];
+  for (let i = mixed.length - 1; i > 0; i--) {
+    const j = Math.floor(random() * (i + 1));
+    [mixed[i], mixed[j]] = [mixed[j] as T, mixed[i] as T];
+  }
+  return mixed;
+}
+
+/** In parts of 1 to 200. */
+function inParts<T>(all: readonly T[], random: () => number): T[][] {
+  const parts: T[][] = [];
+  for (let from = 0; from < all.length;) {
+    const to = from + Math.ceil(random() * 200);
+    parts.push(all.slice(from, to));
+    from = to;
+  }
+  return parts;
+}

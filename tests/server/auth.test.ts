@@ -1,0 +1,438 @@
+/**
+ * Who may do what: every kind of route, asked with every kind of credential, of servers that take
+ * secrets, tokens of a secret, and tokens of keys that this test serves.
+ */
+import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
+
+import { exportJWK, generateKeyPair, type JWTPayload, SignJWT, UnsecuredJWT } from "jose";
+
+import { openThrottle } from "../../lib/server/throttle.ts";
+import { InvalidToken, KeysUnavailable, openTokens } from "../../lib/server/token.ts";
+import { connectTest, testDatabase } from "../support/postgres.ts";
+import { run, startApp, tempDir } from "../support/programs.ts";
+
+setDefaultTimeout(30_000);
+
+const OLD = "old-secret-of-a-writer";
+const NEW = "new-secret-of-a-writer";
+const READER = "secret-of-a-dashboard";
+const JWT_SECRET = "a-secret-that-signs-tokens-and-is-long-enough";
+const ISSUER = { JWT_ISSUER: "https://issuer.test/", JWT_AUDIENCE: "daybook" };
+const GOOD = { iss: ISSUER.JWT_ISSUER, aud: ISSUER.JWT_AUDIENCE };
+
+/** Presented keys by the names of algorithms, and the issuer that serves their public halves. */
+const keys = await Promise.all(
+  ["RS256", "ES256", "EdDSA", "ES256"].map(async (alg, i) => {
+    const pair = await generateKeyPair(alg, { extractable: true });
+    const kid = `${alg}-${i}`;
+    return { alg, kid, ...pair, jwk: { ...(await exportJWK(pair.publicKey)), kid, alg } };
+  }),
+);
+const [rsa, ec, ed, late] = keys as [Key, Key, Key, Key];
+type Key = (typeof keys)[number];
+const issuer = { served: [rsa, ec, ed], asked: 0 };
+const jwks = Bun.serve({
+  port: 0,
+  hostname: "127.0.0.1",
+  fetch() {
+    issuer.asked++;
+    return Response.json({ keys: issuer.served.map(({ jwk }) => jwk) });
+  },
+});
+
+interface Signed {
+  alg?: string;
+  kid?: string;
+  expires?: string | null;
+}
+
+function sign(claims: JWTPayload, key: CryptoKey | string, options: Signed = {}): Promise<string> {
+  const { alg = "HS256", kid, expires = "1h" } = options;
+  const token = new SignJWT(claims).setProtectedHeader({ alg, ...(kid ? { kid } : {}) });
+  if (expires) token.setExpirationTime(expires);
+  return token.sign(typeof key === "string" ? new TextEncoder().encode(key) : key);
+}
+
+const signWith = ({ alg, kid, privateKey }: Key, claims: JWTPayload, expires?: string) =>
+  sign({ ...GOOD, ...claims }, privateKey, { alg, kid, ...(expires ? { expires } : {}) });
+
+const both = { scope: "events:write balances:read" };
+const unsigned = new UnsecuredJWT({ ...GOOD, ...both }).setExpirationTime("1h").encode();
+
+const databaseOf = await testDatabase();
+const folders = [tempDir(), tempDir(), tempDir(), tempDir()] as const;
+type App = Awaited<ReturnType<typeof startApp>>;
+let open: App, keyed: App, secretly: App, outside: App;
+
+beforeAll(async () => {
+  const start = (folder: number, env: Record<string, string>) =>
+    startApp({
+      dataDir: folders[folder]!.path,
+      databaseUrl: databaseOf.url,
+      args: ["--no-processor"],
+      env: { AUTH_SECRET: `${OLD},${NEW}`, ...env },
+    });
+  [open, keyed, secretly, outside] = await Promise.all([
+    start(0, {}),
+    start(1, { READ_SECRET: READER, JWKS_URL: jwks.url.href, ...ISSUER }),
+    start(2, { READ_SECRET: `other,${READER}`, JWT_SECRET, ...ISSUER }),
+    start(3, { HOST: "0.0.0.0" }),
+  ]);
+  await fetch(`${open.url}/readyz`); // makes the tables
+  await using sql = connectTest(databaseOf.url);
+  await sql`insert into users_revenue values ('ann', 1), ('ben', 2)`;
+});
+
+afterAll(async () => {
+  await Promise.all([open, keyed, secretly, outside].map((app) => app?.[Symbol.asyncDispose]()));
+  await databaseOf.drop();
+  for (const folder of folders) folder[Symbol.dispose]();
+  jwks.stop(true);
+});
+
+const EVENT = '{"userId":"ann","name":"add_revenue","value":1}';
+const SHA256 = new Bun.CryptoHasher("sha256").update(`${EVENT}\n`).digest("hex");
+const json = { "content-type": "application/json" };
+const ndjson = { "content-type": "application/x-ndjson" };
+
+/** A route of each kind: the request, and what it answers to whom it serves. */
+const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => string, number][]> = {
+  write: [
+    [{ method: "POST", headers: json, body: EVENT }, () => "/liveEvent", 201],
+    [{ method: "POST", headers: ndjson, body: EVENT }, () => "/liveEvents", 201],
+    [{ method: "HEAD" }, () => "/sources/never", 404],
+    [
+      {
+        method: "PATCH",
+        headers: { ...ndjson, "upload-offset": "0", "source-digest": SHA256 },
+        body: `${EVENT}\n`,
+      },
+      () => `/sources/${crypto.randomUUID()}`,
+      200,
+    ],
+  ],
+  ann: [
+    [{}, () => "/userEvents/ann", 200],
+    [{ method: "HEAD" }, () => "/userEvents/ann", 200],
+  ],
+  other: [
+    [{}, () => "/userEvents/ben", 200],
+    [{}, () => "/metrics", 200],
+  ],
+  open: [
+    [{}, () => "/healthz", 200],
+    [{}, () => "/readyz", 200],
+    [{}, () => "/openapi", 200],
+    [{}, () => "/openapi/json", 200],
+    [{}, () => "/nowhere", 404],
+  ],
+};
+
+test("what must be presented where is said in /openapi/json", async () => {
+  const writes = ["/liveEvent", "/liveEvents", "/sources/{source}"];
+  const reads = ["/metrics", "/userEvents/{userid}"];
+  const secured = async ({ url }: App) => {
+    const { paths } = (await (await fetch(`${url}/openapi/json`)).json()) as {
+      paths: Record<string, Record<string, { security?: unknown }>>;
+    };
+    const isSecured = ([, methods]: [string, Record<string, { security?: unknown }>]) =>
+      Object.values(methods).some(({ security }) => security);
+    return Object.entries(paths)
+      .filter(isSecured)
+      .map(([path]) => path)
+      .toSorted();
+  };
+  expect(await secured(open)).toEqual(writes);
+  expect(await secured(keyed)).toEqual([...writes, ...reads].toSorted());
+});
+
+/** `ok`, or the status, for each kind of route; and the word for what is wrong with a token. */
+type Row = [who: string, credential: string | null, answers: Answers, word?: string];
+type Answers = Partial<Record<keyof typeof ROUTES, number>>;
+const ALL: Answers = {};
+const NONE: Answers = { write: 401, ann: 401, other: 401 };
+const READS: Answers = { write: 403 };
+const WRITES: Answers = { ann: 403, other: 403 };
+const OWN: Answers = { write: 403, other: 403 };
+
+async function expectRow(app: App, [who, credential, answers, word]: Row): Promise<void> {
+  const url = app.url.replace("0.0.0.0", "127.0.0.1");
+  const asked = Object.entries(ROUTES).flatMap(([kind, routes]) =>
+    routes.map(async ([init, path, passed]) => {
+      const headers: Record<string, string> = { ...(init.headers as Record<string, string>) };
+      if (credential !== null) headers["authorization"] = credential;
+      const response = await fetch(url + path(), { ...init, headers });
+      const text = await response.text();
+      const wanted = answers[kind as keyof typeof ROUTES] ?? passed;
+      const what = `${who}: ${init.method ?? "GET"} ${path()}`;
+      expect(`${what} ${response.status}`).toBe(`${what} ${wanted}`);
+      const challenge = response.headers.get("www-authenticate") ?? "";
+      const [, found] = /error_description="(\w+)"/.exec(challenge) ?? [];
+      if (wanted === 401) expect([what, challenge, found]).toEqual([what, challenge, word]);
+      if (wanted === 403) expect(challenge).toContain('error="insufficient_scope"');
+      if (wanted === 401 || wanted === 403) {
+        expect(challenge).toStartWith('Bearer realm="daybook"');
+        if (init.method !== "HEAD") expect(JSON.parse(text).status).toBe(wanted);
+        for (const hidden of [credential, OLD, NEW, READER, JWT_SECRET])
+          if (hidden && hidden.length > 10) expect(text + challenge).not.toContain(hidden);
+      }
+    }),
+  );
+  await Promise.all(asked);
+}
+
+const SECRETS: Row[] = [
+  ["none", null, NONE],
+  ["empty", "Bearer ", NONE],
+  ["wrong", "Bearer wrong", NONE],
+  ["wrong by one letter", `${OLD}x`, NONE],
+  ["both at once", `${OLD},${NEW}`, NONE],
+  ["old", OLD, ALL],
+  ["new", `Bearer ${NEW}`, ALL],
+];
+
+// Who presents much that is wrong waits: each test has a server of its own, and all wait at once.
+test.concurrent("secrets, where nothing protects reading", async () => {
+  for (const [who, credential, answers] of SECRETS)
+    await expectRow(open, [who, credential, answers.write ? { write: answers.write } : ALL]);
+});
+
+test.concurrent("on an address that others can reach, reading needs a credential", async () => {
+  for (const row of SECRETS) await expectRow(outside, row);
+});
+
+test.concurrent("tokens of an issuer's keys: each route for each kind of credential", async () => {
+  const bySecret = await sign({ ...GOOD, ...both }, JWT_SECRET);
+  // The public key as if it were a secret: the classic confusion.
+  const byPublicKey = await sign({ ...GOOD, ...both }, JSON.stringify(rsa.jwk), { kid: rsa.kid });
+  const stranger = await generateKeyPair("ES256");
+  const rows: Row[] = [
+    ...SECRETS,
+    ["read secret", READER, READS],
+    ["RS256", `Bearer ${await signWith(rsa, both)}`, ALL],
+    ["ES256", `Bearer ${await signWith(ec, both)}`, ALL],
+    ["EdDSA", `Bearer ${await signWith(ed, both)}`, ALL],
+    ["writes", await signWith(ec, { scope: "events:write", sub: "svc" }), WRITES],
+    ["reads", await signWith(ec, { scope: "balances:read" }), READS],
+    ["no scope", await signWith(ec, {}), { ...WRITES, write: 403 }],
+    ["own sub", await signWith(ec, { sub: "ann" }), OWN],
+    [
+      "scope of another name",
+      await signWith(ec, { scope: "events:writes" }),
+      { ...WRITES, write: 403 },
+    ],
+    ["expired", await signWith(ec, both, "-31s"), NONE, "expired"],
+    ["just expired", await signWith(ec, both, "-15s"), ALL],
+    ["HS256", bySecret, NONE, "wrong_algorithm"],
+    ["HS256 by the public key", byPublicKey, NONE, "wrong_algorithm"],
+    ["none as algorithm", unsigned, NONE, "wrong_algorithm"],
+    ["other issuer", await signWith(ec, { ...both, iss: "x" }), NONE, "wrong_issuer"],
+    ["other audience", await signWith(ec, { ...both, aud: "x" }), NONE, "wrong_audience"],
+    [
+      "not yet",
+      await signWith(ec, { ...both, nbf: Date.now() / 1000 + 60 }),
+      NONE,
+      "not_yet_valid",
+    ],
+    [
+      "another key under that name",
+      await signWith({ ...ec, privateKey: stranger.privateKey }, both),
+      NONE,
+      "wrong_signature",
+    ],
+    [
+      "no expiry",
+      await sign({ ...GOOD, ...both }, ec.privateKey, { ...ec, expires: null }),
+      NONE,
+      "no_expiry",
+    ],
+    ["hardly a token", "Bearer a.b.c", NONE, "malformed"],
+  ];
+  for (const row of rows) await expectRow(keyed, row);
+  expect(issuer.asked).toBe(1);
+});
+
+test.concurrent("tokens of a secret: each route for each kind of credential", async () => {
+  const token = (claims: JWTPayload, options?: Signed) =>
+    sign({ ...GOOD, ...claims }, JWT_SECRET, options);
+  const rows: Row[] = [
+    ...SECRETS.slice(0, 3),
+    ["read secret", `Bearer ${READER}`, READS],
+    ["HS256", `Bearer ${await token(both)}`, ALL],
+    ["own sub", await token({ sub: "ann" }), OWN],
+    ["expired", await token(both, { expires: "-31s" }), NONE, "expired"],
+    ["HS512", await token(both, { alg: "HS512" }), NONE, "wrong_algorithm"],
+    ["RS256", await signWith(rsa, both), NONE, "wrong_algorithm"],
+    ["none as algorithm", unsigned, NONE, "wrong_algorithm"],
+    ["other secret", await sign({ ...GOOD, ...both }, OLD), NONE, "wrong_signature"],
+    [
+      "missing audience",
+      await sign({ iss: GOOD.iss, ...both }, JWT_SECRET),
+      NONE,
+      "wrong_audience",
+    ],
+  ];
+  for (const row of rows) await expectRow(secretly, row);
+});
+
+test("a token whose key appears later is good then; unknown keys do not make the issuer be asked again and again", async () => {
+  const token = await signWith(late, both);
+  issuer.served.push(late);
+  await expectRow(keyed, ["late", token, ALL]);
+  const asked = issuer.asked;
+  const unknown = await signWith({ ...late, kid: "unknown" }, both);
+  await expectRow(keyed, ["unknown key", unknown, NONE, "unknown_key"]);
+  expect(issuer.asked).toBe(asked);
+});
+
+test("app.ts --token prints a token that the server takes, and says what it lacks", async () => {
+  const print = (...args: string[]) =>
+    run("app.ts", { args: ["--token", ...args], env: { JWT_SECRET, ...ISSUER } });
+  const { code, stdout, stderr } = await print(
+    "--scope",
+    "events:write",
+    "--expires",
+    "30d",
+    "--sub",
+    "ann",
+  );
+  expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
+  await expectRow(secretly, ["printed", `Bearer ${stdout.trim()}`, { other: 403 }]);
+  const claims = JSON.parse(atob(stdout.split(".")[1]!)) as { exp: number; iat: number };
+  expect(claims.exp - claims.iat).toBe(30 * 86_400);
+  const wrong = await run("app.ts", { args: ["--token", "--scope", "all"] });
+  expect({ code: wrong.code, stdout: wrong.stdout }).toEqual({ code: 2, stdout: "" });
+  expect(wrong.stderr.split("\n").map((line) => line.split(":")[0])).toEqual([
+    ...["JWT_SECRET", "--scope", "--expires", ""],
+  ]);
+});
+
+test("client.ts presents the token of --token or AUTH_TOKEN", async () => {
+  using folder = tempDir();
+  const file = folder.file("a.jsonl");
+  await Bun.write(file, `${EVENT}\n`);
+  const good = await sign({ ...GOOD, scope: "events:write" }, JWT_SECRET);
+  const reads = await sign({ ...GOOD, scope: "balances:read" }, JWT_SECRET);
+  const env = { SERVER_URL: secretly.url, AUTH_SECRET: "none" };
+  const send = (args: string[], AUTH_TOKEN: string) =>
+    run("client.ts", { args: [...args, file], env: { ...env, AUTH_TOKEN } });
+  const [byEnv, byOption, denied] = await Promise.all([
+    send(["--source", "1"], good),
+    send(["--source", "2", "--token", good], reads),
+    send(["--source", "3"], reads),
+  ]);
+  expect([byEnv, byOption, denied].map(({ code }) => code)).toEqual([0, 0, 2]);
+  expect(denied.stderr).toContain("answered 403: this secret or token does not let write");
+});
+
+test("a secret is rotated under load: nobody with a valid one is refused", async () => {
+  using folder = tempDir();
+  let PORT = "0";
+  let secret = OLD;
+  let going = true;
+  const statuses: number[] = [];
+  const start = async (AUTH_SECRET: string) => {
+    const options = { dataDir: folder.path, databaseUrl: databaseOf.url, args: ["--no-processor"] };
+    const app = await startApp({ ...options, env: { PORT, AUTH_SECRET } });
+    PORT = new URL(app.url).port;
+    return app;
+  };
+  const replace = async (app: App, AUTH_SECRET: string) => {
+    app.kill("SIGTERM");
+    expect(await app.exit()).toBe(0);
+    return start(AUTH_SECRET);
+  };
+  let app = await start(OLD);
+  try {
+    const writers = Array.from({ length: 8 }, async () => {
+      while (going) {
+        const authorization = secret;
+        const headers = { ...json, authorization };
+        const url = `http://127.0.0.1:${PORT}/liveEvent`;
+        await fetch(url, { method: "POST", headers, body: EVENT }).then(
+          ({ status }) => statuses.push(status),
+          () => Bun.sleep(20), // between two servers
+        );
+      }
+    });
+    const grow = async () => {
+      const enough = statuses.length + 200;
+      while (statuses.length < enough) await Bun.sleep(5);
+    };
+    await grow();
+    app = await replace(app, `${OLD},${NEW}`);
+    await grow();
+    secret = NEW;
+    await grow();
+    app = await replace(app, NEW);
+    await grow();
+    going = false;
+    await Promise.all(writers);
+    expect(new Set(statuses)).toEqual(new Set([201]));
+    const headers = { ...json, authorization: OLD };
+    const old = await fetch(`${app.url}/liveEvent`, { method: "POST", headers, body: EVENT });
+    expect(old.status).toBe(401);
+  } finally {
+    going = false;
+    await app[Symbol.asyncDispose]();
+  }
+});
+
+test("failures of one address come to have a pace, those of another do not wait", async () => {
+  let nowMs = 0; // a process that has just begun
+  const throttle = openThrottle(() => nowMs);
+  const beganMs = performance.now();
+  for (let i = 0; i < 100; i++) expect(await throttle.failed("a")).toBe(true);
+  const fromMs = performance.now();
+  expect(fromMs - beganMs).toBeLessThan(1_000);
+  await Promise.all([throttle.failed("a"), throttle.failed("a"), throttle.failed("a")]);
+  expect(performance.now() - fromMs).toBeGreaterThan(290);
+  const otherMs = performance.now();
+  await throttle.failed("b");
+  expect(performance.now() - otherMs).toBeLessThan(90);
+  nowMs += 10_500;
+  const laterMs = performance.now();
+  for (let i = 0; i < 100; i++) await throttle.failed("a");
+  expect(performance.now() - laterMs).toBeLessThan(90);
+});
+
+test("keys: asked for once in 30 s at most for an unknown one; the good ones outlive the issuer", async () => {
+  let nowMs = 0;
+  let away = false;
+  let asked = 0;
+  const served = [ec.jwk];
+  const said: string[] = [];
+  const having = { bad: () => said.push("bad"), good: () => said.push("good") };
+  const world = {
+    now: () => nowMs,
+    fetch: async () => {
+      asked++;
+      if (away) throw new Error("away");
+      return Response.json({ keys: served });
+    },
+  };
+  const verify = openTokens({ JWKS_URL: "http://issuer.test/" }, having, world)!;
+  const outcome = async (key: Key) =>
+    verify(await signWith(key, both)).then(
+      () => "good",
+      (error: Error) => (error instanceof InvalidToken ? error.fault : error.constructor.name),
+    );
+  expect([await outcome(ec), asked]).toEqual(["good", 1]);
+  expect([await outcome(late), asked]).toEqual(["unknown_key", 2]);
+  served.push(late.jwk);
+  nowMs += 29_000;
+  expect([await outcome(late), asked]).toEqual(["unknown_key", 2]);
+  nowMs += 2_000;
+  expect([await outcome(late), asked]).toEqual(["good", 3]);
+  away = true;
+  nowMs += 601_000;
+  expect([await outcome(ec), asked]).toEqual(["good", 4]);
+  expect(await outcome(ed)).toBe(KeysUnavailable.name);
+  expect(await outcome(ec)).toBe("good");
+  away = false;
+  nowMs += 31_000;
+  served.splice(0, 1);
+  expect(await outcome(ed)).toBe("unknown_key");
+  expect(await outcome(ec)).toBe("unknown_key");
+  expect(said).toEqual(["good", "good", "good", "bad", "good", "good"]);
+});

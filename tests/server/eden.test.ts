@@ -1,0 +1,77 @@
+/**
+ * The server as a service of somebody else's uses it: through the type that app.ts exports. What does not
+ * fit does not compile (`bun check` holds each `@ts-expect-error`), what does works with a real server.
+ */
+import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
+
+import { treaty } from "@elysiajs/eden";
+
+import type { App } from "../../app.ts";
+import { testDatabase } from "../support/postgres.ts";
+import { SECRET, startApp, tempDir } from "../support/programs.ts";
+
+setDefaultTimeout(30_000);
+
+const dir = tempDir();
+let database: Awaited<ReturnType<typeof testDatabase>>;
+let server: Awaited<ReturnType<typeof startApp>>;
+let daybook: ReturnType<typeof treaty<App>>;
+
+beforeAll(async () => {
+  database = await testDatabase();
+  server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
+  daybook = treaty<App>(server.url, { headers: { authorization: `Bearer ${SECRET}` } });
+});
+
+afterAll(async () => {
+  await server?.[Symbol.asyncDispose]();
+  await database?.drop();
+  dir[Symbol.dispose]();
+});
+
+test("an event is sent, and its balance read once it is posted", async () => {
+  const sent = await daybook.liveEvent.post({ userId: "ann", name: "add_revenue", value: 98.5 });
+  expect(sent.status).toBe(201);
+  const after = sent.data?.position ?? "";
+  const { data, error } = await daybook.userEvents({ userid: "ann" }).get({ query: { after } });
+  expect(error).toBeNull();
+  const revenue: string | undefined = data?.revenue;
+  expect([data?.user_id, revenue]).toEqual(["ann", "98.5"]);
+});
+
+test("many events are sent as lines, and what is wrong with one is told", async () => {
+  const lines = '{"userId":"ben","name":"add_revenue","value":1}\n{"userId":"ben"}\n';
+  const headers = { "content-type": "application/x-ndjson" };
+  const { data } = await daybook.liveEvents.post(lines, { headers, query: { errors: 10 } });
+  expect(data).toMatchObject({ accepted: 1, rejected: 1, errors: [{ line: 2 }] });
+});
+
+test("the probes and the figures have types, too", async () => {
+  const ready = await daybook.readyz.get();
+  const lag: number | undefined = ready.data?.lagSeconds;
+  expect([ready.data?.status, typeof lag]).toEqual(["ready", "number"]);
+  expect((await daybook.healthz.get()).data).toEqual({ status: "ok" });
+  expect((await daybook.metrics.get()).data).toContain("daybook_events_accepted_total");
+});
+
+test("a failure is a problem document with its status", async () => {
+  const { data, error } = await daybook.userEvents({ userid: "nobody" }).get();
+  expect([data, error?.status as number]).toEqual([null, 404]);
+});
+
+test("what does not fit does not compile, nor is it taken", async () => {
+  // @ts-expect-error wrong field
+  const field = await daybook.liveEvent.post({ user: "ann", name: "add_revenue", value: 1 });
+  // @ts-expect-error wrong type
+  const type = await daybook.liveEvent.post({ userId: "ann", name: "add_revenue", value: "1" });
+  // @ts-expect-error missing field
+  const missing = await daybook.liveEvent.post({ userId: "ann", name: "add_revenue" });
+  // @ts-expect-error wrong route
+  const route = await daybook.liveevent.post({ userId: "ann", name: "add_revenue", value: 1 });
+  // @ts-expect-error wrong method
+  const method = await daybook.userEvents({ userid: "ann" }).post();
+  const answers = [field, type, missing, route, method] as { status: number }[];
+  expect(answers.map(({ status }) => status)).toEqual([422, 422, 422, 404, 405]);
+  // @ts-expect-error wrong name of a parameter
+  daybook.userEvents({ user: "ann" });
+});

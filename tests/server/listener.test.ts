@@ -1,0 +1,123 @@
+/** HTTPS by the server itself, and certificates that change while it serves. */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { connect } from "node:tls";
+
+import { run, startApp, tempDir, until } from "../support/programs.ts";
+
+setDefaultTimeout(30_000);
+
+const NO_DATABASE = "postgres://daybook:x@127.0.0.1:1/daybook";
+const EVENT = '{"userId":"ann","name":"add_revenue","value":1}';
+
+/** Writes a certificate for 127.0.0.1 in the name of `name`. */
+function certify(folder: { file(name: string): string }, name: string): void {
+  const made = Bun.spawnSync(
+    `openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=${name}
+     -addext subjectAltName=IP:127.0.0.1 -keyout ${folder.file("key.pem")} -out ${folder.file("cert.pem")}`.split(
+      /\s+/,
+    ),
+    { stderr: "pipe" },
+  );
+  if (!made.success) throw new Error(`openssl: ${made.stderr}`);
+}
+
+/** In whose name the server at `port` presents itself. */
+function nameOf(port: number): Promise<string> {
+  return new Promise((resolve, reject) => {
+    const socket = connect({ port, host: "127.0.0.1", rejectUnauthorized: false }, () => {
+      resolve(String(socket.getPeerCertificate().subject.CN));
+      socket.destroy();
+    });
+    socket.on("error", reject);
+  });
+}
+
+function settings(folder: { file(name: string): string }) {
+  const tls = { TLS_CERT: folder.file("cert.pem"), TLS_KEY: folder.file("key.pem") };
+  return { ...tls, DATABASE_URL: NO_DATABASE, DATA_DIR: folder.file("data") };
+}
+
+test("with a certificate the server speaks HTTPS, and the client with it", async () => {
+  using folder = tempDir();
+  certify(folder, "first");
+  const env = settings(folder);
+  const dataDir = folder.file("data");
+  await using app = await startApp({ dataDir, databaseUrl: NO_DATABASE, env });
+  expect(app.url).toMatch(/^https:\/\/127\.0\.0\.1:\d+$/);
+  const file = folder.file("a.jsonl");
+  await Bun.write(file, `${EVENT}\n`);
+  const trusting = { SERVER_URL: app.url, NODE_EXTRA_CA_CERTS: env.TLS_CERT };
+  const sent = await run("client.ts", { args: [file], env: trusting });
+  expect({ code: sent.code, stderr: sent.stderr }).toEqual({ code: 0, stderr: "" });
+  const plain = await fetch(app.url.replace("https", "http")).catch(() => null);
+  expect(plain?.ok ?? false).toBe(false);
+});
+
+test("SIGHUP under load: new connections meet the new certificate, and serving goes on", async () => {
+  using folder = tempDir();
+  certify(folder, "first");
+  const dataDir = folder.file("data");
+  await using app = await startApp({
+    ...{ dataDir, databaseUrl: NO_DATABASE, env: settings(folder) },
+    args: ["--no-processor"],
+  });
+  const port = Number(new URL(app.url).port);
+  expect(await nameOf(port)).toBe("first");
+  let going = true;
+  const statuses: unknown[] = [];
+  const senders = Array.from({ length: 8 }, async () => {
+    while (going)
+      statuses.push(
+        await fetch(`${app.url}/liveEvent`, {
+          method: "POST",
+          headers: { authorization: "secret", "content-type": "application/json" },
+          body: EVENT,
+          tls: { rejectUnauthorized: false },
+        }).then(
+          ({ status }) => status,
+          (error: Error) => error.message,
+        ),
+      );
+  });
+  for (const name of ["second", "third"]) {
+    const enough = statuses.length + 100;
+    await until(() => statuses.length > enough);
+    certify(folder, name);
+    app.kill("SIGHUP");
+    await until(async () => (await nameOf(port).catch(() => null)) === name);
+  }
+  going = false;
+  await Promise.all(senders);
+  // Connections between two requests are closed: each may cost its sender one more try.
+  const lost = statuses.filter((status) => status !== 201);
+  expect(lost.filter((status) => !String(status).includes("closed"))).toEqual([]);
+  expect(lost.length).toBeLessThanOrEqual(2 * senders.length);
+
+  await Bun.write(folder.file("cert.pem"), "no certificate");
+  app.kill("SIGHUP");
+  await until(() => app.stderr.text().includes("the old certificate stays: TLS_CERT"));
+  expect(await nameOf(port)).toBe("third");
+  app.kill("SIGTERM");
+  expect(await app.exit()).toBe(0);
+  expect(app.stderr.text()).not.toContain("PRIVATE KEY");
+});
+
+test("a certificate that cannot be used, or a port in use, ends the start with one line", async () => {
+  using folder = tempDir();
+  const env = settings(folder);
+  const { code, stdout, stderr } = await run("app.ts", { env });
+  expect({ code, stdout }).toEqual({ code: 2, stdout: "" });
+  expect(stderr).toBe(`TLS_CERT: cannot read ${env.TLS_CERT} (ENOENT)\n`);
+  certify(folder, "first");
+  const options = { dataDir: folder.file("data"), databaseUrl: NO_DATABASE, env };
+  await using app = await startApp({ ...options, args: ["--no-processor"] });
+  const PORT = new URL(app.url).port;
+  const second = await run("app.ts", { env: { ...env, PORT, DATA_DIR: folder.file("second") } });
+  expect([second.code, second.stderr]).toEqual([1, expect.stringContaining(`:${PORT}: `)]);
+  const { TLS_KEY: _, ...alone } = env;
+  const half = await run("app.ts", { env: alone });
+  expect([half.code, half.stderr]).toEqual([
+    2,
+    "TLS_KEY: found none, wanted one, as the other is set\n",
+  ]);
+});

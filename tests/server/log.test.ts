@@ -1,0 +1,163 @@
+/** What the programs that stay say of themselves: what changes, once; and never a body or a secret. */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { join } from "node:path";
+
+import { openProxy } from "../support/network.ts";
+import { testDatabase } from "../support/postgres.ts";
+import { messages, spawn, startApp, tempDir, until } from "../support/programs.ts";
+
+setDefaultTimeout(30_000);
+
+const MARKER = "zebra-quagga-okapi";
+const NO_DATABASE = `postgres://daybook:${MARKER}@127.0.0.1:1/daybook`;
+
+test("the log is JSON lines: the start with its settings, secrets masked, and the stop", async () => {
+  using dir = tempDir();
+  const env = { AUTH_SECRET: MARKER, READ_SECRET: MARKER, JWT_SECRET: MARKER };
+  await using app = await startApp({
+    ...{ dataDir: dir.path, databaseUrl: NO_DATABASE, env },
+    args: ["--no-processor"],
+  });
+  app.kill("SIGTERM");
+  await app.exit();
+  expect(messages(app.stderr.text())).toEqual([
+    `info: listening on ${app.url}`,
+    "info: stopping",
+    "info: stopped",
+  ]);
+  const { settings, time } = JSON.parse(app.stderr.text().split("\n")[0]!);
+  expect(settings).toMatchObject({ AUTH_SECRET: "(set)", DATABASE_URL: "(set)", PORT: 0 });
+  expect(Date.now() - Date.parse(time)).toBeLessThan(30_000);
+  expect(app.stderr.text()).not.toContain(MARKER);
+});
+
+test("a database that is away is said once and then counted; that it is back, too", async () => {
+  using dir = tempDir();
+  await using database = await testDatabase();
+  await using proxy = await openProxy(database.url);
+  await using app = await startApp({ dataDir: dir.path, databaseUrl: proxy.url });
+  const ask = async () => (await fetch(`${app.url}/userEvents/ann`)).status;
+  await until(async () => (await ask()) === 404);
+  proxy.cut();
+  for (let i = 0; i < 20; i++) expect(await ask()).toBe(503);
+  await until(() => app.stderr.text().includes("processor: waiting"));
+  proxy.mend();
+  await until(async () => (await ask()) === 404);
+  await app.post({ userId: "ann", name: "add_revenue", value: 1 });
+  await until(() => app.stderr.text().includes("processor: posting again"));
+  const lines = app.stderr.text().trimEnd().split("\n");
+  const away = lines.filter(
+    (line) => line.startsWith('{"level":"warn"') && line.includes('"database: '),
+  );
+  // The first connection is cut, the next ones are refused: two reasons at most.
+  expect(away.length).toBeWithin(1, 3);
+  const [back, ...others] = lines.filter((line) => line.includes("database: it answers again"));
+  expect(others).toEqual([]);
+  expect(JSON.parse(back!).failures).toBeWithin(20, 22);
+});
+
+test("a full disk is said once, and that there is room again", async () => {
+  using dir = tempDir();
+  await using app = await startApp({
+    ...{ dataDir: dir.path, databaseUrl: NO_DATABASE },
+    args: ["--no-processor"],
+  });
+  const limit = (bytes: string) =>
+    Bun.spawnSync(["prlimit", `--pid=${app.pid}`, `--fsize=${bytes}:`]).exitCode;
+  if (limit("4000") !== 0) return; // not on this system
+  const send = async () =>
+    (await app.post({ userId: "ann", name: "add_revenue", value: 1, note: "n".repeat(900) }))
+      .status;
+  await until(async () => (await send()) === 507);
+  for (let i = 0; i < 5; i++) expect(await send()).toBe(507);
+  limit("1000000");
+  expect(await send()).toBe(201);
+  expect(messages(app.stderr.text()).slice(1)).toEqual([
+    expect.stringMatching(/^error: cannot append to .*: no room/),
+    "info: journal: events are taken again",
+  ]);
+});
+
+test("who stands by says so, and when it takes over", async () => {
+  using dir = tempDir();
+  const env = { DATA_DIR: dir.path, DATABASE_URL: NO_DATABASE };
+  await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE });
+  await until(() => app.stderr.text().includes("processor: following"));
+  await using processor = spawn("processor.ts", { env });
+  await until(() => processor.stderr.text().includes("standing by"));
+  app.kill("SIGKILL");
+  await until(() => processor.stderr.text().includes("following"));
+  expect(messages(processor.stderr.text()).slice(0, 3)).toEqual([
+    "info: started",
+    "info: standing by: another processor follows this journal",
+    `info: following ${dir.file("eventsPost.jsonl")}`,
+  ]);
+});
+
+test("each request has an id, its sender's or another; a line of its own only at debug", async () => {
+  using dir = tempDir();
+  const start = (LOG_LEVEL: string) =>
+    startApp({
+      ...{ dataDir: dir.file(LOG_LEVEL), databaseUrl: NO_DATABASE },
+      env: { LOG_LEVEL, AUTH_SECRET: MARKER },
+      args: ["--no-processor"],
+    });
+  await using quiet = await start("info");
+  await using loud = await start("debug");
+  for (const { url } of [quiet, loud]) {
+    const send = async (path: string, id?: string) => {
+      const response = await fetch(`${url}${path}`, {
+        method: "POST",
+        body: `{"userId":"${MARKER}","name":"${MARKER}"}`,
+        headers: {
+          authorization: MARKER,
+          "content-type": "application/json",
+          ...(id ? { "x-request-id": id } : {}),
+        },
+      });
+      await response.text();
+      return response.headers.get("x-request-id");
+    };
+    expect(await send("/liveEvent", "order-17:a")).toBe("order-17:a");
+    for (const id of [undefined, 'a "quoted" one', "x".repeat(129)])
+      expect(await send("/liveEvent", id)).toMatch(/^[0-9a-f]{8}-[0-9a-z]+$/);
+    expect(await send(`/${MARKER}`, "b")).toBe("b");
+    const balance = await fetch(`${url}/userEvents/${MARKER}?after=${MARKER}`);
+    expect(balance.headers.get("x-request-id")).toMatch(/^[0-9a-f]{8}-[0-9a-z]+$/);
+  }
+  await until(() => loud.stderr.text().trimEnd().split("\n").length === 7);
+  const requests = loud.stderr
+    .text()
+    .trimEnd()
+    .split("\n")
+    .slice(1)
+    .map((line) => JSON.parse(line));
+  expect(requests[0]).toMatchObject({
+    id: "order-17:a",
+    method: "POST",
+    route: "/liveEvent",
+    status: 422,
+  });
+  expect(requests[4]).toMatchObject({ id: "b", route: "other", status: 404 });
+  expect(requests[5]).toMatchObject({ route: "/userEvents/:userid", status: 422 });
+  expect(messages(quiet.stderr.text())).toHaveLength(1);
+  expect(loud.stderr.text() + quiet.stderr.text()).not.toContain(MARKER);
+});
+
+test("on a terminal the log is for people", async () => {
+  using dir = tempDir();
+  let said = "";
+  const app = Bun.spawn(
+    [process.execPath, "run", join(import.meta.dir, "../../app.ts"), "--no-processor"],
+    {
+      env: { ...process.env, PORT: "0", DATA_DIR: dir.path, DATABASE_URL: NO_DATABASE },
+      terminal: { data: (_, bytes) => void (said += Buffer.from(bytes).toString()) },
+    },
+  );
+  try {
+    await until(() => /^\d\d:\d\d:\d\d info {2}listening on http:.* {2}settings=\{/m.test(said));
+  } finally {
+    app.kill("SIGTERM");
+    await app.exited;
+  }
+});

@@ -1,0 +1,222 @@
+/**
+ * More than the server can take: slow senders, large bodies, many at once. It refuses what it has
+ * no room for, keeps what it has acknowledged, answers everybody else, and its memory stays flat.
+ */
+import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
+import { readdirSync, readFileSync } from "node:fs";
+import { connect, type Socket } from "node:net";
+
+import { SECRET, startApp, tempDir, until } from "../support/programs.ts";
+import { IS_LONG } from "../support/random.ts";
+
+const KIB = 1024;
+const MIB = 1024 * KIB;
+/** What the process may ever have needed. Linux only. */
+const MAX_BYTES = 300 * MIB;
+const SLOW_SENDERS = 200;
+/** A quarter more than the process may need. */
+const BODIES = 24;
+const NOWHERE = "postgres://nobody@127.0.0.1:1/nothing";
+
+type App = Awaited<ReturnType<typeof startApp>>;
+
+setDefaultTimeout(90_000);
+
+/** One server for all of it: its memory stays flat also over what came before. */
+const dir = tempDir();
+let app: App;
+
+beforeAll(async () => {
+  const args = ["--no-processor"];
+  app = await startApp({ dataDir: dir.path, databaseUrl: NOWHERE, args });
+});
+
+afterAll(async () => {
+  await app?.[Symbol.asyncDispose]();
+  dir[Symbol.dispose]();
+});
+
+test(`while ${SLOW_SENDERS} send slowly, everybody else is answered, and the slow ones in the end`, async () => {
+  const event = line("slow", 100);
+  const slow = await Promise.all(
+    Array.from({ length: SLOW_SENDERS }, (_, i) => openSender(app, event.length, i % 2 === 0)),
+  );
+  let at = 0;
+  let slowestMs = 0;
+  for (; at < event.length - 1; at++) {
+    for (const sender of slow) sender.send(event.slice(at, at + 1));
+    const beganMs = performance.now();
+    const answers = await Promise.all([
+      app.post(line("fast", 1)),
+      app.postLines(line("fast", 1).repeat(100)),
+      fetch(`${app.url}/healthz`),
+    ]);
+    expect(answers.map(({ status }) => status)).toEqual([201, 201, 200]);
+    slowestMs = Math.max(slowestMs, performance.now() - beganMs);
+  }
+  expect(slowestMs).toBeLessThan(5_000); // a slow sender takes longer than that
+  expect(slow.map(({ text }) => text())).toEqual(slow.map(() => ""));
+  for (const sender of slow) sender.send(event.slice(at));
+  await until(() => slow.every(({ text }) => text().startsWith("HTTP/1.1 201 ")));
+  expect(users("slow", "fast")).toEqual({ slow: SLOW_SENDERS, fast: 101 * at });
+  expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
+  for (const sender of slow) sender[Symbol.dispose]();
+});
+
+test(`${BODIES} bodies of 16 MiB at once: taken whole or refused for now, in flat memory`, async () => {
+  // Long lines are many bytes, short ones much work.
+  const fillers = [900, 0].map((noteBytes) =>
+    Buffer.from(line("filler", noteBytes).repeat((16 * MIB) / (100 + noteBytes))),
+  );
+  const fillerOf = (i: number) => fillers[i % 2] as Buffer;
+  const answers = await Promise.all(
+    Array.from({ length: BODIES }, (_, i) => {
+      const parts = [Buffer.from(line(`first${i}`)), fillerOf(i), Buffer.from(line(`last${i}`))];
+      // Every third is sent without its length.
+      return app.postLines(i % 3 === 0 ? (streamed(parts) as never) : joined(parts));
+    }),
+  );
+  const taken = await sort(answers);
+  expect(taken.length).toBeGreaterThan(0);
+  const ends = taken.flatMap((i) => [`first${i}`, `last${i}`]);
+  const { filler: found, ...others } = users("first", "filler", "last");
+  expect(others).toEqual(Object.fromEntries(ends.map((user) => [user, 1])));
+  const counts = fillers.map((filler) => countUsers(filler, "filler")["filler"] as number);
+  expect(found).toBe(taken.reduce((sum, i) => sum + (counts[i % 2] as number), 0));
+  // When it is over there is room again.
+  await until(async () => (await app.postLines(joined([fillerOf(0)]))).status === 201);
+  expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
+});
+
+test("2,000 bodies of 60 KiB, as fast as they can be sent: the same", async () => {
+  const answers: Response[] = [];
+  let next = 0;
+  const sender = async () => {
+    while (next < 2_000) {
+      const i = next++;
+      answers[i] = await app.post(line(`user${i}`, 60 * KIB));
+    }
+  };
+  await Promise.all(Array.from({ length: 250 }, sender));
+  const taken = await sort(answers);
+  expect(taken.length).toBeGreaterThan(0);
+  expect(users("user")).toEqual(Object.fromEntries(taken.map((i) => [`user${i}`, 1])));
+  expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
+});
+
+test("room that senders hold who go away is given back", async () => {
+  const piece = "\n".repeat(2 * MIB);
+  for (let round = 0; round < (IS_LONG ? 3 : 2); round++) {
+    const senders = await Promise.all(
+      Array.from({ length: 40 }, (_, i) => openSender(app, 15 * MIB, i % 2 === 0)),
+    );
+    for (const sender of senders) sender.send(piece);
+    const refused = await until(async () => {
+      const response = await app.postLines(joined([Buffer.from(piece)]));
+      return response.status === 201 ? null : response;
+    });
+    expect(refused.status).toBe(503);
+    expect(Number(refused.headers.get("retry-after"))).toBeGreaterThan(0);
+    expect((await fetch(`${app.url}/healthz`)).status).toBe(200);
+    for (const sender of senders) sender[Symbol.dispose]();
+    const whole = Buffer.from(line("whole", 900).repeat((16 * MIB) / 1_000));
+    await until(async () => (await app.postLines(joined([whole]))).status === 201);
+  }
+  expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
+});
+
+// Helpers
+
+/** The users in the journal whose names begin so, and how many events each has. */
+function users(...beginnings: string[]): Record<string, number> {
+  // Where more of the large bodies are taken than a file holds, there are two.
+  const files = readdirSync(dir.path).filter((name) => /^eventsPost.*\.jsonl$/.test(name));
+  const lines = Buffer.concat(files.map((name) => readFileSync(dir.file(name))));
+  return Object.assign({}, ...beginnings.map((beginning) => countUsers(lines, beginning)));
+}
+
+function line(user: string, noteBytes = 0): string {
+  const note = noteBytes > 0 ? `,"note":"${"n".repeat(noteBytes)}"` : "";
+  return `{"userId":"${user}","name":"add_revenue","value":1${note}}\n`;
+}
+
+function joined(parts: Buffer[]): Uint8Array<ArrayBuffer> {
+  return new Uint8Array(Buffer.concat(parts));
+}
+
+/** In pieces, the length not announced. */
+function streamed(parts: Buffer[]): ReadableStream {
+  const pieces = parts.flatMap((part) =>
+    Array.from({ length: Math.ceil(part.length / (256 * KIB)) }, (_, i) =>
+      part.subarray(i * 256 * KIB, (i + 1) * 256 * KIB),
+    ),
+  );
+  return new ReadableStream({
+    pull(controller) {
+      const piece = pieces.shift();
+      if (piece) controller.enqueue(piece);
+      else controller.close();
+    },
+  });
+}
+
+/** A connection of its own that has sent the head of a request, and sends its body when told to. */
+async function openSender(app: App, bodyBytes: number, chunked: boolean) {
+  const { hostname, port } = new URL(app.url);
+  const socket = await new Promise<Socket>((resolve, reject) => {
+    const opened = connect(Number(port), hostname, () => resolve(opened));
+    opened.on("error", reject);
+  });
+  let text = "";
+  socket.on("data", (bytes) => (text += bytes));
+  socket.write(
+    `POST /liveEvents HTTP/1.1\r\nhost: x\r\nauthorization: ${SECRET}\r\n` +
+      "content-type: application/x-ndjson\r\n" +
+      (chunked ? "transfer-encoding: chunked\r\n\r\n" : `content-length: ${bodyBytes}\r\n\r\n`),
+  );
+  let left = bodyBytes;
+  return {
+    text: () => text,
+    send(piece: string) {
+      left -= piece.length;
+      if (!chunked) return socket.write(piece);
+      const end = left === 0 ? "0\r\n\r\n" : "";
+      return socket.write(`${piece.length.toString(16)}\r\n${piece}\r\n${end}`);
+    },
+    [Symbol.dispose]: () => void socket.destroy(),
+  };
+}
+
+/** Which were answered 201; all others must have been told to come back. */
+async function sort(answers: Response[]): Promise<number[]> {
+  const taken: number[] = [];
+  for (const [i, response] of answers.entries()) {
+    await response.bytes();
+    expect([201, 429, 503]).toContain(response.status);
+    if (response.status === 201) taken.push(i);
+    else expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
+  }
+  return taken;
+}
+
+function countUsers(lines: Buffer, beginning: string): Record<string, number> {
+  const counts: Record<string, number> = {};
+  const field = '{"userId":"';
+  // What other tests have sent is passed by without a look at each line.
+  const begin = Buffer.from(field + beginning);
+  for (let at = lines.indexOf(begin); at >= 0; at = lines.indexOf(begin, at)) {
+    at += field.length;
+    const user = lines.toString("latin1", at, lines.indexOf('"', at));
+    counts[user] = (counts[user] ?? 0) + 1;
+  }
+  return counts;
+}
+
+/** The most memory that the process ever had; 0 where the system does not say. */
+function peakBytes(app: App): number {
+  if (process.platform !== "linux") return 0;
+  const status = readFileSync(`/proc/${app.pid}/status`, "utf8");
+  const bytes = Number(/VmHWM:\s+(\d+) kB/.exec(status)?.[1]) * KIB;
+  if (process.env["PEAK"]) console.log(Math.round(bytes / MIB), "MiB");
+  return bytes;
+}

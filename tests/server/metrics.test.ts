@@ -1,0 +1,187 @@
+/** What /metrics says after all kinds of traffic and trouble, and the alert rules of the README. */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+
+import { openProxy } from "../support/network.ts";
+import { testDatabase } from "../support/postgres.ts";
+import { startApp, tempDir, until } from "../support/programs.ts";
+
+setDefaultTimeout(30_000);
+
+const NO_DATABASE = "postgres://daybook:x@127.0.0.1:1/daybook";
+const event = (more: object) => ({ userId: "ann", name: "add_revenue", value: 1, ...more });
+const line = (more: object) => `${JSON.stringify(event(more))}\n`;
+
+/** All samples, by name and labels. */
+async function scrape(url: string): Promise<Record<string, number>> {
+  const response = await fetch(`${url}/metrics`);
+  expect(response.status).toBe(200);
+  expect(response.headers.get("content-type")).toStartWith("text/plain; version=0.0.4");
+  const samples = [...(await response.text()).matchAll(/^([a-z_]+(?:\{.*\})?) (\S+)$/gm)];
+  return Object.fromEntries(samples.map(([, name, value]) => [name, Number(value)]));
+}
+
+test("after all kinds of traffic every figure is right, few, and named as Prometheus wants it", async () => {
+  using dir = tempDir();
+  await using database = await testDatabase();
+  await using app = await startApp({ dataDir: dir.path, databaseUrl: database.url });
+  for (const id of ["a", "a", "b"]) expect((await app.post(event({ id }))).status).toBe(201);
+  const bad = [
+    ...['"name":"add"', '"value":"1"', '"userId":7', '"id":""'].map((field) =>
+      line({}).replace("}", `,${field}}`),
+    ),
+    ...["{\n", "[]\n", `${"x".repeat(70_000)}\n`],
+  ];
+  const lines = line({}) + bad.join("") + line({ id: "b", value: 2 }) + line({});
+  expect(await (await app.postLines(lines)).json()).toMatchObject({ accepted: 3, rejected: 7 });
+  for (const body of ["{", line({ userId: 1 })])
+    expect((await app.post(body)).status).toBeWithin(400, 423);
+  const ask = async (path: string, init?: RequestInit) => {
+    await (await fetch(app.url + path, init)).text();
+  };
+  await ask("/liveEvent", { method: "POST", headers: { authorization: "wrong" } });
+  for (let i = 0; i < 50; i++) {
+    await ask(`/nowhere/${i}`);
+    await ask(`/userEvents/user${i}`);
+    await ask("/liveEvent", { method: "PUT" });
+  }
+  await until(async () => (await app.balance("ann")) === "4");
+  await until(async () => {
+    const found = await scrape(app.url);
+    return found["daybook_events_posted_total"] === 6 && found["daybook_posting_lag_bytes"] === 0;
+  });
+
+  const found = await scrape(app.url);
+  expect(found).toMatchObject({
+    daybook_events_accepted_total: 6,
+    daybook_events_quarantined_total: 1,
+    daybook_events_duplicate_total: 1,
+    daybook_journal_writable: 1,
+    daybook_database_up: 1,
+    daybook_posting_lag_bytes: 0,
+    daybook_posting_lag_seconds: 0,
+    daybook_journal_frame_bytes_count: 4,
+    'daybook_events_rejected_total{reason="json"}': 2,
+    'daybook_events_rejected_total{reason="size"}': 1,
+    'daybook_events_rejected_total{reason="event"}': 1,
+    'daybook_events_rejected_total{reason="userId"}': 2,
+    'daybook_events_rejected_total{reason="name"}': 1,
+    'daybook_events_rejected_total{reason="value"}': 1,
+    'daybook_events_rejected_total{reason="id"}': 1,
+    'daybook_http_requests_total{method="POST",route="/liveEvent",status="401"}': 1,
+    'daybook_http_requests_total{method="POST",route="/liveEvent",status="201"}': 3,
+    'daybook_http_requests_total{method="GET",route="other",status="404"}': 50,
+    'daybook_http_requests_total{method="PUT",route="/liveEvent",status="405"}': 50,
+  });
+  expect(found["daybook_journal_bytes"]).toBeGreaterThan(500);
+  expect(found["process_resident_memory_bytes"]).toBeGreaterThan(1e7);
+  expect(Object.keys(found).length).toBeLessThan(100);
+
+  const text = await (await fetch(`${app.url}/metrics`)).text();
+  expect(text).not.toMatch(/ann|user\d|nowhere/);
+  if (Bun.which("promtool")) {
+    const check = Bun.spawnSync(["promtool", "check", "metrics"], { stdin: Buffer.from(text) });
+    expect([check.exitCode, check.stdout.toString() + check.stderr.toString()]).toEqual([0, ""]);
+  }
+});
+
+// They wait more than they do.
+test.concurrent(
+  "posting that lags is told in bytes and seconds, by /readyz too, and over a restart",
+  async () => {
+    using dir = tempDir();
+    await using database = await testDatabase();
+    await using proxy = await openProxy(database.url);
+    {
+      await using app = await startApp({ dataDir: dir.path, databaseUrl: proxy.url });
+      await until(async () => (await fetch(`${app.url}/readyz`)).status === 200);
+      proxy.cut();
+      expect((await app.post(event({}))).status).toBe(201);
+      const away = await until(async () => {
+        const found = await scrape(app.url);
+        return found["daybook_posting_lag_seconds"]! > 1.5 && found;
+      });
+      expect(away["daybook_posting_lag_bytes"]).toBeWithin(50, 300);
+      expect(away["daybook_database_up"]).toBe(0);
+      expect((await fetch(`${app.url}/readyz`)).status).toBe(503);
+      app.kill("SIGTERM");
+      await app.exit();
+    }
+    proxy.mend();
+    const options = { dataDir: dir.path, databaseUrl: proxy.url };
+    {
+      await using app = await startApp({ ...options, args: ["--no-processor"] });
+      const ready = (await (await fetch(`${app.url}/readyz`)).json()) as Record<string, number>;
+      expect(ready["lagSeconds"]).toBeWithin(1.5, 30);
+      expect(ready["lagBytes"]).toBeGreaterThan(50);
+      const found = await scrape(app.url);
+      expect(found["daybook_posting_lag_seconds"]).toBeGreaterThanOrEqual(ready["lagSeconds"]!);
+      app.kill("SIGTERM");
+      await app.exit();
+    }
+    await using app = await startApp(options);
+    const ready = () => fetch(`${app.url}/readyz`).then((response) => response.json());
+    await until(async () => ((await ready()) as { lagBytes?: number }).lagBytes === 0);
+    expect(await ready()).toEqual({ status: "ready", lagBytes: 0, lagSeconds: 0 });
+    expect(await scrape(app.url)).toMatchObject({
+      daybook_database_up: 1,
+      daybook_posting_lag_bytes: 0,
+      daybook_posting_lag_seconds: 0,
+    });
+  },
+);
+
+test.concurrent(
+  "the first event after a pause lags since it came, not since the one before",
+  async () => {
+    using dir = tempDir();
+    await using database = await testDatabase();
+    await using app = await startApp({ dataDir: dir.path, databaseUrl: database.url });
+    for (let i = 0; i < 3; i++) {
+      if (i > 0) await Bun.sleep(1_000);
+      const fromMs = performance.now();
+      await app.post(event({}));
+      const found = await scrape(app.url);
+      const seconds = (performance.now() - fromMs) / 1000;
+      expect(found["daybook_posting_lag_seconds"]).toBeLessThan(seconds + 0.5);
+      await until(async () => (await scrape(app.url))["daybook_posting_lag_bytes"] === 0);
+    }
+  },
+);
+
+test("a journal that takes nothing is told until there is room", async () => {
+  using dir = tempDir();
+  await using app = await startApp({
+    ...{ dataDir: dir.path, databaseUrl: NO_DATABASE },
+    args: ["--no-processor"],
+  });
+  const limit = (bytes: string) =>
+    Bun.spawnSync(["prlimit", `--pid=${app.pid}`, `--fsize=${bytes}:`]).exitCode;
+  if (limit("4000") !== 0) return; // not on this system
+  const send = async () => (await app.post(event({ note: "n".repeat(900) }))).status;
+  await until(async () => (await send()) === 507);
+  expect((await scrape(app.url))["daybook_journal_writable"]).toBe(0);
+  limit("1000000");
+  expect(await send()).toBe(201);
+  expect((await scrape(app.url))["daybook_journal_writable"]).toBe(1);
+});
+
+test("the alert rules of the README are rules, of figures that there are", async () => {
+  using dir = tempDir();
+  await using app = await startApp({
+    ...{ dataDir: dir.path, databaseUrl: NO_DATABASE },
+    args: ["--no-processor"],
+  });
+  const readme = readFileSync(join(import.meta.dir, "../../README.md"), "utf8");
+  const [, rules = ""] = /```yaml\n(groups:\n[\s\S]*?)```/.exec(readme) ?? [];
+  const names = new Set(Object.keys(await scrape(app.url)).map((name) => name.replace(/\{.*/, "")));
+  const used = [...rules.matchAll(/daybook_[a-z_]+/g)].map(([name]) => name);
+  expect(used.length).toBeGreaterThanOrEqual(3);
+  expect(used.filter((name) => !names.has(name))).toEqual([]);
+  expect(rules.match(/alert:/g)).toHaveLength(4);
+  if (!Bun.which("promtool")) return;
+  await Bun.write(dir.file("rules.yml"), rules);
+  const check = Bun.spawnSync(["promtool", "check", "rules", dir.file("rules.yml")]);
+  expect(check.stdout.toString()).toContain("SUCCESS: 4 rules found");
+});

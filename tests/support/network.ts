@@ -1,0 +1,91 @@
+/** Connections that fail: a way to Postgres that can be cut, and a way to the server that loses and repeats. */
+import { createServer as createHttpServer, type IncomingMessage } from "node:http";
+import { connect, createServer, type Socket } from "node:net";
+
+/** A way to the Postgres at `url` that can be cut and mended. */
+export async function openProxy(url: string) {
+  const target = new URL(url);
+  const open = new Set<Socket>();
+  let isCut = false;
+  let refused = 0;
+  const server = createServer((client) => {
+    if (isCut) {
+      refused++;
+      client.destroy();
+      return;
+    }
+    const postgres = connect(Number(target.port || 5432), target.hostname);
+    for (const [from, to] of [
+      [client, postgres],
+      [postgres, client],
+    ] as const) {
+      open.add(from);
+      from.on("error", () => {}).on("close", () => (open.delete(from), to.destroy()));
+      from.pipe(to);
+    }
+  });
+  const cut = () => {
+    isCut = true;
+    for (const socket of open) socket.destroy();
+  };
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const via = new URL(url);
+  via.host = `127.0.0.1:${(server.address() as { port: number }).port}`;
+  return {
+    url: via.href,
+    cut,
+    mend: () => (isCut = false),
+    refused: () => refused,
+    async [Symbol.asyncDispose]() {
+      cut();
+      await new Promise((resolve) => server.close(resolve));
+    },
+  };
+}
+
+/** What goes wrong with a request on its way to the server. */
+export type Fault =
+  | { answer: number; headers?: Record<string, string> } // instead of the server
+  | "cut" // before the server hears of it
+  | "lose" // the server's answer
+  | "tear" // the server's answer, in the middle
+  | { delayMs: number }
+  | null;
+
+/** A way to the HTTP server at `target`; `choose` says for each request what goes wrong. */
+export async function openMeddler(
+  target: string,
+  choose: (request: IncomingMessage) => Fault | Promise<Fault>,
+) {
+  const server = createHttpServer(async (request, response) => {
+    try {
+      const fault = await choose(request);
+      const chunks: Buffer[] = [];
+      for await (const chunk of request) chunks.push(chunk as Buffer);
+      if (fault === "cut") return void request.socket.destroy();
+      if (fault && typeof fault === "object" && "answer" in fault)
+        return void response.writeHead(fault.answer, fault.headers).end();
+      const { method = "GET", url = "/" } = request;
+      const headers = new Headers(request.headers as Record<string, string>);
+      for (const name of ["host", "connection", "content-length"]) headers.delete(name);
+      const body = chunks.length > 0 ? Buffer.concat(chunks) : null;
+      const answer = await fetch(target + url, { method, headers, body });
+      const bytes = await answer.bytes();
+      if (fault === "lose") return void request.socket.destroy();
+      if (fault && typeof fault === "object") await Bun.sleep(fault.delayMs);
+      response.writeHead(answer.status, Object.fromEntries(answer.headers));
+      if (fault !== "tear") return void response.end(bytes);
+      response.write(bytes.subarray(0, bytes.length / 2), () => request.socket.destroy());
+    } catch {
+      request.socket.destroy(); // one of the two has gone
+    }
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  return {
+    url: `http://127.0.0.1:${(server.address() as { port: number }).port}`,
+    async [Symbol.asyncDispose]() {
+      server.closeAllConnections();
+      await new Promise((resolve) => server.close(resolve));
+    },
+  };
+}

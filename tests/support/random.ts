@@ -1,0 +1,23 @@
+/** Random choices that can be repeated, and how much a run tries. */
+
+/** More than 1 in a long run: what takes time is tried more often then. */
+export const FAULT_ROUNDS = Number(process.env["FAULT_ROUNDS"] ?? 1);
+export const IS_LONG = FAULT_ROUNDS > 1;
+
+/** A test with random choices: its seed is said when it fails, and `TEST_SEED` repeats it. */
+export function seeded(body: (random: () => number) => Promise<void>) {
+  return async () => {
+    const seed = Number(process.env["TEST_SEED"] ?? Math.floor(Math.random() * 2 ** 32));
+    let state = seed;
+    const random = () => {
+      state = (state + 0x6d2b79f5) | 0;
+      let mixed = Math.imul(state ^ (state >>> 15), state | 1);
+      mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+      return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
+    };
+    await body(random).catch((error) => {
+      console.error(`TEST_SEED=${seed} repeats these choices`);
+      throw error;
+    });
+  };
+}
