@@ -56,6 +56,19 @@ export class JournalDamage extends Error {
   }
 }
 
+/**
+ * The ledger has posted more than the journal holds: an older copy of the journal was put back. What it
+ * accepted now would never be posted, because the checkpoint is ahead of it.
+ */
+export class JournalBehind extends Error {
+  constructor(path: string, what: string) {
+    super(
+      `${path} is behind the ledger: ${what}. An older copy of the journal was put back: restore the newest ` +
+        "one, or stop the server and run bun run processor.ts --check --repair, which marks what is missing as lost",
+    );
+  }
+}
+
 export function encodeJournalHeader(id: string, base: number): Buffer {
   return Buffer.from(`{"journal":"${id}","base":${base},"version":1}\n`);
 }

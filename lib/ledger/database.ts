@@ -122,3 +122,14 @@ function describe(error: unknown): Unavailable {
   const text = (message || code || String(error)).split("\n")[0] as string;
   return new Unavailable(text, sqlState === null || PASSING.test(sqlState));
 }
+
+/** One number of each, as Postgres writes an array. */
+export function numbers<T>(all: readonly T[], pick: (one: T) => number): string {
+  return `{${all.map(pick).join()}}`;
+}
+
+/** Text as Postgres writes an array: one parameter, whatever the number of elements. */
+export function arrayLiteral(texts: Iterable<string | null>): string {
+  const quote = (text: string) => `"${text.replace(/["\\]/g, "\\$&")}"`;
+  return `{${Array.from(texts, (text) => (text === null ? "null" : quote(text))).join()}}`;
+}

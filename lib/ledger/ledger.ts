@@ -13,7 +13,7 @@
  * reproduced with three sessions); and it made four processors slower, 178,000 rows/s to 276,000.
  */
 import { formatAmount } from "../event/amount.ts";
-import type { Database, Transaction } from "./database.ts";
+import { arrayLiteral, type Database, numbers, type Transaction } from "./database.ts";
 import type { Sums } from "../event/sums.ts";
 
 /** The longest a posting may take, and a read for somebody who waits for an answer. */
@@ -21,12 +21,6 @@ const POST_DEADLINE_MS = 15_000;
 /** The driver is given up this long after Postgres should have given up. */
 const GRACE_MS = 5_000;
 const READ_DEADLINE_MS = 2_000;
-
-interface CheckpointRow {
-  source: string;
-  position: string;
-  digest: string | null;
-}
 
 /** Bytes `from` to `to` of a source, folded. */
 export interface Batch {
@@ -91,12 +85,6 @@ export interface Quarantined {
 export const OTHER_EVENT = "its id belongs to another event, which came first";
 export const SAME_ID = "the same event came before";
 
-export interface Checkpoint {
-  source: string;
-  position: number;
-  digest: string | null;
-}
-
 /**
  * What became of a batch. `elsewhere`: its checkpoint is not at `from` any more. `ahead`: some of
  * its sources are further than it expects; fold it again with these positions. Nothing was changed
@@ -117,64 +105,6 @@ export async function noteEventTypes(database: Database, types: ReadonlyMap<stri
       on conflict do nothing`,
     POST_DEADLINE_MS,
   );
-}
-
-/** The checkpoint of `source`, made at `start` where there is none. */
-export async function openCheckpoint(
-  database: Database,
-  source: string,
-  start: number,
-  digest: string | null,
-): Promise<number> {
-  const rows = await database.use(
-    (sql) => sql<{ position: string }[]>`
-      with made as (
-        insert into checkpoints (source, position, digest)
-        values (${source}, ${start}, ${digest})
-        on conflict do nothing returning position
-      )
-      select position from made union all
-      select position from checkpoints where source = ${source}`,
-    POST_DEADLINE_MS,
-  );
-  // Nothing comes back when another process made it after this statement began: ask again.
-  const position = rows[0]?.position;
-  return position === undefined
-    ? openCheckpoint(database, source, start, digest)
-    : Number(position);
-}
-
-/** The checkpoints whose source begins with `prefix`. */
-export async function listCheckpoints(database: Database, prefix: string): Promise<Checkpoint[]> {
-  const rows = await database.use(
-    (sql) => sql<CheckpointRow[]>`
-      select source, position, digest from checkpoints where starts_with(source, ${prefix})`,
-    POST_DEADLINE_MS,
-  );
-  return rows.map((row) => ({ ...row, position: Number(row.position) }));
-}
-
-/** The checkpoint of `source`, or `null` where there is none. */
-export async function readCheckpoint(
-  database: Database,
-  source: string,
-): Promise<Checkpoint | null> {
-  const [checkpoint] = await readCheckpoints(database, [source]);
-  return checkpoint ?? null;
-}
-
-/** The checkpoints of `sources`, as far as there are any. */
-export async function readCheckpoints(
-  database: Database,
-  sources: string[],
-): Promise<Checkpoint[]> {
-  const rows = await database.use(
-    (sql) => sql<CheckpointRow[]>`
-      select source, position, digest from checkpoints
-      where source = any(${arrayLiteral(sources)}::text::text[])`,
-    READ_DEADLINE_MS,
-  );
-  return rows.map((row) => ({ ...row, position: Number(row.position) }));
 }
 
 /** Posts a batch, wholly or not at all; Postgres gives up on it after `timeoutMs`. */
@@ -349,15 +279,6 @@ export async function countQuarantined(
   return row?.count ?? 0;
 }
 
-/** Lets go of a checkpoint's digest: the frame that it names is no more. */
-export async function forgetDigest(database: Database, { source, digest }: Checkpoint) {
-  await database.use(
-    (sql) => sql`
-      update checkpoints set digest = null where source = ${source} and digest = ${digest}`,
-    POST_DEADLINE_MS,
-  );
-}
-
 /** Lets go of some ids that are older than `days`; whether there may be more of them. */
 export async function pruneIds(database: Database, days: number): Promise<boolean> {
   const some = 10_000;
@@ -385,15 +306,4 @@ export async function readBalance(database: Database, userId: string): Promise<s
 /** Returns when balances can be read; throws Unavailable. */
 export async function checkLedger(database: Database): Promise<void> {
   await database.use((sql) => sql`select from users_revenue limit 1`, READ_DEADLINE_MS);
-}
-
-/** One number of each, as Postgres writes an array. */
-export function numbers<T>(all: readonly T[], pick: (one: T) => number): string {
-  return `{${all.map(pick).join()}}`;
-}
-
-/** Text as Postgres writes an array: one parameter, whatever the number of elements. */
-export function arrayLiteral(texts: Iterable<string | null>): string {
-  const quote = (text: string) => `"${text.replace(/["\\]/g, "\\$&")}"`;
-  return `{${Array.from(texts, (text) => (text === null ? "null" : quote(text))).join()}}`;
 }

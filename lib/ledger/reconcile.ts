@@ -6,8 +6,15 @@
  * transaction every update leaves a row version behind that cannot be cleaned away, and with
  * thousands of batches each one would walk through thousands of versions of its users.
  */
-import type { Database, Fragment, Sql, Statements } from "./database.ts";
-import { arrayLiteral, type Checkpoint, numbers } from "./ledger.ts";
+import type { Checkpoint } from "./checkpoints.ts";
+import {
+  arrayLiteral,
+  type Database,
+  type Fragment,
+  numbers,
+  type Sql,
+  type Statements,
+} from "./database.ts";
 import type { Sums } from "../event/sums.ts";
 
 /** A recount of terabytes may take this long. */
@@ -104,8 +111,8 @@ export async function openTally(sql: Statements, most = MAX_ROWS): Promise<Tally
 
 /** The checkpoints of what a recount needs: journals and files. What was sent is in the journals. */
 export async function listRecountable(sql: Statements): Promise<Checkpoint[]> {
-  const rows = await sql<{ source: string; position: string; digest: string | null }[]>`
-    select source, position, digest from checkpoints
+  const rows = await sql<{ key: string; position: string; digest: string | null }[]>`
+    select source as key, position, digest from checkpoints
     where position > 0 and (starts_with(source, 'journal:') or starts_with(source, 'file:'))
     order by source`;
   return rows.map((row) => ({ ...row, position: Number(row.position) }));

@@ -6,7 +6,13 @@ import type { BatchLimit } from "./batch-limit.ts";
 import { BATCH_BYTES, Fold } from "./fold.ts";
 import { JournalDamage } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
-import { openCheckpoint, readCheckpoint } from "../ledger/ledger.ts";
+import {
+  frameDigest,
+  journalKey,
+  openCheckpoint,
+  parseFrameDigest,
+  readPosted,
+} from "../ledger/checkpoints.ts";
 import type { BatchReader } from "./file-batches.ts";
 
 /** While a posting is on its way, the journal is looked at this often for more. */
@@ -22,11 +28,8 @@ export async function openJournalSource(
   effort: BatchLimit,
   ahead: ReadonlyMap<string, number>,
 ): Promise<BatchReader> {
-  const source = `journal:${journal.id}`;
-  await openCheckpoint(database, source, 0, null);
-  const checkpoint = await readCheckpoint(database, source);
-  if (!checkpoint) throw new Unavailable(`the checkpoint ${source} has vanished`, true);
-  const { position: from, digest } = checkpoint;
+  const key = journalKey(journal.id);
+  const { position: from, digest } = await openCheckpoint(database, key, null);
   if (from > (await journal.end()))
     throw new JournalDamage(path, await journal.end(), `the ledger has posted up to ${from}`);
   if (from < journal.start)
@@ -36,15 +39,15 @@ export async function openJournalSource(
       `the ledger has posted up to ${from}, but what is kept begins at ${journal.start}; put the segments between back`,
     );
   // An older copy that was put back and has grown since holds other events at these positions.
-  const [, at = "", header = ""] = /^(\d+) (.*)$/.exec(digest ?? "") ?? [];
-  const found = header ? await journal.read(Number(at)).catch((error: Error) => error) : [];
+  const { position: at = 0, header = "" } = parseFrameDigest(digest) ?? {};
+  const found = header ? await journal.read(at).catch((error: Error) => error) : [];
   const last = found instanceof Error ? null : found[0];
   // Asked afterwards: what is posted may be let go of at any moment.
-  const isKept = async () => Number(at) >= ((await openJournalReader(path))?.start ?? 0);
+  const isKept = async () => at >= ((await openJournalReader(path))?.start ?? 0);
   if (header && (last?.header !== header || last.to !== from) && (await isKept())) {
     if (found instanceof Error) throw found;
     const what = `the ledger has posted another frame here: ${header}`;
-    throw new JournalDamage(path, Number(at), what);
+    throw new JournalDamage(path, at, what);
   }
   const posted = new Map(ahead);
   let position = from;
@@ -62,13 +65,13 @@ export async function openJournalSource(
       let last = "";
       while (!fold.full && position - batchFrom < BATCH_BYTES) {
         const frames = await journal.read(position).catch(async (error) => {
-          const now = (await readCheckpoint(database, source))?.position ?? 0;
+          const now = await readPosted(database, journal.id);
           if (now <= batchFrom) throw error;
           throw new Unavailable("another processor has posted this, and let go of it", true);
         });
         for (const { from, to, header, payload } of frames) {
           fold.addFrame(payload, to - payload.length);
-          last = `${from} ${header}`;
+          last = frameDigest(from, header);
           position = to;
           if (fold.full) break;
         }
@@ -83,7 +86,7 @@ export async function openJournalSource(
       // A frame whose sync failed is taken back by the writer, although ours may have succeeded.
       if ((await journal.end()) < position)
         throw new Error(`${path}: its writer has taken back what it could not sync`);
-      return fold.batch(source, batchFrom, position, last);
+      return fold.batch(key, batchFrom, position, last);
     },
   };
 }
@@ -109,7 +112,7 @@ async function reachesLedger(path: string, database: Database): Promise<boolean>
   const reader = await openJournalReader(path);
   if (!reader) return true;
   try {
-    const posted = (await readCheckpoint(database, `journal:${reader.id}`))?.position ?? 0;
+    const posted = await readPosted(database, reader.id);
     // Read after the checkpoint: what is posted was in the file before.
     const end = await reader.end();
     if (posted <= end) return true;

@@ -7,7 +7,13 @@ import { checkJournal, type CheckedFile } from "../journal/check.ts";
 import { disk } from "../journal/disk.ts";
 import { canFill, repairFile, type Repaired } from "../journal/repair.ts";
 import { JOURNAL_LOCK } from "../journal/writer.ts";
-import { type Checkpoint, forgetDigest, readCheckpoint } from "../ledger/ledger.ts";
+import {
+  type Checkpoint,
+  clearDigest,
+  journalKey,
+  parseFrameDigest,
+  readCheckpoint,
+} from "../ledger/checkpoints.ts";
 import { eachLine, readBlocks, readFile } from "../event/lines.ts";
 import { tryLock } from "../lock.ts";
 
@@ -49,7 +55,7 @@ export async function repair(
         `${path}: no file says which journal it is; put its first line back by hand (its name is ` +
           "in the table checkpoints: journal:NAME)",
       );
-    const checkpoint = await readCheckpoint(database, `journal:${id}`);
+    const checkpoint = await readCheckpoint(database, journalKey(id));
     const last = files.at(-1);
     if (last && checkpoint) missTail(last, checkpoint.position);
     const damaged = files.filter(({ damage }) => damage.length > 0);
@@ -98,14 +104,13 @@ function splitAt(file: CheckedFile, posted: number): void {
 
 /** Lets the ledger go on behind a last frame that is damaged. */
 async function forgetLost(file: CheckedFile, checkpoint: Checkpoint, database: Database) {
-  const [, digits = ""] = /^(\d+) /.exec(checkpoint.digest ?? "") ?? [];
-  const lastFrame = digits === "" ? -1 : Number(digits);
+  const lastFrame = parseFrameDigest(checkpoint.digest)?.position ?? -1;
   const begins = positionsOf(file);
   const isLost = file.damage.some(({ from, to, length }, i) => {
     const begin = begins[i] ?? 0;
     return lastFrame >= begin && lastFrame < begin + Math.max(length, to - from);
   });
-  if (isLost) await forgetDigest(database, checkpoint);
+  if (isLost) await clearDigest(database, checkpoint);
 }
 
 /** A torn tail that the ledger has posted was acknowledged; so was what an older copy lacks. */

@@ -11,7 +11,9 @@ import { basename } from "node:path";
 import type { Database } from "../ledger/database.ts";
 import type { BatchLimit } from "./batch-limit.ts";
 import { BATCH_BYTES, Fold } from "./fold.ts";
-import { type Batch, listCheckpoints, openCheckpoint } from "../ledger/ledger.ts";
+import { fileKey, listFileCheckpoints, openCheckpoint } from "../ledger/checkpoints.ts";
+import { matchGenerations } from "../event/generations.ts";
+import type { Batch } from "../ledger/ledger.ts";
 import {
   type Block,
   isComplete,
@@ -96,31 +98,17 @@ async function locate(
   size: number,
   name: string,
 ): Promise<Located> {
-  const prefix = `file:${name}#`;
-  const known = (await listCheckpoints(database, prefix)).filter(({ source }) =>
-    /^\d+$/.test(source.slice(prefix.length)),
-  );
-  const hash = new Bun.CryptoHasher("sha256");
-  let at = 0;
-  let found: Located | null = null;
-  for (const { source, position, digest } of known.toSorted((a, b) => a.position - b.position)) {
-    if (position > size) break;
-    await hashRange(read, hash, at, position);
-    at = position;
-    const here = hash.copy();
-    if (here.copy().digest("hex") === digest) found = { source, from: position, hash: here };
-  }
-  if (found) return found;
+  const known = await listFileCheckpoints(database, name);
+  const generations = known.map((checkpoint) => ({ ...checkpoint, offset: checkpoint.position }));
+  const match = (await matchGenerations(read, size, generations)).at(-1);
+  if (match)
+    return { source: match.generation.key, from: match.generation.offset, hash: match.hash };
 
-  const generation = Math.max(0, ...known.map(({ source }) => +source.slice(prefix.length))) + 1;
-  const source = `${prefix}${generation}`;
+  const key = fileKey(name, Math.max(0, ...known.map(({ generation }) => generation)) + 1);
   const empty = new Bun.CryptoHasher("sha256");
-  const from = await openCheckpoint(database, source, 0, empty.copy().digest("hex"));
-  // Another process has opened this generation and gone on: look again whether its bytes are ours.
-  return from === 0 ? { source, from, hash: empty } : locate(database, read, size, name);
-}
-
-export async function hashRange(read: Read, hash: Bun.CryptoHasher, from: number, to: number) {
-  for (let at = from; at < to; at += BLOCK_BYTES)
-    hash.update(await read(at, Math.min(at + BLOCK_BYTES, to)));
+  const { position } = await openCheckpoint(database, key, empty.copy().digest("hex"));
+  // Another process has opened this generation and posted some of it: look again whether its bytes are ours.
+  return position === 0
+    ? { source: key, from: 0, hash: empty }
+    : locate(database, read, size, name);
 }

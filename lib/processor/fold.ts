@@ -10,6 +10,7 @@ import {
   InvalidEvent,
   scannedChange,
 } from "../event/event.ts";
+import { sentKey } from "../ledger/checkpoints.ts";
 import {
   type Batch,
   type Claim,
@@ -132,7 +133,7 @@ export class Fold {
 
   /** Moves a source, and returns how far it was before: what ends there or earlier has counted. */
   private moveSource({ name, from, to, digest }: SourceMark): number {
-    const source = `sent:${name}`;
+    const source = sentKey(name);
     const begin = this.posted.get(source) ?? from;
     const move = this.sources.get(source) ?? { source, from: begin, to: begin, digest: null };
     this.sources.set(source, to >= move.to ? { ...move, to, digest } : move);

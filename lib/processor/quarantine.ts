@@ -9,6 +9,7 @@ import { alone, readRemoved } from "../ledger/reconcile.ts";
 import { type Change, decodeEvent, getEventTypes, InvalidEvent } from "../event/event.ts";
 import { identityOf, lineOf } from "./fold.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
+import { journalKey } from "../ledger/checkpoints.ts";
 import { noteEventTypes, OTHER_EVENT, SAME_ID } from "../ledger/ledger.ts";
 import { eachLine, SHOWN_BYTES } from "../event/lines.ts";
 
@@ -65,7 +66,7 @@ export async function retryQuarantine(
       for (const path of paths) {
         const journal = await openJournalReader(path);
         if (!journal) continue;
-        const source = `journal:${journal.id}`;
+        const source = journalKey(journal.id);
         // What is let go of may vanish at any moment.
         const at = Math.max(journal.start, await readRemoved(sql, source));
         journals.set(source, { journal, at });

@@ -22,9 +22,10 @@ import {
 import { decodeEvent, getEventTypes, openScanner, InvalidEvent } from "../event/event.ts";
 import { isLost } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
-import type { Checkpoint } from "../ledger/ledger.ts";
+import { type Checkpoint, journalKey, parseKey } from "../ledger/checkpoints.ts";
+import { matchGenerations } from "../event/generations.ts";
 import { eachEvent, readBlocks, readFile } from "../event/lines.ts";
-import { hashRange, linesOf } from "./file-batches.ts";
+import { linesOf } from "./file-batches.ts";
 import { parseSourceMark } from "../journal/source-mark.ts";
 import { Sums } from "../event/sums.ts";
 
@@ -67,7 +68,7 @@ export async function recount(
   const recounted: Recounted = { events: 0, lost: 0, strange: 0, first: null };
   let bytes = 0;
   for (const { checkpoint, journal, file } of found) {
-    const { source, position } = checkpoint;
+    const { key: source, position } = checkpoint;
     const from = journal ? await readRemoved(sql, source) : 0;
     await tally.addSnapshot(sql, source);
     const count = openCount(
@@ -95,7 +96,7 @@ export async function snapshotUpTo(
   journal: JournalReader,
   position: number,
 ): Promise<boolean> {
-  const source = `journal:${journal.id}`;
+  const source = journalKey(journal.id);
   const taken = await aloneNow(database, async (sql) => {
     await sql`insert into removed (source, position) values (${source}, 0) on conflict do nothing`;
     const from = await readRemoved(sql, source);
@@ -130,19 +131,19 @@ async function find(checkpoints: Checkpoint[], paths: string[]): Promise<Found[]
   for (const path of paths) {
     const journal = await openJournalReader(path);
     if (!journal) {
-      for (const one of await matchFile(path, checkpoints)) found.set(one.checkpoint.source, one);
+      for (const one of await matchFile(path, checkpoints)) found.set(one.checkpoint.key, one);
       continue;
     }
-    const checkpoint = checkpoints.find(({ source }) => source === `journal:${journal.id}`);
-    if (checkpoint) found.set(checkpoint.source, { checkpoint, journal });
+    const checkpoint = checkpoints.find(({ key }) => key === journalKey(journal.id));
+    if (checkpoint) found.set(checkpoint.key, { checkpoint, journal });
   }
-  for (const { source, position } of checkpoints) {
-    if (found.has(source)) continue;
-    const [kind, name = ""] = source.split(/:(.*)/s);
+  for (const { key, position } of checkpoints) {
+    if (found.has(key)) continue;
+    const { kind, name } = parseKey(key);
     lacks.push(
       kind === "journal"
         ? `journal ${name} has been posted, and is not here: give the path of its eventsPost.jsonl`
-        : `a file ${name.replace(/#\d+$/, "")} has been posted, and its first ${position} bytes are not here: give its path`,
+        : `a file ${name} has been posted, and its first ${position} bytes are not here: give its path`,
     );
   }
   if (lacks.length > 0) throw new CannotProceed(lacks.join("\n"));
@@ -153,19 +154,13 @@ async function find(checkpoints: Checkpoint[], paths: string[]): Promise<Found[]
 async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Found[]> {
   const file = Bun.file(path);
   if (!(await file.exists())) return [];
-  const prefix = `file:${basename(path)}#`;
-  const hash = new Bun.CryptoHasher("sha256");
-  const found: Found[] = [];
-  let at = 0;
-  for (const checkpoint of checkpoints
-    .filter(({ source }) => source.startsWith(prefix) && /^\d+$/.test(source.slice(prefix.length)))
-    .toSorted((a, b) => a.position - b.position)) {
-    if (checkpoint.position > file.size) break;
-    await hashRange(readFile(file), hash, at, checkpoint.position);
-    at = checkpoint.position;
-    if (hash.copy().digest("hex") === checkpoint.digest) found.push({ checkpoint, file });
-  }
-  return found;
+  const generations = checkpoints.flatMap((checkpoint) => {
+    const parsed = parseKey(checkpoint.key);
+    const isNamed = parsed.kind === "file" && parsed.name === basename(path);
+    return isNamed ? [{ checkpoint, offset: checkpoint.position, digest: checkpoint.digest }] : [];
+  });
+  const matches = await matchGenerations(readFile(file), file.size, generations);
+  return matches.map(({ generation: { checkpoint } }) => ({ checkpoint, file }));
 }
 
 /** Takes lines in order of their positions. */

@@ -10,7 +10,7 @@ import type { Database } from "../ledger/database.ts";
 import { disk } from "../journal/disk.ts";
 import { openJournalReader } from "../journal/reader.ts";
 import { listSegmentFiles, openSegment } from "../journal/segments.ts";
-import { readCheckpoint } from "../ledger/ledger.ts";
+import { readPosted } from "../ledger/checkpoints.ts";
 import { snapshotUpTo } from "./recount.ts";
 
 const LOOK_EVERY_MS = 2_000;
@@ -43,7 +43,7 @@ export async function retain(
 async function removeOld(database: Database, path: string, keepDays: number): Promise<string[]> {
   const journal = await openJournalReader(path);
   if (!journal) return [];
-  const posted = (await readCheckpoint(database, `journal:${journal.id}`))?.position ?? 0;
+  const posted = await readPosted(database, journal.id);
   const removed: string[] = [];
   const files = await listSegmentFiles(path, disk);
   // While no file has its name (a rotation that died) the last one alone knows which journal it is.

@@ -7,7 +7,7 @@ import { type Database, Unavailable } from "../ledger/database.ts";
 import { frameTime } from "../journal/format.ts";
 import { openJournalReader } from "../journal/reader.ts";
 import type { Commit, Journal } from "../journal/writer.ts";
-import { readCheckpoint } from "../ledger/ledger.ts";
+import { readPosted } from "../ledger/checkpoints.ts";
 
 const LOOK_EVERY_MS = 1_000;
 /** So many frames' times are kept, at least a second apart; past it every second one goes. */
@@ -82,7 +82,7 @@ export function watchLag(path: string, journal: Journal, database: Database): La
 
   async function ask(): Promise<Lag> {
     try {
-      posted = (await readCheckpoint(database, `journal:${journal.id}`))?.position ?? 0;
+      posted = await readPosted(database, journal.id);
       answered = true;
     } catch (error) {
       answered &&= !(error instanceof Unavailable);

@@ -3,7 +3,7 @@
  * loop, and only while somebody waits.
  */
 import { type Database, Unavailable } from "../ledger/database.ts";
-import { readCheckpoints } from "../ledger/ledger.ts";
+import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
 
 const ASK_EVERY_MS = 10;
 const MAX_WAITERS = 10_000;
@@ -30,7 +30,7 @@ export function watchPosted(database: Database): Posted {
       return new Promise((resolve, reject) => {
         if (waiters.length >= MAX_WAITERS) throw new Unavailable("too many wait for it", true);
         const untilMs = performance.now() + withinMs;
-        waiters.push({ source: `journal:${journal}`, position, untilMs, resolve, reject });
+        waiters.push({ source: journalKey(journal), position, untilMs, resolve, reject });
         if (!asking) ask();
       });
     },
@@ -42,7 +42,7 @@ export function watchPosted(database: Database): Posted {
       try {
         const sources = [...new Set(waiters.map(({ source }) => source))];
         const rows = await readCheckpoints(database, sources);
-        const positions = new Map(rows.map(({ source, position }) => [source, position]));
+        const positions = new Map(rows.map(({ key, position }) => [key, position]));
         const nowMs = performance.now();
         waiters = waiters.filter((waiter) => {
           const posted = (positions.get(waiter.source) ?? 0) >= waiter.position;

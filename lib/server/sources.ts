@@ -12,7 +12,7 @@ import { type Database, Unavailable } from "../ledger/database.ts";
 import { isText, MAX_SOURCE_BYTES } from "../event/event.ts";
 import type { Journal } from "../journal/writer.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
-import { readCheckpoint } from "../ledger/ledger.ts";
+import { journalKey, readCheckpoint, sentKey } from "../ledger/checkpoints.ts";
 import { eachSourceMark, encodeSourceMark, type SourceMark } from "../journal/source-mark.ts";
 
 /** Sources kept in memory; the one that was taken from longest ago is forgotten first. */
@@ -102,7 +102,7 @@ export function openSources(path: string, journal: Journal, database: Database):
    */
   async function postedOf(name: string): Promise<Taken | null> {
     try {
-      const checkpoint = await readCheckpoint(database, `sent:${name}`);
+      const checkpoint = await readCheckpoint(database, sentKey(name));
       return checkpoint?.digest ? { offset: checkpoint.position, digest: checkpoint.digest } : null;
     } catch (error) {
       if (!(error instanceof Unavailable)) throw error;
@@ -116,7 +116,7 @@ export function openSources(path: string, journal: Journal, database: Database):
   async function restore(): Promise<void> {
     const reader = await openJournalReader(path);
     if (!reader) return;
-    const posted = await readCheckpoint(database, `journal:${reader.id}`).catch((error) => {
+    const posted = await readCheckpoint(database, journalKey(reader.id)).catch((error) => {
       if (error instanceof Unavailable) return null;
       throw error;
     });

@@ -3,7 +3,8 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 
 import { type Database, openDatabase, type Sql } from "../../lib/ledger/database.ts";
 import { Fold } from "../../lib/processor/fold.ts";
-import { openCheckpoint, post } from "../../lib/ledger/ledger.ts";
+import { openCheckpoint } from "../../lib/ledger/checkpoints.ts";
+import { post } from "../../lib/ledger/ledger.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
 
 setDefaultTimeout(30_000);
@@ -41,7 +42,7 @@ function strayDatabase(database: Database, between: () => Promise<unknown>): Dat
 test("a statement that runs outside its transaction, after somebody else has posted, changes nothing", async () => {
   await using own = await testDatabase();
   const database = openDatabase(() => own.url, "test", 4);
-  await openCheckpoint(database, "file:a#1", 0, null);
+  await openCheckpoint(database, "file:a#1", null);
   const posted = () => post(database, batchOf("file:a#1"), TIMEOUT_MS);
   const late = post(strayDatabase(database, posted), batchOf("file:a#1"), TIMEOUT_MS);
   await expect(late).rejects.toThrow("division by zero");
@@ -52,7 +53,7 @@ test("a statement that runs outside its transaction, after somebody else has pos
 test("the same batch, posted by many at once, counts once", async () => {
   await using own = await testDatabase();
   const database = openDatabase(() => own.url, "test", 8);
-  await openCheckpoint(database, "file:a#1", 0, null);
+  await openCheckpoint(database, "file:a#1", null);
   const all = await Promise.all(
     Array.from({ length: 8 }, () => post(database, batchOf("file:a#1"), TIMEOUT_MS)),
   );

@@ -1,0 +1,143 @@
+/**
+ * Checkpoints: how far each journal, file and source has been posted. A row has a key, a position, and
+ * a digest that tells whether what lies there now is still what was posted:
+ *
+ *     key                  of                             digest
+ *     journal:<id>         a journal                      where its last posted frame begins, and that frame's header
+ *     file:<name>#<n>      generation n of a file that    SHA-256 (hex) of the bytes before the position
+ *                          `processor.ts FILE` posted
+ *     sent:<name>          a source that came over HTTP   the sender's SHA-256 (hex) of the same
+ *
+ * Keys are made and parsed here and nowhere else. In the tables of the ledger the key is the column
+ * `source`.
+ */
+import { arrayLiteral, type Database } from "./database.ts";
+
+const WRITE_DEADLINE_MS = 15_000;
+const READ_DEADLINE_MS = 2_000;
+
+export interface Checkpoint {
+  key: string;
+  position: number;
+  digest: string | null;
+}
+
+interface Row {
+  key: string;
+  position: string;
+  digest: string | null;
+}
+
+export function journalKey(journalId: string): string {
+  return `journal:${journalId}`;
+}
+
+/** The key of a source that came over HTTP. */
+export function sentKey(name: string): string {
+  return `sent:${name}`;
+}
+
+export function fileKey(name: string, generation: number): string {
+  return `file:${name}#${generation}`;
+}
+
+/** What a key stands for. `name` is the journal's id, or the name of the file or source. */
+export type ParsedKey =
+  { kind: "journal" | "sent"; name: string } | { kind: "file"; name: string; generation: number };
+
+/** Reads a key of the ledger. Throws an Error on anything else. */
+export function parseKey(key: string): ParsedKey {
+  const [, kind, name = ""] = /^(journal|sent|file):(.*)$/s.exec(key) ?? [];
+  if (kind === "journal" || kind === "sent") return { kind, name };
+  const [, fileName, generation] = /^(.*)#(\d+)$/s.exec(name) ?? [];
+  if (fileName === undefined) throw new Error(`unknown checkpoint key in the ledger: ${key}`);
+  return { kind: "file", name: fileName, generation: Number(generation) };
+}
+
+/** The digest of a journal's checkpoint: its last posted frame, which begins at `position`. */
+export function frameDigest(position: number, header: string): string {
+  return `${position} ${header}`;
+}
+
+/** The frame that a journal's checkpoint names, or `null` where it names none. */
+export function parseFrameDigest(
+  digest: string | null,
+): { position: number; header: string } | null {
+  const [, position, header] = /^(\d+) (.*)$/.exec(digest ?? "") ?? [];
+  return header === undefined ? null : { position: Number(position), header };
+}
+
+/** Up to which position the ledger has posted the journal; 0 when nothing of it. Throws Unavailable. */
+export async function readPosted(database: Database, journalId: string): Promise<number> {
+  return (await readCheckpoint(database, journalKey(journalId)))?.position ?? 0;
+}
+
+/** The checkpoint of `key`, created at position 0 where there is none. */
+export async function openCheckpoint(
+  database: Database,
+  key: string,
+  digest: string | null,
+): Promise<Checkpoint> {
+  const rows = await database.use(
+    (sql) => sql<Row[]>`
+      with created as (
+        insert into checkpoints (source, position, digest)
+        values (${key}, 0, ${digest})
+        on conflict do nothing returning source as key, position, digest
+      )
+      select key, position, digest from created union all
+      select source, position, digest from checkpoints where source = ${key}`,
+    WRITE_DEADLINE_MS,
+  );
+  // No row comes back when another process created it after this statement began: ask again.
+  return rows[0] ? checkpointOf(rows[0]) : openCheckpoint(database, key, digest);
+}
+
+/** The generations of the file `name` that the ledger knows. */
+export async function listFileCheckpoints(
+  database: Database,
+  name: string,
+): Promise<(Checkpoint & { generation: number })[]> {
+  const rows = await database.use(
+    (sql) => sql<Row[]>`
+      select source as key, position, digest from checkpoints
+      where starts_with(source, ${`file:${name}#`})`,
+    WRITE_DEADLINE_MS,
+  );
+  return rows.flatMap((row) => {
+    const parsed = parseKey(row.key);
+    // A file may be named `NAME#2`: its keys begin with the same characters.
+    const isNamed = parsed.kind === "file" && parsed.name === name;
+    return isNamed ? [{ ...checkpointOf(row), generation: parsed.generation }] : [];
+  });
+}
+
+/** The checkpoint of `key`, or `null` where there is none. */
+export async function readCheckpoint(database: Database, key: string): Promise<Checkpoint | null> {
+  const [checkpoint] = await readCheckpoints(database, [key]);
+  return checkpoint ?? null;
+}
+
+/** The checkpoints of `keys`, those that exist. */
+export async function readCheckpoints(database: Database, keys: string[]): Promise<Checkpoint[]> {
+  const rows = await database.use(
+    (sql) => sql<Row[]>`
+      select source as key, position, digest from checkpoints
+      where source = any(${arrayLiteral(keys)}::text::text[])`,
+    READ_DEADLINE_MS,
+  );
+  return rows.map(checkpointOf);
+}
+
+/** Clears a checkpoint's digest: the frame that it names no longer exists. */
+export async function clearDigest(database: Database, { key, digest }: Checkpoint): Promise<void> {
+  await database.use(
+    (sql) => sql`
+      update checkpoints set digest = null where source = ${key} and digest = ${digest}`,
+    WRITE_DEADLINE_MS,
+  );
+}
+
+function checkpointOf({ key, position, digest }: Row): Checkpoint {
+  return { key, position: Number(position), digest };
+}
