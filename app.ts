@@ -1,218 +1,155 @@
 /**
- * The server: takes events over HTTP, answers 201 once they are on the disk, and reads balances.
- * With it run the processor (a Worker) and, without DATABASE_URL, a private Postgres: one command.
+ * The server: accepts events over HTTP, answers 201 once they are synced to disk, and serves balances.
+ * The processor (a Worker) and, without DATABASE_URL, an embedded Postgres run with it: one command.
  */
 import "./lib/install.ts";
 
 import { join } from "node:path";
 
-import { createApi } from "./lib/server/api.ts";
-import { type Access, SCOPES } from "./lib/server/auth.ts";
-import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
 import {
+  InvalidSetting,
   isLoopback,
   maskSettings,
-  parseDuration,
   readCommand,
-  InvalidSetting,
+  type SettingsOf,
 } from "./lib/config.ts";
-import { openDatabase } from "./lib/ledger/database.ts";
 import { setEventTypes } from "./lib/event/event.ts";
 import { disk, leavingRoom } from "./lib/journal/disk.ts";
-import { compareWithLedger } from "./lib/processor/batches.ts";
-import { type Commit, JOURNAL_FILE, openJournal } from "./lib/journal/writer.ts";
-import { watchLag } from "./lib/server/lag.ts";
-import { type Listener, listen, readPair, type Seen } from "./lib/server/listener.ts";
-import { waitForLock } from "./lib/lock.ts";
-import { type Log, openLog, watchState } from "./lib/log.ts";
+import { type Journal, JOURNAL_FILE, openJournal } from "./lib/journal/writer.ts";
+import { openDatabase } from "./lib/ledger/database.ts";
+import { type Log, openLog, watchHealth } from "./lib/log.ts";
+import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
+import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
+import { print, say } from "./lib/progress.ts";
+import { createApi } from "./lib/server/api.ts";
+import type { Access } from "./lib/server/auth.ts";
+import { listen, type Listener, readCertificate } from "./lib/server/listener.ts";
 import { type Metrics, openMetrics } from "./lib/server/metrics.ts";
-import { routeFinder } from "./lib/server/problem.ts";
+import { watchPosted } from "./lib/server/posted.ts";
 import { openSources } from "./lib/server/sources.ts";
-import { type Job, supervise } from "./lib/processor/supervisor.ts";
-import { openTokens, signToken, type TokenSettings } from "./lib/server/token.ts";
+import { openTokens, printToken, SCOPES } from "./lib/server/token.ts";
 
 export type { App } from "./lib/server/api.ts";
 
-/** A start waits this long for the ledger to say how far the journal is posted: it takes some 50. */
+/** A start waits this long for the ledger to say how far the journal is posted; it takes some 50 ms. */
 const COMPARE_MS = 500;
-/** Who waits for another processor to end says so after this long. */
-const STAND_BY_MS = 500;
+
 async function main(): Promise<number> {
-  const { settings, options } = readCommand({
-    usage: "bun run app.ts [--no-processor | --token --scope SCOPE --expires TIME [--sub NAME]]",
-    about:
-      "Takes events over HTTP into the journal in DATA_DIR, posts them to the ledger in Postgres,\n" +
-      "and serves the balances. With --token, prints a token for JWT_SECRET instead.",
-    options: {
-      "no-processor": { type: "boolean", meaning: "the server alone; run processor.ts beside it" },
-      token: { type: "boolean", meaning: "prints a token that this server takes" },
-      scope: { type: "string", meaning: `with --token: ${SCOPES.join(", ")}, or both in quotes` },
-      expires: { type: "string", meaning: "with --token: how long it is good, like 12h or 30d" },
-      sub: { type: "string", meaning: "with --token: whose it is; may read its own balance" },
-    },
-    files: { atMost: 0 },
-    settings: [
-      "PORT",
-      "HOST",
-      "AUTH_SECRET",
-      "READ_SECRET",
-      "JWT_SECRET",
-      "JWKS_URL",
-      "JWT_ISSUER",
-      "JWT_AUDIENCE",
-      "TLS_CERT",
-      "TLS_KEY",
-      "LOG_LEVEL",
-      "DATA_DIR",
-      "DATABASE_URL",
-      "ID_DAYS",
-      "JOURNAL_SEGMENT_BYTES",
-      "JOURNAL_KEEP_DAYS",
-      "EVENT_TYPES",
-      "EVENT_SCHEMA",
-    ],
-    exits: {
-      0: "told to stop (SIGTERM, SIGINT); everything acknowledged is on the disk",
-      1: "cannot start: the port, the journal or the private Postgres is not to be had",
-      2: "wrong use, or a wrong setting",
-    },
-  });
+  const { settings, options } = readCommand(COMMAND);
   if (options["token"]) return printToken(settings, options);
-  const { HOST, PORT, DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null } = settings;
-  const {
-    AUTH_SECRET: writers,
-    READ_SECRET: readers = [],
-    TLS_CERT: cert,
-    TLS_KEY: key,
-  } = settings;
+  const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null } = settings;
   const log = openLog(settings.LOG_LEVEL);
-  const say = (line: string) => log.info(line);
-  const access: Access = {
-    writers,
-    readers,
-    readingIsOpen: readers.length === 0 && isLoopback(HOST),
-    tokens: openTokens(settings, watchState(log, "error", "tokens: the keys are there again")),
-  };
-  setEventTypes(settings.EVENT_TYPES);
-  const schema = settings.EVENT_SCHEMA
-    ? (await import("./lib/server/event-schema.ts")).openEventSchema(settings.EVENT_SCHEMA)
-    : null;
-  const tls = cert && key ? { cert, key } : null;
-  if (tls) readPair(tls); // before anything is made
+  const logLine = (line: string) => log.info(line);
+  const access = openAccess(settings, log);
+  const schema = await openSchema(settings);
+  const address = openAddress(settings);
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
-  let watch: (commit: Commit) => void = () => {};
-  const segmentBytes = settings.JOURNAL_SEGMENT_BYTES;
-  const room = databaseUrl ? disk : leavingRoom(disk);
-  const journal = await openJournal(dataDir, say, room, segmentBytes, (commit) => watch(commit));
-  const path = join(dataDir, JOURNAL_FILE);
-  const cluster = databaseUrl
-    ? null
-    : await Promise.race([openCluster(join(dataDir, "postgres"), say), aborted(stop.signal)]);
-  try {
-    if (stop.signal.aborted) return 0;
-    const database = openDatabase(ledgerUrl(dataDir, databaseUrl), "server", 4);
-    const { asked, compared } = compareWithLedger(path, database, stop.signal);
-    compared.catch(() => stop.abort());
-    // Before anything is taken on top of it, if the database can be asked at all.
-    await Promise.race([asked, Bun.sleep(COMPARE_MS)]);
-    const lag = watchLag(path, journal, database);
-    const metrics = openMetrics({
-      journalBytes: journal.end,
-      isWritable: () => journal.trouble() === null,
-      lag,
-    });
-    watch = (commit) => {
-      lag.committed(commit);
-      metrics.committed(commit);
-    };
-    const sources = openSources(path, journal, database);
-    const parts = { journal, database, sources, access, schema, log, lag, metrics };
-    const api = createApi({ ...parts, isHttps: tls !== null });
-    const routeOf = routeFinder(api.routes);
-    const isLogged = log.isLevelEnabled("debug");
-    const seen: Seen = (method, path, status, id, fromMs) => {
-      const route = routeOf(path);
-      metrics.answered(method, route, status);
-      if (!isLogged) return;
-      const ms = Math.round((performance.now() - fromMs) * 1000) / 1000;
-      log.debug({ id, method, route, status, ms }, "request");
-    };
-    const server = listen(api.compile(), { hostname: HOST, port: PORT, tls }, seen);
-    if (tls) process.on("SIGHUP", () => renewCertificate(server, log));
-    process.stdout.write(`listening on ${server.origin}\n`);
-    log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
-    const processor = options["no-processor"]
-      ? Promise.resolve()
-      : runProcessor(
-          {
-            ...{ dataDir, databaseUrl, idDays: settings.ID_DAYS, files: [] },
-            keepDays: settings.JOURNAL_KEEP_DAYS ?? null,
-            eventTypes: settings.EVENT_TYPES,
-          },
-          stop.signal,
-          log,
-          metrics,
-        );
-    processor.catch(() => stop.abort()); // its lock is not to be had: said below, with exit code 1
-    await aborted(stop.signal);
-    log.info("stopping");
-    await server.finish();
-    await journal.close();
-    lag.close();
-    await Promise.all([processor, compared, database.close()]).catch((error: Error) => {
-      log.fatal(error.message);
-      throw new Reported();
-    });
-    log.info("stopped");
-    return 0;
-  } finally {
-    await cluster?.close();
+  // Whatever is opened is closed in reverse order.
+  await using stack = new AsyncDisposableStack();
+  stack.defer(() => log.info("stopped"));
+  const journal = await openServerJournal(settings, logLine);
+  stack.defer(() => journal.close());
+  if (!databaseUrl) {
+    const opening = openCluster(join(dataDir, "postgres"), logLine);
+    const cluster = await Promise.race([opening, aborted(stop.signal)]);
+    stack.defer(() => cluster?.close());
   }
+  if (stop.signal.aborted) return 0;
+  const database = openDatabase(ledgerUrl(dataDir, databaseUrl), "server", 4);
+  stack.defer(() => database.close());
+  const path = join(dataDir, JOURNAL_FILE);
+  const posted = watchPosted(path, journal, database);
+  stack.defer(() => posted.close());
+  posted.compared.catch(() => stop.abort());
+  // Before anything is stored on top of the journal, if the database answers at all.
+  await Promise.race([posted.asked, Bun.sleep(COMPARE_MS)]);
+  const metrics = openMetrics(journal, posted);
+  const sources = openSources(path, journal, database);
+  const parts = { journal, database, sources, access, schema, log, posted, metrics };
+  const server = listen(createApi({ ...parts, isHttps: address.tls !== null }), address);
+  if (address.tls) process.on("SIGHUP", () => renewCertificate(server, log));
+  print(`listening on ${server.origin}`);
+  log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
+  const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, log, metrics);
+  run?.catch(() => stop.abort());
+
+  await aborted(stop.signal);
+  log.info("stopping");
+  await server.finish();
+  posted.close();
+  await Promise.all([run, posted.compared]).catch(({ message }: Error) => {
+    log.fatal(message);
+    throw new Reported();
+  });
+  return 0;
 }
 
-/** Prints a token that a server with these settings takes. */
-async function printToken(
-  settings: TokenSettings,
-  options: Record<string, string | boolean | undefined>,
-): Promise<number> {
-  const { scope = "", expires = "", sub } = options as Record<string, string | undefined>;
-  const expiresMs = parseDuration(expires);
-  const wrong = [];
-  if (!settings.JWT_SECRET) wrong.push("JWT_SECRET: found none, wanted the one of the server");
-  if (!scope.split(" ").every((one) => SCOPES.includes(one)))
-    wrong.push(`--scope: found "${scope}", wanted ${SCOPES.join(" or ")}, or both in quotes`);
-  if (!expiresMs) wrong.push(`--expires: found "${expires}", wanted a time like 12h or 30d`);
-  for (const line of wrong) complain(line);
-  if (!expiresMs || wrong.length > 0) return 2;
-  process.stdout.write(`${await signToken(settings, { scope, expiresMs, sub })}\n`);
-  return 0;
+const COMMAND = {
+  program: "app",
+  usage: "bun run app.ts [--no-processor | --token --scope SCOPE --expires TIME [--sub NAME]]",
+  about:
+    "Accepts events over HTTP into the journal in DATA_DIR, posts them to the ledger in Postgres,\n" +
+    "and serves the balances. With --token, prints a token signed with JWT_SECRET instead.",
+  options: {
+    "no-processor": { type: "boolean", meaning: "the server alone; run processor.ts beside it" },
+    token: { type: "boolean", meaning: "print a token that this server accepts" },
+    scope: { type: "string", meaning: `with --token: ${SCOPES.join(", ")}, or both in quotes` },
+    expires: { type: "string", meaning: "with --token: how long it is valid, like 12h or 30d" },
+    sub: { type: "string", meaning: "with --token: the user whose own balance it may read" },
+  },
+  maxFiles: 0,
+  exits: {
+    0: "stopped by SIGTERM or SIGINT; everything acknowledged is on disk",
+    1: "failed to start: port, journal or embedded Postgres unavailable",
+    2: "invalid use or setting",
+  },
+} as const;
+
+type AppSettings = SettingsOf<"app">;
+
+function openAccess(settings: AppSettings, log: Log): Access {
+  const { AUTH_SECRET: writers, READ_SECRET: readers = [], HOST } = settings;
+  const health = watchHealth(log, "error", "tokens: the issuer's keys are available again");
+  const readingIsOpen = readers.length === 0 && isLoopback(HOST);
+  return { writers, readers, readingIsOpen, tokens: openTokens(settings, health) };
+}
+
+/** Sets the event types. Loads the schema compiler only where a schema is set. */
+async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings) {
+  setEventTypes(EVENT_TYPES);
+  return path ? (await import("./lib/server/event-schema.ts")).openEventSchema(path) : null;
+}
+
+/** Throws InvalidSetting where the certificate cannot be used: before anything is created. */
+function openAddress({ HOST: hostname, PORT: port, TLS_CERT: cert, TLS_KEY: key }: AppSettings) {
+  const tls = cert && key ? { cert, key } : null;
+  if (tls) readCertificate(tls);
+  return { hostname, port, tls };
+}
+
+/** An embedded Postgres on the same disk keeps some room for itself. */
+function openServerJournal(settings: AppSettings, say: (line: string) => void): Promise<Journal> {
+  const { DATA_DIR, DATABASE_URL, JOURNAL_SEGMENT_BYTES: segmentBytes } = settings;
+  return openJournal(DATA_DIR, say, DATABASE_URL ? disk : leavingRoom(disk), segmentBytes);
 }
 
 function renewCertificate(server: Listener, log: Log): void {
   try {
-    server.renew();
-    log.info("the certificate was read again");
+    server.renewCertificate();
+    log.info("certificate reloaded");
   } catch (error) {
-    log.error(`the old certificate stays: ${(error as Error).message}`);
+    log.error(`the old certificate stays in use: ${(error as Error).message}`);
   }
 }
 
 /** Runs the processor beside the server, once no other one follows this journal. */
-async function runProcessor(
-  job: Job,
-  stop: AbortSignal,
-  log: Log,
-  metrics: Metrics,
-): Promise<void> {
-  const standingBy = "processor: standing by: another one follows this journal";
-  const said = setTimeout(() => log.info(standingBy), STAND_BY_MS);
-  const lock = await waitForLock(join(job.dataDir, "processor.lock"), stop);
-  clearTimeout(said);
+async function runProcessor(settings: AppSettings, stop: AbortSignal, log: Log, metrics: Metrics) {
+  const tell = (line: string) => log.info(`processor: ${line}`);
+  const lock = await acquireProcessorLock(settings.DATA_DIR, stop, tell);
   if (!lock) return;
-  log.info(`processor: following ${join(job.dataDir, JOURNAL_FILE)}`);
-  const processor = supervise(job, (report) => {
+  const processor = supervise({ settings, files: [] }, (report) => {
     if (report.type === "say") log[report.level ?? "info"](report.line);
     if (report.type === "failed") log.fatal(report.line);
     if (report.type === "posted") metrics.posted(report);
@@ -229,17 +166,12 @@ function aborted(signal: AbortSignal): Promise<null> {
   });
 }
 
-/** A start that fails says why in plain text, for whoever has typed it. */
-function complain(line: string): void {
-  process.stderr.write(`${line}\n`);
-}
-
-/** The log has it already. */
+/** The log has the message already. */
 class Reported extends Error {}
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    if (!(error instanceof Reported)) complain((error as Error).message);
+    if (!(error instanceof Reported)) say((error as Error).message);
     return error instanceof InvalidSetting ? 2 : 1;
   });
   process.exit();

@@ -44,6 +44,7 @@ import { watchDirectory } from "./lib/watch.ts";
 
 async function main(): Promise<number> {
   const { settings, options, files } = readCommand({
+    program: "client",
     usage: "bun run client.ts [--again] [--follow] [--wait] [FILE]",
     about:
       "Sends the events of FILE (default: events.jsonl; -: standard input), one a line, to the\n" +
@@ -60,8 +61,7 @@ async function main(): Promise<number> {
       },
       "retry-for": { type: "string", meaning: "how long to try when the server is away (5m)" },
     },
-    files: { atMost: 1 },
-    settings: ["SERVER_URL", "AUTH_SECRET", "AUTH_TOKEN", "EVENT_TYPES"],
+    maxFiles: 1,
     exits: {
       0: "every event is on the server's disk",
       1: "the same, but some lines were rejected: see FILE.rejected.jsonl",

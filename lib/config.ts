@@ -1,219 +1,252 @@
 /**
- * The one table of settings, and the only reader of the environment and of the command line.
- * A setting is checked once, at start, and never changes.
+ * The one table of settings, and the only reader of the environment and the command line. Settings are
+ * checked once, when a program starts, and never change.
  */
 import { parseArgs } from "node:util";
 
-interface Setting<T, Default extends string | undefined> {
+type Program = "app" | "processor" | "client";
+
+interface Setting<T, Default extends string | undefined, P extends Program> {
+  /** The programs that read it. */
+  programs: readonly P[];
   default: Default;
+  /** What README and `--help` say of it. */
   meaning: string;
-  /** What a good value looks like, for the line about a wrong one. */
-  wanted: string;
-  /** The value for what was found, or `undefined` when that is wrong. */
-  read(found: string): T | undefined;
-  /** Never show what was found. */
+  /** What a valid value is, for the error message. */
+  requires: string;
+  /** The value, or `undefined` when the text is invalid. */
+  parse(text: string): T | undefined;
+  /** Never show the text. */
   secret?: true;
 }
 
 const DEFAULT_SECRET = "secret";
-/** On an address that others can reach: 16 characters at random are out of reach of guessing. */
+/** On a non-loopback address: 16 random characters are beyond guessing. */
 const MIN_SECRET_LENGTH = 16;
 const SECRETS = ["AUTH_SECRET", "READ_SECRET", "JWT_SECRET"] as const;
 const LOG_LEVELS = ["debug", "info", "warn", "error", "fatal", "silent"] as const;
 
-const SETTINGS = {
+export const SETTINGS = {
   PORT: setting({
+    programs: ["app"],
     default: "8000",
-    meaning: "port of the server; 0 picks a free one",
-    wanted: "a whole number from 0 to 65535",
-    read: (found) =>
-      /^\d{1,5}$/.test(found) && Number(found) <= 65535 ? Number(found) : undefined,
+    meaning: "port of the server; `0` picks a free one",
+    requires: "a whole number from 0 to 65535",
+    parse: (text) => parseWhole(text, 0, 65_535),
   }),
   HOST: setting({
+    programs: ["app"],
     default: "127.0.0.1",
-    meaning: "address to bind; other than loopback wants an AUTH_SECRET",
-    wanted: "an address or a host name",
-    read: (found) => (/^[\w.:%-]+$/.test(found) ? found : undefined),
+    meaning: "address to bind; a non-loopback address requires your own AUTH_SECRET",
+    requires: "an address or a host name",
+    parse: (text) => (/^[\w.:%-]+$/.test(text) ? text : undefined),
   }),
   AUTH_SECRET: setting({
+    programs: ["app", "client"],
     default: DEFAULT_SECRET,
-    meaning: "what writers must present; several are separated by commas",
-    wanted: "one or more secrets of printable ASCII without spaces",
-    read: readSecrets,
+    meaning: "one or several, comma-separated; each grants write and read access",
+    requires: "one or more secrets of printable ASCII without spaces",
+    parse: parseSecrets,
     secret: true,
   }),
   READ_SECRET: setting({
+    programs: ["app"],
     default: undefined,
-    meaning: "protects balances and metrics, which it lets read; several as above",
-    wanted: "one or more secrets of printable ASCII without spaces",
-    read: readSecrets,
+    meaning: "one or several; each grants read access to balances and metrics",
+    requires: "one or more secrets of printable ASCII without spaces",
+    parse: parseSecrets,
     secret: true,
   }),
   JWT_SECRET: setting({
+    programs: ["app"],
     default: undefined,
-    meaning: "takes tokens (JWT) that are signed with it, HS256",
-    wanted: "a secret of printable ASCII",
-    read: (found) => (/^[ -~]+$/.test(found) ? found : undefined),
+    meaning: "accept tokens (JWT) signed with this secret, HS256",
+    requires: "a secret of printable ASCII",
+    parse: (text) => (/^[ -~]+$/.test(text) ? text : undefined),
     secret: true,
   }),
   JWKS_URL: setting({
+    programs: ["app"],
     default: undefined,
-    meaning: "takes tokens that are signed with a key found there, RS256, ES256 or EdDSA",
-    wanted: "http://… or https://…, and no JWT_SECRET beside it",
-    read: (found) => (hasProtocol(found, "http:", "https:") ? found : undefined),
-    secret: true, // a user or a query in it may be one
+    meaning: "accept tokens signed with one of the keys at this URL: RS256, ES256 or EdDSA",
+    requires: "http://… or https://…",
+    parse: (text) => (hasProtocol(text, "http:", "https:") ? text : undefined),
+    secret: true, // its user or query may be one
   }),
   JWT_ISSUER: setting({
+    programs: ["app"],
     default: undefined,
-    meaning: "what a token must have as iss",
-    wanted: "text",
-    read: (found) => found,
+    meaning: "required `iss` of tokens",
+    requires: "text",
+    parse: (text) => text,
   }),
   JWT_AUDIENCE: setting({
+    programs: ["app"],
     default: undefined,
-    meaning: "what a token must have as, or among, aud",
-    wanted: "text",
-    read: (found) => found,
+    meaning: "required `aud` of tokens",
+    requires: "text",
+    parse: (text) => text,
   }),
   TLS_CERT: setting({
+    programs: ["app"],
     default: undefined,
-    meaning: "PEM file of the certificate, and those above it: HTTPS; read again on SIGHUP",
-    wanted: "the path of a file, and TLS_KEY beside it",
-    read: readPath,
+    meaning: "PEM file of the certificate and its chain, for HTTPS; reloaded on SIGHUP",
+    requires: "the path of a file",
+    parse: parsePath,
   }),
   TLS_KEY: setting({
+    programs: ["app"],
     default: undefined,
     meaning: "PEM file of its key",
-    wanted: "the path of a file, and TLS_CERT beside it",
-    read: readPath,
+    requires: "the path of a file",
+    parse: parsePath,
   }),
   DATA_DIR: setting({
+    programs: ["app", "processor"],
     default: "./data",
     meaning: "everything this program keeps on disk",
-    wanted: "a path",
-    read: readPath,
+    requires: "a path",
+    parse: parsePath,
   }),
   DATABASE_URL: setting({
+    programs: ["app", "processor"],
     default: undefined,
-    meaning: "a Postgres to use; unset: a private one under DATA_DIR/postgres",
-    wanted: "postgres://USER:PASSWORD@HOST:PORT/DATABASE",
-    read: (found) => (hasProtocol(found, "postgres:", "postgresql:") ? found : undefined),
+    meaning: "a Postgres 13 or later; unset: an embedded Postgres under `DATA_DIR/postgres`",
+    requires: "postgres://USER:PASSWORD@HOST:PORT/DATABASE",
+    parse: (text) => (hasProtocol(text, "postgres:", "postgresql:") ? text : undefined),
     secret: true,
-  }),
-  ID_DAYS: setting({
-    default: "30",
-    meaning: "for how many days the ids of events are remembered",
-    wanted: "a whole number from 1 to 36500",
-    read: (found) =>
-      /^\d{1,5}$/.test(found) && +found >= 1 && +found <= 36_500 ? Number(found) : undefined,
   }),
   JOURNAL_SEGMENT_BYTES: setting({
+    programs: ["app"],
     default: `${256 * 1024 * 1024}`,
-    meaning: "a file of the journal this large is full, and the next one begins",
-    wanted: "a whole number of bytes, 1 or more",
-    read: (found) => (/^[1-9]\d{0,14}$/.test(found) ? Number(found) : undefined),
+    meaning: "size at which a journal file is full and the next one begins",
+    requires: "a whole number of bytes, 1 or more",
+    parse: (text) => parseWhole(text, 1, 10 ** 15 - 1),
   }),
   JOURNAL_KEEP_DAYS: setting({
+    programs: ["app", "processor"],
     default: undefined,
-    meaning: "full files that are older and wholly posted are removed; unset: never",
-    wanted: "a number of days, 0 or more",
-    read: (found) => (/^\d{1,5}(\.\d{1,6})?$/.test(found) ? Number(found) : undefined),
+    meaning: "delete full journal files that are older and fully posted; unset: never",
+    requires: "a number of days, 0 or more",
+    parse: (text) => (/^\d{1,5}(\.\d{1,6})?$/.test(text) ? Number(text) : undefined),
   }),
-  LOG_LEVEL: setting({
-    default: "info",
-    meaning: `how much is said on stderr: ${LOG_LEVELS.join(", ")}`,
-    wanted: `one of ${LOG_LEVELS.join(", ")}`,
-    read: (found) => LOG_LEVELS.find((level) => level === found),
-  }),
-  AUTH_TOKEN: setting({
-    default: undefined,
-    meaning: "a token to present instead of AUTH_SECRET",
-    wanted: "printable ASCII without spaces",
-    read: (found) => (/^[!-~]+$/.test(found) ? found : undefined),
-    secret: true,
+  ID_DAYS: setting({
+    programs: ["app", "processor"],
+    default: "30",
+    meaning: "how many days event ids are remembered",
+    requires: "a whole number from 1 to 36500",
+    parse: (text) => parseWhole(text, 1, 36_500),
   }),
   EVENT_TYPES: setting({
+    programs: ["app", "processor", "client"],
     default: "add_revenue:+,subtract_revenue:-",
-    meaning: "names that events may have, and whether they count: + adds, - subtracts, 0 does not",
-    wanted: "NAME:+, NAME:- or NAME:0, separated by commas, each name once",
-    read: (found) => {
-      const names = found.split(",").map((part) => /^([\w.-]{1,64}):[+0-]$/.exec(part.trim())?.[1]);
-      return names.includes(undefined) || new Set(names).size < names.length ? undefined : found;
+    meaning:
+      "event names, and whether they add (`+`), subtract (`-`) or do not count (`0`); a change holds for events posted from then on",
+    requires: "NAME:+, NAME:- or NAME:0, comma-separated, each name once",
+    parse(text) {
+      const names = text.split(",").map((part) => /^([\w.-]{1,64}):[+0-]$/.exec(part.trim())?.[1]);
+      return names.includes(undefined) || new Set(names).size < names.length ? undefined : text;
     },
   }),
   EVENT_SCHEMA: setting({
+    programs: ["app"],
     default: undefined,
-    meaning: "a JSON Schema (2020-12) file that each event must satisfy besides",
-    wanted: "a path",
-    read: readPath,
+    meaning: "a JSON Schema (2020-12) file that every event must also satisfy",
+    requires: "the path of a file",
+    parse: parsePath,
+  }),
+  LOG_LEVEL: setting({
+    programs: ["app", "processor"],
+    default: "info",
+    meaning: LOG_LEVELS.map((level) => `\`${level}\``).join(", "),
+    requires: `one of ${LOG_LEVELS.join(", ")}`,
+    parse: (text) => LOG_LEVELS.find((level) => level === text),
   }),
   SERVER_URL: setting({
+    programs: ["client"],
     default: "http://127.0.0.1:8000",
     meaning: "where the client sends",
-    wanted: "http://HOST:PORT or https://HOST:PORT",
-    read: (found) =>
-      hasProtocol(found, "http:", "https:") ? found.replace(/\/+$/, "") : undefined,
+    requires: "http://HOST:PORT or https://HOST:PORT",
+    parse: (text) => (hasProtocol(text, "http:", "https:") ? text.replace(/\/+$/, "") : undefined),
+  }),
+  AUTH_TOKEN: setting({
+    programs: ["client"],
+    default: undefined,
+    meaning: "a token that the client presents instead of AUTH_SECRET",
+    requires: "printable ASCII without spaces",
+    parse: (text) => (/^[!-~]+$/.test(text) ? text : undefined),
+    secret: true,
   }),
 };
 
-export type SettingName = keyof typeof SETTINGS;
-export type Settings<Name extends SettingName> = {
-  readonly [N in Name]: Value<(typeof SETTINGS)[N]>;
-};
+type Table = typeof SETTINGS;
+export type SettingName = keyof Table;
+export type Settings<Name extends SettingName> = { readonly [N in Name]: Value<Table[N]> };
 type Value<S> =
-  S extends Setting<infer T, infer Default> ? (Default extends string ? T : T | undefined) : never;
+  S extends Setting<infer T, infer Default, Program>
+    ? Default extends string
+      ? T
+      : T | undefined
+    : never;
+/** The settings that a program reads. */
+export type SettingsOf<P extends Program> = Settings<
+  { [N in SettingName]: P extends Table[N]["programs"][number] ? N : never }[SettingName]
+>;
 
 /**
- * Reads the settings `names` from `env`. `wrong` has one line for each that cannot be used: name,
- * what was found, what is wanted. An empty setting counts as unset.
+ * Reads the settings `names` from `env`. `invalid` has one line for each that is invalid: its name, what
+ * was found, what is required. An empty setting counts as unset.
  */
 export function readSettings<Name extends SettingName>(
   names: readonly Name[],
   env: Record<string, string | undefined>,
-): { settings: Settings<Name>; wrong: string[] } {
-  const wrong: string[] = [];
+): { settings: Settings<Name>; invalid: string[] } {
+  const invalid: string[] = [];
   const settings: Record<string, unknown> = {};
   for (const name of names) {
-    const {
-      default: fallback,
-      wanted,
-      read,
-      secret,
-    } = SETTINGS[name] as Setting<unknown, string | undefined>;
-    const found = env[name] || fallback;
-    settings[name] = found === undefined ? undefined : read(found);
-    if (found !== undefined && settings[name] === undefined)
-      wrong.push(`${name}: found ${secret ? "something else" : `"${found}"`}, wanted ${wanted}`);
+    const setting: Setting<unknown, string | undefined, Program> = SETTINGS[name];
+    const text = env[name] || setting.default;
+    settings[name] = text === undefined ? undefined : setting.parse(text);
+    if (text !== undefined && settings[name] === undefined)
+      invalid.push(
+        `${name} is ${setting.secret ? "invalid" : `"${text}"`}: use ${setting.requires}`,
+      );
   }
-  const { HOST, JWT_SECRET, JWKS_URL, TLS_CERT, TLS_KEY } = settings as Record<string, string>;
-  if (HOST && !isLoopback(HOST))
-    for (const name of SECRETS) {
-      const secrets = [settings[name] ?? []].flat() as string[];
-      const because = `because HOST ${HOST} can be reached from outside`;
-      if (secrets.includes(DEFAULT_SECRET))
-        wrong.push(`${name}: found the default, wanted a secret of your own, ${because}`);
-      else if (secrets.some(({ length }) => length < MIN_SECRET_LENGTH))
-        wrong.push(
-          `${name}: found too short a one, wanted ${MIN_SECRET_LENGTH} characters, ${because}`,
-        );
-    }
-  if (JWT_SECRET && JWKS_URL) wrong.push("JWKS_URL: found beside JWT_SECRET, wanted one of both");
-  if (!TLS_CERT !== !TLS_KEY)
-    wrong.push(`TLS_${TLS_CERT ? "KEY" : "CERT"}: found none, wanted one, as the other is set`);
-  return { settings: Object.freeze(settings) as Settings<Name>, wrong };
+  invalid.push(...checkTogether(settings as Partial<Settings<SettingName>>));
+  return { settings: Object.freeze(settings) as Settings<Name>, invalid };
 }
 
-/** The settings as they may be shown: of what is secret, only that it is set. */
+/** What is wrong with settings that depend on each other. */
+function checkTogether(settings: Partial<Settings<SettingName>>): string[] {
+  const { HOST, JWT_SECRET, JWKS_URL, TLS_CERT, TLS_KEY } = settings;
+  const invalid: string[] = [];
+  if (HOST && !isLoopback(HOST))
+    for (const name of SECRETS) {
+      const secrets = [settings[name] ?? []].flat();
+      if (secrets.includes(DEFAULT_SECRET))
+        invalid.push(`${name} is the default: HOST ${HOST} requires a secret of your own`);
+      else if (secrets.some(({ length }) => length < MIN_SECRET_LENGTH))
+        invalid.push(
+          `${name} is too short: use at least ${MIN_SECRET_LENGTH} characters, as HOST is ${HOST}`,
+        );
+    }
+  if (JWT_SECRET && JWKS_URL) invalid.push("set JWT_SECRET or JWKS_URL, not both");
+  if (!TLS_CERT !== !TLS_KEY)
+    invalid.push(`TLS_${TLS_CERT ? "KEY" : "CERT"} is not set: set both TLS_CERT and TLS_KEY`);
+  return invalid;
+}
+
+/** The settings for a log: of a secret only whether it is set. */
 export function maskSettings(settings: Partial<Settings<SettingName>>): Record<string, unknown> {
   return Object.fromEntries(
-    Object.entries(settings).map(([name, value]) => [
-      name,
-      SETTINGS[name as SettingName].secret && value !== undefined ? "(set)" : value,
-    ]),
+    Object.entries(settings).map(([name, value]) => {
+      const isHidden = "secret" in SETTINGS[name as SettingName] && value !== undefined;
+      return [name, isHidden ? "(set)" : value];
+    }),
   );
 }
 
-/** What a setting names cannot be used. Ends the start with exit code 2, as a wrong setting does. */
+/** What a setting refers to cannot be used. Ends a start with exit code 2, as an invalid setting does. */
 export class InvalidSetting extends Error {}
 
 /** `90`, `90s`, `5m`, `2h` or `30d` in milliseconds, or `undefined`. */
@@ -223,65 +256,76 @@ export function parseDuration(text: string): number | undefined {
   return amount === undefined || !seconds ? undefined : Number(amount) * seconds * 1000;
 }
 
-/** `alone`: what an option that takes a word means without one. */
+/** `bare`: the value of a string option that is given without one. */
 interface Option {
   type: "boolean" | "string";
   meaning: string;
-  alone?: string;
+  bare?: string;
 }
 
-/** What a program says of itself in `--help`, and what it takes. */
-export interface Command<Name extends SettingName> {
+/** What a program accepts, and what its `--help` says. */
+export interface Command<P extends Program> {
+  program: P;
   /** `bun run app.ts [--no-processor]` */
   usage: string;
   about: string;
   options: Record<string, Option>;
   /** How many arguments may follow the options. */
-  files: { atMost: number };
-  settings: readonly Name[];
+  maxFiles: number;
   exits: Record<number, string>;
 }
 
+/** The options of a command line: strings for options with a value. */
+export type Options = Record<string, string | boolean | undefined>;
+
 /**
- * Reads the command line and the settings of a program. Answers `--help` itself; what is wrong is
- * said on stderr, a line each, and ends the program with exit code 2.
+ * Reads the command line and the settings of a program. Answers `--help` itself. Where something is
+ * invalid, says so on stderr, a line each, and ends the program with exit code 2.
  */
-export function readCommand<Name extends SettingName>(command: Command<Name>) {
-  const { settings, wrong } = readSettings(command.settings, process.env);
-  let options: Record<string, string | boolean | undefined> = {};
-  let files: string[] = [];
-  try {
-    const parsed = parseArgs({
-      args: process.argv.slice(2).map((arg) => {
-        const { alone } = command.options[arg.slice(2)] ?? {};
-        return alone && arg.startsWith("--") ? `${arg}=${alone}` : arg;
-      }),
-      options: { ...command.options, help: { type: "boolean" } },
-      allowPositionals: true,
-    });
-    options = parsed.values as typeof options;
-    files = parsed.positionals;
-    if (files.length > command.files.atMost)
-      wrong.push(
-        `too many arguments: found ${files.length}, wanted ${command.files.atMost} at most`,
-      );
-  } catch (error) {
-    wrong.push((error as Error).message.split(". ")[0] as string);
-  }
+export function readCommand<P extends Program>(command: Command<P>) {
+  const { settings, invalid } = readSettings(settingsOf(command), process.env);
+  const { options, files, misuse } = readArguments(command);
   if (options["help"]) {
     process.stdout.write(help(command));
     process.exit(0);
   }
-  if (wrong.length > 0) {
-    process.stderr.write(`${wrong.join("\n")}\n`);
-    if (files.length > command.files.atMost || wrong.some((line) => !/^[A-Z_]+: /.test(line)))
-      process.stderr.write(`usage: ${command.usage}\n`);
+  if (misuse || invalid.length > 0) {
+    const usage = misuse ? [misuse, `usage: ${command.usage}`] : [];
+    process.stderr.write(`${[...invalid, ...usage].join("\n")}\n`);
     process.exit(2);
   }
-  return { settings, options, files };
+  return { settings: settings as SettingsOf<P>, options, files };
 }
 
-function help(command: Command<SettingName>): string {
+function readArguments({ options, maxFiles }: Command<Program>) {
+  const args = process.argv.slice(2).map((arg) => {
+    const { bare } = options[arg.slice(2)] ?? {};
+    return bare && arg.startsWith("--") ? `${arg}=${bare}` : arg;
+  });
+  try {
+    const { values, positionals: files } = parseArgs({
+      args,
+      options: { ...options, help: { type: "boolean" } },
+      allowPositionals: true,
+    });
+    const tooMany = `too many arguments: found ${files.length}, at most ${maxFiles} allowed`;
+    return {
+      options: values as Options,
+      files,
+      misuse: files.length > maxFiles ? tooMany : null,
+    };
+  } catch (error) {
+    const [misuse = ""] = (error as Error).message.split(". ");
+    return { options: {} as Options, files: [], misuse };
+  }
+}
+
+function settingsOf({ program }: Command<Program>): SettingName[] {
+  const names = Object.keys(SETTINGS) as SettingName[];
+  return names.filter((name) => (SETTINGS[name].programs as readonly Program[]).includes(program));
+}
+
+function help(command: Command<Program>): string {
   const options = { ...command.options, help: { meaning: "this text" } };
   return [
     `usage: ${command.usage}`,
@@ -292,7 +336,7 @@ function help(command: Command<SettingName>): string {
     ...Object.entries(options).map(([name, { meaning }]) => `  --${name.padEnd(14)} ${meaning}`),
     "",
     "settings (environment, or a .env file):",
-    ...command.settings.map((name) => {
+    ...settingsOf(command).map((name) => {
       const { default: fallback, meaning } = SETTINGS[name];
       return `  ${name.padEnd(22)} ${meaning} (default: ${fallback ?? "unset"})`;
     }),
@@ -307,20 +351,26 @@ export function isLoopback(host: string): boolean {
   return /^(localhost|127(\.\d{1,3}){3}|::1|\[::1\])$/i.test(host);
 }
 
-function readSecrets(found: string): string[] | undefined {
-  return /^[!-+\--~]+(,[!-+\--~]+)*$/.test(found) ? found.split(",") : undefined;
+function parseWhole(text: string, min: number, max: number): number | undefined {
+  const value = /^\d{1,15}$/.test(text) ? Number(text) : Number.NaN;
+  return value >= min && value <= max ? value : undefined;
 }
 
-function readPath(found: string): string | undefined {
-  return found.includes("\0") ? undefined : found;
+function parseSecrets(text: string): string[] | undefined {
+  return /^[!-+\--~]+(,[!-+\--~]+)*$/.test(text) ? text.split(",") : undefined;
 }
 
-function hasProtocol(found: string, ...protocols: string[]): boolean {
-  return URL.canParse(found) && protocols.includes(new URL(found).protocol);
+function parsePath(text: string): string | undefined {
+  return text.includes("\0") ? undefined : text;
 }
 
-function setting<T, Default extends string | undefined>(
-  setting: Setting<T, Default>,
-): Setting<T, Default> {
+function hasProtocol(text: string, ...protocols: string[]): boolean {
+  return URL.canParse(text) && protocols.includes(new URL(text).protocol);
+}
+
+/** Infers the types of a row of the table. */
+function setting<T, Default extends string | undefined, const P extends Program>(
+  setting: Setting<T, Default, P>,
+): Setting<T, Default, P> {
   return setting;
 }

@@ -1,7 +1,7 @@
 /**
- * What a program that stays says of itself, on stderr: JSON lines, or something to read where stderr is
- * a terminal. One line when something begins or changes; what goes on is counted, not repeated. Never
- * a body, never a secret.
+ * The log of a program that keeps running, on stderr: JSON lines, or readable ones where stderr is a
+ * terminal. A change is logged once; what continues is counted, not repeated. It never holds a request
+ * body or a secret.
  */
 import pino from "pino";
 
@@ -29,34 +29,35 @@ function readable(line: string): string {
   return `${String(time).slice(11, 19)} ${String(level).padEnd(5)} ${msg}${more.join("")}\n`;
 }
 
-/** Something that works or does not. */
-export interface State {
-  /** It does not: said once for each reason, and counted. */
-  bad(reason: string): void;
-  /** It does: said if it did not before, with how often it did not, and for how long. */
-  good(): void;
+/** Tells the log when something stops working, and when it works again. */
+export interface Health {
+  /** Logs each reason once, and counts the failures. */
+  failing(reason: string): void;
+  /** After a failure, logs how many there were and for how long. */
+  recovered(): void;
 }
 
-/** So many reasons are said in one time of trouble: some have numbers in them. */
+/** Reasons logged in one period of trouble: some hold numbers and so never repeat. */
 const MAX_REASONS = 10;
 
-/** Says through `log` when something stops working, and `back` when it works again. */
-export function watchState(log: Log, level: "warn" | "error", back: string): State {
+/** `recovery` is the message once it works again. */
+export function watchHealth(log: Log, level: "warn" | "error", recovery: string): Health {
   let failures = 0;
-  let fromMs = 0;
-  const said = new Set<string>();
+  let sinceMs = 0;
+  const logged = new Set<string>();
   return {
-    bad(reason) {
-      if (failures++ === 0) fromMs = performance.now();
-      if (said.has(reason) || said.size >= MAX_REASONS) return;
-      said.add(reason);
+    failing(reason) {
+      if (failures++ === 0) sinceMs = performance.now();
+      if (logged.has(reason) || logged.size >= MAX_REASONS) return;
+      logged.add(reason);
       log[level](reason);
     },
-    good() {
+    recovered() {
       if (failures === 0) return;
-      log.info({ failures, seconds: Math.round((performance.now() - fromMs) / 100) / 10 }, back);
+      const seconds = Math.round((performance.now() - sinceMs) / 100) / 10;
+      log.info({ failures, seconds }, recovery);
       failures = 0;
-      said.clear();
+      logged.clear();
     },
   };
 }

@@ -1,12 +1,25 @@
-/** How far long work has come: a bar on a terminal, else a line now and then; on stderr. */
+/**
+ * What a command tells the person who runs it: results on stdout, all else on stderr, and the progress
+ * of long work as a bar on a terminal, else a line now and then.
+ */
 
-// Loaded only where it is shown: it took a sixth of a client's start.
+// Loaded only where a bar is shown: it took a sixth of a client's start.
 const bars = process.stderr.isTTY ? await import("cli-progress") : null;
 
-const PLAIN_LINE_EVERY_MS = 5_000;
+const REPORT_MS = 5_000;
+
+/** Writes a line to stderr. */
+export function say(line: string): void {
+  process.stderr.write(`${line}\n`);
+}
+
+/** Writes a line of the result to stdout. */
+export function print(line: string): void {
+  process.stdout.write(`${line}\n`);
+}
 
 export interface Progress {
-  /** `bytes` of the total are done, which were `events` events since the start, if they are counted. */
+  /** `bytes` of the total are done, `events` events of them since the start where these are counted. */
   update(bytes: number, events?: number): void;
   stop(): void;
 }
@@ -35,13 +48,13 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
     };
   }
 
-  let saidMs = startedMs;
+  let reportedMs = startedMs;
   return {
     update(bytes, events = 0) {
-      if (performance.now() - saidMs < PLAIN_LINE_EVERY_MS) return;
-      saidMs = performance.now();
-      const percent = Math.floor((100 * bytes) / Math.max(1, totalBytes, bytes)); // it may have grown
-      process.stderr.write(`${what}: ${percent}%, ${events} events, ${rate(events)} events/s\n`);
+      if (performance.now() - reportedMs < REPORT_MS) return;
+      reportedMs = performance.now();
+      const percent = Math.floor((100 * bytes) / Math.max(1, totalBytes, bytes)); // the file may have grown
+      say(`${what}: ${percent}%, ${events} events, ${rate(events)} events/s`);
     },
     stop() {},
   };

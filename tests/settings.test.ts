@@ -109,7 +109,7 @@ const WRONG: [name: SettingName, found: string][] = [
 ];
 for (const [name, found] of WRONG)
   test(`${name}=${JSON.stringify(found)} is wrong: the line has its name, and what is wanted`, () => {
-    const { wrong } = readSettings([name], { [name]: found });
+    const { invalid: wrong } = readSettings([name], { [name]: found });
     expect(wrong).toEqual([
       expect.stringMatching(new RegExp(`^${name}: found .+, wanted .+$`, "s")),
     ]);
@@ -130,22 +130,22 @@ for (const HOST of [
 ])
   test(`HOST ${HOST} wants a secret of one's own`, () => {
     for (const AUTH_SECRET of ["secret", "", undefined, `${LONG},secret`, `secret,${LONG}`])
-      expect(readSettings(NAMES, { HOST, AUTH_SECRET }).wrong).toEqual([
+      expect(readSettings(NAMES, { HOST, AUTH_SECRET }).invalid).toEqual([
         expect.stringMatching(/^AUTH_SECRET\b.*HOST/),
       ]);
     for (const AUTH_SECRET of [LONG.slice(1), `${LONG},own`])
-      expect(readSettings(NAMES, { HOST, AUTH_SECRET }).wrong).toEqual([
+      expect(readSettings(NAMES, { HOST, AUTH_SECRET }).invalid).toEqual([
         expect.stringMatching(/^AUTH_SECRET: found too short.*HOST/),
       ]);
     const others = { READ_SECRET: "short", JWT_SECRET: "short" };
     const names = [...NAMES, "READ_SECRET", "JWT_SECRET"] as const;
-    expect(readSettings(names, { HOST, AUTH_SECRET: LONG, ...others }).wrong).toHaveLength(2);
-    expect(readSettings(NAMES, { HOST, AUTH_SECRET: `${LONG},${LONG}` }).wrong).toEqual([]);
+    expect(readSettings(names, { HOST, AUTH_SECRET: LONG, ...others }).invalid).toHaveLength(2);
+    expect(readSettings(NAMES, { HOST, AUTH_SECRET: `${LONG},${LONG}` }).invalid).toEqual([]);
   });
 
 for (const HOST of ["127.0.0.1", "127.0.0.2", "::1", "localhost", "", undefined])
   test(`HOST ${HOST} is loopback and takes the default secret`, () =>
-    expect(readSettings(NAMES, { HOST }).wrong).toEqual([]));
+    expect(readSettings(NAMES, { HOST }).invalid).toEqual([]));
 
 test("a server that others can reach refuses to start with the default secret", async () => {
   const set = { ...env, HOST: "0.0.0.0", AUTH_SECRET: "" };

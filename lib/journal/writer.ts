@@ -60,6 +60,8 @@ export interface Journal {
    * behind them. Rejects with JournalFull or JournalFailed: then none of them is acknowledged.
    */
   append(lines: Uint8Array): Promise<number>;
+  /** Calls `listener` after each commit. */
+  onCommit(listener: (commit: Commit) => void): void;
   /** Finishes what waits, lets go of the file and of the lock. */
   close(): Promise<void>;
 }
@@ -83,7 +85,7 @@ interface Waiting {
 
 /**
  * Opens the journal in `directory`, making what is missing, cutting off a torn last frame. A file is
- * full at `segmentBytes`, and holds one frame at least. `committed` hears of each frame. Throws
+ * full at `segmentBytes`, and holds one frame at least. Throws
  * JournalHeld, JournalDamage, JournalFull, or what the disk says.
  */
 export async function openJournal(
@@ -91,7 +93,6 @@ export async function openJournal(
   say: (line: string) => void,
   disk: Disk = realDisk,
   segmentBytes = Number.POSITIVE_INFINITY,
-  committed: (commit: Commit) => void = () => {},
 ): Promise<Journal> {
   await disk.makeDirectory(directory);
   const path = join(directory, JOURNAL_FILE);
@@ -101,7 +102,7 @@ export async function openJournal(
   try {
     file = await disk.openForAppend(path);
     const { id, base, end } = await recover(path, file, disk, say);
-    return writer({ path, id, base, end, file, lock, disk, segmentBytes, committed });
+    return writer({ path, id, base, end, file, lock, disk, segmentBytes });
   } catch (error) {
     await file?.close();
     lock.release();
@@ -177,9 +178,8 @@ function writer(opened: {
   lock: Lock;
   disk: Disk;
   segmentBytes: number;
-  committed(commit: Commit): void;
 }): Journal {
-  const { path, id, lock, disk, segmentBytes, committed } = opened;
+  const { path, id, lock, disk, segmentBytes } = opened;
   let { file, base, end } = opened;
   /** Whether the active file has a frame: before the first one nothing is full. */
   const hasFrames = () => end > encodeJournalHeader(id, base).length;
@@ -190,6 +190,7 @@ function writer(opened: {
   let failed: JournalFailed | null = null;
   let full: JournalFull | null = null;
   let fullAtMs = 0;
+  const listeners: ((commit: Commit) => void)[] = [];
 
   return {
     id,
@@ -208,6 +209,7 @@ function writer(opened: {
         committing ??= commitAll();
       });
     },
+    onCommit: (listener) => void listeners.push(listener),
     async close() {
       // A request that was waiting may append again before this goes on: the file must not be
       // closed under a commit.
@@ -253,7 +255,8 @@ function writer(opened: {
       const from = base + end;
       end += frame.length;
       full = null;
-      committed({ from, atMs, bytes: frame.length, appends: group.length, syncMs });
+      const commit = { from, atMs, bytes: frame.length, appends: group.length, syncMs };
+      for (const listener of listeners) listener(commit);
       for (const { resolve } of group) resolve(base + end);
     } catch (error) {
       for (const { reject } of group) reject(error as Error);

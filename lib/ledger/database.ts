@@ -17,13 +17,13 @@ export type Fragment = postgres.PendingQuery<postgres.Row[]>;
 const STATEMENT_TIMEOUT_MS = 10_000;
 
 /**
- * The database did not do it. `passing`: the same may succeed later (it is away, restarts, is
+ * The database did not do it. `isTransient`: the same may succeed later (it is away, restarts, is
  * busy); otherwise it refuses, and a person must look. The message is one line without a secret.
  */
 export class Unavailable extends Error {
   constructor(
     message: string,
-    readonly passing: boolean,
+    readonly isTransient: boolean,
   ) {
     super(`database: ${message}`);
   }
@@ -68,7 +68,7 @@ export function openDatabase(url: () => string, name: string, max: number): Data
         if (error instanceof CannotProceed) throw error;
         const unavailable = describe(error);
         // A refusal says that the connection works; anything else, and it is not trusted again.
-        if (unavailable.passing) forget(tried);
+        if (unavailable.isTransient) forget(tried);
         else if (sql === tried) schema = null;
         throw unavailable;
       } finally {
@@ -113,14 +113,14 @@ async function applySchema(sql: Sql): Promise<void> {
 }
 
 /** SQLSTATE classes of what passes: connection, rollback, resources, locks, intervention, system. */
-const PASSING = /^(08|40|53|55|57|58)|^XX000$/;
+const TRANSIENT = /^(08|40|53|55|57|58)|^XX000$/;
 
 function describe(error: unknown): Unavailable {
   if (error instanceof Unavailable) return error;
   const { message, code } = error as { message?: string; code?: string };
   const sqlState = error instanceof postgres.PostgresError ? (code ?? "") : null;
   const text = (message || code || String(error)).split("\n")[0] as string;
-  return new Unavailable(text, sqlState === null || PASSING.test(sqlState));
+  return new Unavailable(text, sqlState === null || TRANSIENT.test(sqlState));
 }
 
 /** One number of each, as Postgres writes an array. */

@@ -24,7 +24,8 @@ const READ_DEADLINE_MS = 2_000;
 
 /** Bytes `from` to `to` of a source, folded. */
 export interface Batch {
-  source: string;
+  /** The checkpoint key of its journal or file. */
+  key: string;
   from: number;
   to: number;
   /** SHA-256 of the source's bytes before `to`; of a journal, where its last frame begins and its header. */
@@ -34,7 +35,7 @@ export interface Batch {
   /** Events that count only if nobody has claimed their id, by id. */
   claims: ReadonlyMap<string, Claim>;
   /** Other events under the ids of `claims`. */
-  rivals: readonly Claim[];
+  conflicts: readonly Claim[];
   quarantined: readonly Quarantined[];
   /** What does not count, whether or not its ids are claimed. */
   uncounted: readonly Uncounted[];
@@ -52,11 +53,11 @@ export interface Claim {
   userId: string;
   amount: bigint;
   event: string;
-  /** The bytes of its line, in its source. */
-  position: number;
+  /** The bytes of its line in the journal or file. */
+  from: number;
   to: number;
-  /** Claims of successive turns have nothing between them that may count. */
-  turn: number;
+  /** Claims of successive runs have nothing between them that may count. */
+  run: number;
 }
 
 /** The events that begin in bytes `from` to `to` of a source do not count. */
@@ -68,7 +69,8 @@ export interface Uncounted {
 
 /** A source must be at `from`, and is at `to` afterwards; `digest` is `null` where it stays. */
 export interface SourceMove {
-  source: string;
+  /** Its checkpoint key. */
+  key: string;
   from: number;
   to: number;
   digest: string | null;
@@ -110,7 +112,7 @@ export async function noteEventTypes(database: Database, types: ReadonlyMap<stri
 /** Posts a batch, wholly or not at all; Postgres gives up on it after `timeoutMs`. */
 export function post(database: Database, batch: Batch, timeoutMs: number): Promise<Outcome> {
   const posting = async (tx: Transaction): Promise<Outcome> => {
-    const { source, from } = batch;
+    const { key: source, from } = batch;
     await tx`select set_config('statement_timeout', ${`${timeoutMs}`}, true)`;
     const [checkpoint] = await tx<{ position: string }[]>`
       select position from checkpoints where source = ${source} for update`;
@@ -139,7 +141,7 @@ async function lockSources(
     select source, position from checkpoints
     where source = any(${names}::text::text[]) order by source for update`;
   const posted = new Map(rows.map(({ source, position }) => [source, Number(position)]));
-  for (const { source, from } of sources.values()) if (posted.get(source) !== from) return posted;
+  for (const { key, from } of sources.values()) if (posted.get(key) !== from) return posted;
   return null;
 }
 
@@ -152,8 +154,8 @@ async function move(
   tx: Transaction,
   batch: Batch,
 ): Promise<{ disputed: number; repeated: number }> {
-  const { source, from, to, digest } = batch;
-  const moves: SourceMove[] = [{ source, from, to, digest }, ...batch.sources.values()];
+  const { key: source, from, to, digest } = batch;
+  const moves: SourceMove[] = [{ key: source, from, to, digest }, ...batch.sources.values()];
   const { changes, claims, quarantined, uncounted } = batch;
   const hasClaims = claims.size > 0;
 
@@ -162,7 +164,7 @@ async function move(
       update checkpoints as checkpoint set
         position = move.ends, digest = coalesce(move.digest, checkpoint.digest), posted_at = now()
       from unnest(
-        ${arrayLiteral(moves.map(({ source }) => source))}::text::text[],
+        ${arrayLiteral(moves.map(({ key }) => key))}::text::text[],
         ${numbers(moves, ({ from }) => from)}::text::bigint[],
         ${numbers(moves, ({ to }) => to)}::text::bigint[],
         ${arrayLiteral(moves.map(({ digest }) => digest))}::text::text[]
@@ -218,7 +220,7 @@ function leavingOut(tx: Transaction, source: string, uncounted: readonly Uncount
  * is the event that stands, once more, does not count; claims in a row are noted as one range, which
  * the difference of turn and row number tells apart. What is another event goes to quarantine.
  */
-function claiming(tx: Transaction, { source, claims: firsts, rivals }: Batch) {
+function claiming(tx: Transaction, { key: source, claims: firsts, conflicts }: Batch) {
   const claims = [...firsts.values()];
   return tx`, claim as (
       select * from unnest(
@@ -226,9 +228,9 @@ function claiming(tx: Transaction, { source, claims: firsts, rivals }: Batch) {
         ${arrayLiteral(claims.map(({ event }) => event))}::text::text[],
         ${arrayLiteral(claims.map(({ userId }) => userId))}::text::text[],
         ${`{${claims.map(({ amount }) => formatAmount(amount)).join()}}`}::text::numeric[],
-        ${numbers(claims, ({ position }) => position)}::text::bigint[],
+        ${numbers(claims, ({ from }) => from)}::text::bigint[],
         ${numbers(claims, ({ to }) => to)}::text::bigint[],
-        ${numbers(claims, ({ turn }) => turn)}::text::bigint[]
+        ${numbers(claims, ({ run }) => run)}::text::bigint[]
       ) as claim (id, event, user_id, amount, begins, ends, turn)
     ), claimed as (
       insert into event_ids as known (id, event)
@@ -238,19 +240,19 @@ function claiming(tx: Transaction, { source, claims: firsts, rivals }: Batch) {
     ), counted as (
       select user_id, amount from change union all
       select user_id, amount from claim join claimed using (id) where fresh
-    ), rival as (
+    ), conflict as (
       select * from unnest(
-        ${arrayLiteral(rivals.map(({ id }) => id))}::text::text[],
-        ${arrayLiteral(rivals.map(({ event }) => event))}::text::text[],
-        ${numbers(rivals, ({ position }) => position)}::text::bigint[],
-        ${numbers(rivals, ({ to }) => to)}::text::bigint[],
-        ${numbers(rivals, ({ turn }) => turn)}::text::bigint[]
-      ) as rival (id, event, begins, ends, turn)
+        ${arrayLiteral(conflicts.map(({ id }) => id))}::text::text[],
+        ${arrayLiteral(conflicts.map(({ event }) => event))}::text::text[],
+        ${numbers(conflicts, ({ from }) => from)}::text::bigint[],
+        ${numbers(conflicts, ({ to }) => to)}::text::bigint[],
+        ${numbers(conflicts, ({ run }) => run)}::text::bigint[]
+      ) as conflict (id, event, begins, ends, turn)
     ), late as (
       select claim.event, begins, ends, turn, claim.event = claimed.event as is_same
       from claim join claimed using (id) where not fresh union all
-      select rival.event, begins, ends, turn, rival.event = claimed.event
-      from rival join claimed using (id)
+      select conflict.event, begins, ends, turn, conflict.event = claimed.event
+      from conflict join claimed using (id)
     ), repeated as (
       insert into uncounted (source, from_position, to_position, why)
       select ${source}, min(begins), max(ends), ${SAME_ID}
@@ -268,7 +270,7 @@ function claiming(tx: Transaction, { source, claims: firsts, rivals }: Batch) {
 /** How many lines of the bytes of a batch are in quarantine. */
 export async function countQuarantined(
   database: Database,
-  { source, from, to }: Batch,
+  { key: source, from, to }: Batch,
 ): Promise<number> {
   const [row] = await database.use(
     (sql) => sql<{ count: number }[]>`

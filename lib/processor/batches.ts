@@ -1,125 +1,224 @@
-/** The journal as a source of batches: its frames from the checkpoint on. */
-import { setTimeout as sleep } from "node:timers/promises";
+/**
+ * Batches: what a journal or a file holds from its checkpoint on, folded.
+ *
+ * A file is known by its name, without the folder, and by its bytes. The checkpoint of each generation
+ * says how many bytes are posted and what their SHA-256 is. A file that begins with exactly those bytes
+ * resumes behind them; a file of the same name that begins otherwise is the next generation, and is
+ * posted whole.
+ */
+import { type FileHandle, open } from "node:fs/promises";
+import { basename } from "node:path";
 
-import { type Database, Unavailable } from "../ledger/database.ts";
-import type { BatchLimit } from "./batch-limit.ts";
-import { BATCH_BYTES, Fold } from "./fold.ts";
-import { JournalDamage } from "../journal/format.ts";
+import { matchGenerations } from "../event/generations.ts";
+import { type Block, isComplete, readBlocks, readHandle, withoutBom } from "../event/lines.ts";
+import { JournalBehind, JournalDamage } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import {
+  type Checkpoint,
+  fileKey,
   frameDigest,
   journalKey,
+  listFileCheckpoints,
   openCheckpoint,
   parseFrameDigest,
   readPosted,
 } from "../ledger/checkpoints.ts";
-import type { BatchReader } from "./file-batches.ts";
+import { type Database, Unavailable } from "../ledger/database.ts";
+import type { Batch } from "../ledger/ledger.ts";
+import { type BatchLimit, Fold, MAX_BATCH_BYTES } from "./fold.ts";
 
-/** While a posting is on its way, the journal is looked at this often for more. */
-const LOOK_MS = 5;
-/** A database that cannot be asked is tried again after this long. */
-const ASK_AGAIN_MS = 500;
+/** While a posting is in progress, the journal is polled this often for more. */
+const POLL_MS = 5;
+const BLOCK_BYTES = 1024 * 1024;
 
-/** Batches of `journal` from its checkpoint on; `ahead` as `Fold` wants it. Throws JournalDamage. */
-export async function openJournalSource(
-  database: Database,
-  path: string,
+export interface BatchReader extends AsyncDisposable {
+  /** Where it began: at the checkpoint. */
+  readonly from: number;
+  /** How many bytes there are, when it was opened. */
+  readonly bytes: number;
+  /**
+   * The next batch, or `null` when everything complete has been given. It cannot be posted before
+   * `posting` settles: what arrives until then can be part of it.
+   */
+  next(posting: Promise<unknown>): Promise<Batch | null>;
+}
+
+/** What batches are made of. */
+export interface BatchSource {
+  database: Database;
+  path: string;
+  limit: BatchLimit;
+  /** How far sources are posted, where that is further than the journal expects (see Fold). */
+  ahead: ReadonlyMap<string, number>;
+}
+
+/** Batches of `journal` from its checkpoint on. Throws JournalBehind, JournalDamage or Unavailable. */
+export async function openJournalBatches(
+  { database, path, limit, ahead }: BatchSource,
   journal: JournalReader,
-  effort: BatchLimit,
-  ahead: ReadonlyMap<string, number>,
 ): Promise<BatchReader> {
   const key = journalKey(journal.id);
-  const { position: from, digest } = await openCheckpoint(database, key, null);
-  if (from > (await journal.end()))
-    throw new JournalDamage(path, await journal.end(), `the ledger has posted up to ${from}`);
-  if (from < journal.start)
-    throw new JournalDamage(
-      path,
-      0,
-      `the ledger has posted up to ${from}, but what is kept begins at ${journal.start}; put the segments between back`,
-    );
-  // An older copy that was put back and has grown since holds other events at these positions.
-  const { position: at = 0, header = "" } = parseFrameDigest(digest) ?? {};
-  const found = header ? await journal.read(at).catch((error: Error) => error) : [];
-  const last = found instanceof Error ? null : found[0];
-  // Asked afterwards: what is posted may be let go of at any moment.
-  const isKept = async () => at >= ((await openJournalReader(path))?.start ?? 0);
-  if (header && (last?.header !== header || last.to !== from) && (await isKept())) {
-    if (found instanceof Error) throw found;
-    const what = `the ledger has posted another frame here: ${header}`;
-    throw new JournalDamage(path, at, what);
-  }
+  const checkpoint = await openCheckpoint(database, key, null);
+  await checkCheckpoint(checkpoint, path, journal);
   const posted = new Map(ahead);
+  const { position: from } = checkpoint;
   let position = from;
 
   return {
     from,
-    async next(busy) {
-      let isBusy = true;
-      const ready = busy.then(
-        () => (isBusy = false),
-        () => (isBusy = false),
+    bytes: await journal.end(),
+    async next(posting) {
+      let isPosting = true;
+      const ready = posting.then(
+        () => (isPosting = false),
+        () => (isPosting = false),
       );
-      const fold = new Fold(effort.users, posted);
-      const batchFrom = position;
-      let last = "";
-      while (!fold.full && position - batchFrom < BATCH_BYTES) {
-        const frames = await journal.read(position).catch(async (error) => {
-          const now = await readPosted(database, journal.id);
-          if (now <= batchFrom) throw error;
-          throw new Unavailable("another processor has posted this, and let go of it", true);
-        });
+      const fold = new Fold(limit.maxUsers, posted);
+      const start = position;
+      let digest = "";
+      while (!fold.isFull && position - start < MAX_BATCH_BYTES) {
+        const frames = await journal.read(position).catch((error) => unlessPosted(error, start));
         for (const { from, to, header, payload } of frames) {
           fold.addFrame(payload, to - payload.length);
-          last = frameDigest(from, header);
+          digest = frameDigest(from, header);
           position = to;
-          if (fold.full) break;
+          if (fold.isFull) break;
         }
         if (frames.length > 0) continue;
-        if (position === batchFrom || !isBusy) break;
-        await Promise.race([ready, Bun.sleep(LOOK_MS)]);
+        if (position === start || !isPosting) break;
+        await Promise.race([ready, Bun.sleep(POLL_MS)]);
       }
-      if (position === batchFrom) return null;
-      for (const [name, { to }] of fold.sources) if (posted.has(name)) posted.set(name, to);
-      // What the writer has not synced yet could still be lost: the ledger must not be ahead.
-      await journal.sync();
-      // A frame whose sync failed is taken back by the writer, although ours may have succeeded.
-      if ((await journal.end()) < position)
-        throw new Error(`${path}: its writer has taken back what it could not sync`);
-      return fold.batch(key, batchFrom, position, last);
+      if (position === start) return null;
+      for (const [source, { to }] of fold.sources) if (posted.has(source)) posted.set(source, to);
+      await syncUpTo(position);
+      return fold.batch(key, start, position, digest);
     },
+    async [Symbol.asyncDispose]() {},
   };
+
+  /** What cannot be read may have been posted by another processor, and deleted. */
+  async function unlessPosted(error: unknown, start: number): Promise<never> {
+    if ((await readPosted(database, journal.id)) <= start) throw error;
+    throw new Unavailable("another processor has posted and deleted this segment", true);
+  }
+
+  /** What the writer has not synced yet could still be lost: the ledger must not be ahead of the disk. */
+  async function syncUpTo(position: number): Promise<void> {
+    await journal.sync();
+    // A frame whose sync failed is truncated by the writer, although ours may have succeeded.
+    if ((await journal.end()) < position)
+      throw new Error(`${path}: its writer has truncated a frame that it could not sync`);
+  }
+}
+
+/** Throws where the journal does not hold what the ledger has posted of it. */
+async function checkCheckpoint(
+  { position, digest }: Checkpoint,
+  path: string,
+  journal: JournalReader,
+): Promise<void> {
+  const end = await journal.end();
+  if (position > end)
+    throw new JournalBehind(
+      path,
+      `it ends at position ${end}, but the ledger has posted it up to ${position}`,
+    );
+  if (position < journal.start)
+    throw new JournalDamage(
+      path,
+      0,
+      `the ledger has posted it up to position ${position}, but what is kept begins at ${journal.start}; restore the segments in between`,
+    );
+  const posted = parseFrameDigest(digest);
+  if (!posted) return;
+  // An older copy that was restored and has grown since holds other events at these positions.
+  const found = await journal.read(posted.position).catch((error: Error) => error);
+  const frame = found instanceof Error ? null : found[0];
+  if (frame?.header === posted.header && frame.to === position) return;
+  // Asked only now: what is posted may be deleted at any moment.
+  if (posted.position < ((await openJournalReader(path))?.start ?? 0)) return;
+  if (found instanceof Error) throw found;
+  throw new JournalBehind(
+    path,
+    `at position ${posted.position} the ledger has posted another frame: ${posted.header}`,
+  );
 }
 
 /**
- * A journal that ends before what the ledger has posted of it is an older copy: what it takes would
- * never be posted. `asked` settles when the database was asked once, `compared` when it has answered
- * or `stop` is told. Both throw JournalDamage.
+ * Batches of the file at `path` from where it was left. The file stays the one that was opened, even if
+ * another one takes its name. `leftOver` gets the length of an incomplete last line.
  */
-export function compareWithLedger(path: string, database: Database, stop: AbortSignal) {
-  const asked = reachesLedger(path, database);
-  const untilAnswered = async () => {
-    for (let answer = asked; !(await answer); answer = reachesLedger(path, database)) {
-      await sleep(ASK_AGAIN_MS, null, { signal: stop }).catch(() => {});
-      if (stop.aborted) return;
-    }
-  };
-  return { asked, compared: untilAnswered() };
-}
-
-/** `false`: the database cannot be asked. */
-async function reachesLedger(path: string, database: Database): Promise<boolean> {
-  const reader = await openJournalReader(path);
-  if (!reader) return true;
+export async function openFileBatches(
+  { database, path, limit }: BatchSource,
+  leftOver: (bytes: number) => void,
+): Promise<BatchReader> {
+  const handle = await open(path);
   try {
-    const posted = await readPosted(database, reader.id);
-    // Read after the checkpoint: what is posted was in the file before.
-    const end = await reader.end();
-    if (posted <= end) return true;
-    const what = `it ends there, but the ledger has posted it up to ${posted}`;
-    throw new JournalDamage(path, end, what);
+    const read = readHandle(handle);
+    const { size } = await handle.stat();
+    const { key, from, hash } = await findGeneration(database, handle, basename(path));
+    const blocks = readBlocks(read, from, BLOCK_BYTES);
+    let offset = from;
+    return {
+      from,
+      bytes: size,
+      async next() {
+        const fold = new Fold(limit.maxUsers);
+        const start = offset;
+        while (!fold.isFull && offset - start < MAX_BATCH_BYTES) {
+          const { value: block } = await blocks.next();
+          if (!block) break;
+          if (!block.whole && !isComplete(block.bytes)) {
+            leftOver(block.to - block.from);
+            break;
+          }
+          addBlock(fold, block);
+          hash.update(block.bytes);
+          offset = block.to;
+        }
+        if (offset === start) return null;
+        return fold.batch(key, start, offset, hash.copy().digest("hex"));
+      },
+      [Symbol.asyncDispose]: () => handle.close(),
+    };
   } catch (error) {
-    if (error instanceof Unavailable) return false;
+    await handle.close();
     throw error;
   }
+}
+
+function addBlock(fold: Fold, block: Block): void {
+  if (block.tooLong === "first part")
+    fold.quarantine(block.bytes, block.from, "too long to be an event");
+  const lines = linesOf(block);
+  fold.addLines(lines.bytes, lines.from);
+  // If the file grows, a line ends here all the same.
+  if (!block.whole) fold.leaveOut(block.to, block.to, "end of a line without newline");
+}
+
+/** The lines of a block of a file, and the offset of their first byte. */
+export function linesOf(block: Block): { bytes: Uint8Array; from: number } {
+  if (block.tooLong) return { bytes: new Uint8Array(), from: block.from };
+  const bytes = block.from === 0 ? withoutBom(block.bytes) : block.bytes;
+  return { bytes, from: block.from + block.bytes.length - bytes.length };
+}
+
+/** The generation of `name` whose posted bytes the file begins with, or a new one. `hash` is of those bytes. */
+async function findGeneration(
+  database: Database,
+  handle: FileHandle,
+  name: string,
+): Promise<{ key: string; from: number; hash: Bun.CryptoHasher }> {
+  const known = await listFileCheckpoints(database, name);
+  const generations = known.map((each) => ({ ...each, offset: each.position }));
+  const { size } = await handle.stat();
+  const match = (await matchGenerations(readHandle(handle), size, generations)).at(-1);
+  if (match) return { key: match.generation.key, from: match.generation.offset, hash: match.hash };
+
+  const key = fileKey(name, Math.max(0, ...known.map(({ generation }) => generation)) + 1);
+  const hash = new Bun.CryptoHasher("sha256");
+  const { position } = await openCheckpoint(database, key, hash.copy().digest("hex"));
+  if (position === 0) return { key, from: 0, hash };
+  // Another process has opened this generation and posted some of it: are those our bytes?
+  return findGeneration(database, handle, name);
 }

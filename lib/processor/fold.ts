@@ -1,15 +1,18 @@
 /**
- * Folding: many event lines become one change for each user. Bounded by what one transaction
- * should hold, whatever the size of the source.
+ * Folding: many event lines become one change for each user, bounded by what one transaction should
+ * hold, however large the source is.
  */
 import { formatAmount } from "../event/amount.ts";
 import {
   type Change,
   decodeEvent,
-  openScanner,
   InvalidEvent,
+  openScanner,
   scannedChange,
 } from "../event/event.ts";
+import { eachEvent, SHOWN_BYTES } from "../event/lines.ts";
+import { Sums } from "../event/sums.ts";
+import { parseSourceMark, type SourceMark } from "../journal/source-mark.ts";
 import { sentKey } from "../ledger/checkpoints.ts";
 import {
   type Batch,
@@ -19,73 +22,92 @@ import {
   type SourceMove,
   type Uncounted,
 } from "../ledger/ledger.ts";
-import { eachEvent, SHOWN_BYTES } from "../event/lines.ts";
-import { parseSourceMark, type SourceMark } from "../journal/source-mark.ts";
-import { Sums } from "../event/sums.ts";
 
-/** A claim is as much work as some users, and as much memory as many: with 80,000 of them 446 MB. */
-const CLAIM_USERS = 10;
+/** A claim is as much work as a few users, and as much memory as many: 80,000 of them took 446 MB. */
+const USERS_PER_CLAIM = 10;
 const MAX_QUARANTINED = 1_000;
-/** The bytes of a source that are folded into one transaction: what a restart may do again. */
-export const BATCH_BYTES = 128 * 1024 * 1024;
+/** The bytes that are folded into one transaction, and so what a restart may have to repeat. */
+export const MAX_BATCH_BYTES = 128 * 1024 * 1024;
+
+const MAX_USERS = 200_000;
+const MIN_USERS = 1_000;
+const MIN_TIMEOUT_MS = 10_000;
+const MAX_TIMEOUT_MS = 120_000;
+
+/**
+ * An adaptive limit: a batch that failed is retried smaller, and with more time. A slow database, or one
+ * that loses connections, still makes progress. (50,000 users, with the backend terminated every 100 ms,
+ * never did.)
+ */
+export class BatchLimit {
+  /** One transaction changes about this many balances; 200,000 take some 0.8 s. */
+  maxUsers = MAX_USERS;
+  /** Postgres cancels the statement after this time, which releases its locks. */
+  timeoutMs = MIN_TIMEOUT_MS;
+
+  /** Quarters the batch size; if the attempt timed out, also doubles the timeout. */
+  failed(ms: number): void {
+    this.maxUsers = Math.max(MIN_USERS, Math.floor(this.maxUsers / 4));
+    if (ms >= this.timeoutMs) this.timeoutMs = Math.min(MAX_TIMEOUT_MS, this.timeoutMs * 2);
+  }
+
+  succeeded(): void {
+    this.maxUsers = Math.min(MAX_USERS, this.maxUsers * 2);
+    this.timeoutMs = MIN_TIMEOUT_MS;
+  }
+}
 
 export class Fold {
   /** By how much each user's balance changes. */
   readonly changes = new Sums();
-  private readonly scanner = openScanner();
-  /** Events with an id: whether they count is for the ledger to say. */
+  /** Events with an id; the ledger decides whether they count. */
   readonly claims = new Map<string, Claim>();
-  /** Other events under these ids: one of them may be the one that came before. */
-  readonly rivals: Claim[] = [];
+  /** Other events under these ids: one of them may be the one that was posted before. */
+  readonly conflicts: Claim[] = [];
   readonly quarantined: Quarantined[] = [];
-  /** What does not count, whatever the ledger says; neighbours are one range. */
+  /** What does not count, whatever the ledger says; neighbours share a range. */
   readonly uncounted: Uncounted[] = [];
-  /** The sources of the journal that move, by their names in the ledger. */
+  /** The sources that move, by their checkpoint keys. */
   readonly sources = new Map<string, SourceMove>();
   events = 0;
-  /** Events that came before, as far as the fold can know. */
+  /** Events that were posted before, as far as the fold can tell. */
   private duplicates = 0;
-  /** How many of them were there before, in the same batch. */
+  /** How many of them repeat an event of the same batch. */
   private repeated = 0;
-  /** The `turn` in which the last of `uncounted` was added. */
-  private uncountedAt = -1;
+  /** The `run` in which the last of `uncounted` was added. */
+  private uncountedRun = -1;
+  private readonly scanner = openScanner();
 
   /**
-   * `mostUsers`: about so many balances change in one transaction. `posted` says how far sources of the journal are already posted, where that is known to be
-   * further than the journal expects: a source that has moved from one server to another.
+   * About `maxUsers` balances change in one transaction. `posted` says how far sources are posted, by
+   * checkpoint key, where that is further than the journal expects: a source that moved from one
+   * server to another.
    */
   constructor(
-    private readonly mostUsers: number,
+    private readonly maxUsers: number,
     private readonly posted: ReadonlyMap<string, number> = new Map(),
   ) {}
 
   /** Whether it is time to post. */
-  get full(): boolean {
+  get isFull(): boolean {
+    const maxClaims = this.maxUsers / USERS_PER_CLAIM;
     return (
-      this.changes.size >= this.mostUsers ||
-      this.claims.size >= this.mostUsers / CLAIM_USERS ||
-      this.sources.size >= this.mostUsers / CLAIM_USERS ||
-      this.uncounted.length >= this.mostUsers / CLAIM_USERS ||
-      this.quarantined.length + this.rivals.length >= MAX_QUARANTINED
+      this.changes.size >= this.maxUsers ||
+      this.claims.size >= maxClaims ||
+      this.sources.size >= maxClaims ||
+      this.uncounted.length >= maxClaims ||
+      this.quarantined.length + this.conflicts.length >= MAX_QUARANTINED
     );
   }
 
-  /** Adds the lines of a frame, whose first byte is at `position` of the journal. */
+  /** Adds the lines of a frame, the first byte of which is at `position` of the journal. */
   addFrame(payload: Uint8Array, position: number): void {
-    let mark: SourceMark | null = null;
-    let postedTo = 0;
-    let end = 0;
-    let index = 0;
-    /** Whether an event of `length` bytes counts, and what of its source it ends. */
-    const counts = (at: number, length: number) => {
-      if (!mark || index >= mark.events) return true;
-      // `ends` counts from the mark's own beginning.
-      const ends = mark.ends ? mark.from + (mark.ends[index] ?? 0) : end + length;
-      end = ends + 1;
-      index++;
-      if (ends > postedTo) return true;
+    let source: SourceProgress | null = null;
+    /** Whether the event of `length` bytes at index `at` counts. */
+    const counts = (at: number, length: number): boolean => {
+      if (source === null || source.advance(length)) return true;
       this.duplicates++;
-      this.leaveOut(position + at, position + at + length, "came by another server");
+      this.leaveOut(position + at, position + at + length, "stored by another server before");
       return false;
     };
     eachEvent(
@@ -95,18 +117,14 @@ export class Fold {
         if (counts(at, this.scanner.end - at)) this.addScanned(payload, position + at, at);
       },
       (line, at) => {
-        const next = parseSourceMark(line);
-        if (next) {
-          mark = next;
-          postedTo = this.moveSource(next);
-          end = next.from;
-          index = 0;
-        } else if (counts(at, line.length)) this.add(line, position + at);
+        const mark = parseSourceMark(line);
+        if (mark) source = new SourceProgress(mark, this.moveSource(mark));
+        else if (counts(at, line.length)) this.add(line, position + at);
       },
     );
   }
 
-  /** Adds lines of a file, whose first byte is at `position`. */
+  /** Adds lines of a file, the first byte of which is at offset `position`. */
   addLines(bytes: Uint8Array, position: number): void {
     eachEvent(
       bytes,
@@ -116,7 +134,40 @@ export class Fold {
     );
   }
 
-  /** Adds what the scanner has found at `at` in `bytes`. */
+  /** Adds the line that begins at `position`; quarantines it if it is no valid event. */
+  add(line: Uint8Array, position: number): void {
+    const decoded = decodeEvent(line);
+    if (decoded instanceof InvalidEvent) return this.quarantine(line, position, decoded.reason);
+    const { userId, sign, amount, id } = decoded;
+    if (id !== undefined && sign !== 0)
+      return this.claim(position, position + line.length, { ...decoded, id });
+    if (sign !== 0) this.changes.addTo(userId, amount);
+    this.events++;
+  }
+
+  quarantine(line: Uint8Array, position: number, reason: string): void {
+    // Postgres' text holds no NUL; what is not UTF-8 is shown as U+FFFD.
+    const shown = Buffer.from(line.subarray(0, SHOWN_BYTES)).toString().replaceAll("\0", "\ufffd");
+    this.quarantined.push({ position, reason, line: shown });
+  }
+
+  /** Notes that whatever begins in bytes `from` to `to` does not count. */
+  leaveOut(from: number, to: number, why: string): void {
+    const last = this.uncounted.at(-1);
+    if (last && this.uncountedRun === this.run && to > from) last.to = to;
+    else this.uncounted.push({ from, to, why });
+    this.uncountedRun = this.run;
+  }
+
+  /** The batch to post for bytes `from` to `to` of the journal or file with this checkpoint key. */
+  batch(key: string, from: number, to: number, digest: string | null): Batch {
+    const { changes, claims, conflicts, quarantined, uncounted, sources, events, duplicates } =
+      this;
+    const content = { changes, claims, conflicts, quarantined, uncounted, sources };
+    return { key, from, to, digest, ...content, events, duplicates };
+  }
+
+  /** Adds the event that the scanner found at index `at` of `bytes`. */
   private addScanned(bytes: Uint8Array, position: number, at: number): void {
     const { userFrom, userTo, hash, idTo, sign, whole, billionths, end } = this.scanner;
     if (sign === 0) {
@@ -133,32 +184,21 @@ export class Fold {
 
   /** Moves a source, and returns how far it was before: what ends there or earlier has counted. */
   private moveSource({ name, from, to, digest }: SourceMark): number {
-    const source = sentKey(name);
-    const begin = this.posted.get(source) ?? from;
-    const move = this.sources.get(source) ?? { source, from: begin, to: begin, digest: null };
-    this.sources.set(source, to >= move.to ? { ...move, to, digest } : move);
+    const key = sentKey(name);
+    const start = this.posted.get(key) ?? from;
+    const move = this.sources.get(key) ?? { key, from: start, to: start, digest: null };
+    this.sources.set(key, to >= move.to ? { ...move, to, digest } : move);
     return move.to;
-  }
-
-  /** Adds the line that begins at `position` of its source; quarantines what is not an event. */
-  add(line: Uint8Array, position: number): void {
-    const decoded = decodeEvent(line);
-    if (decoded instanceof InvalidEvent) return this.quarantine(line, position, decoded.reason);
-    const { userId, sign, amount, id } = decoded;
-    if (id !== undefined && sign !== 0)
-      return this.claim(position, position + line.length, { ...decoded, id });
-    if (sign !== 0) this.changes.addTo(userId, amount);
-    this.events++;
   }
 
   private claim(from: number, to: number, change: Change & { id: string }): void {
     const { id, userId, amount } = change;
     const event = identityOf(change);
-    const claim = { id, userId, amount, event, position: from, to, turn: this.turn };
+    const claim = { id, userId, amount, event, from, to, run: this.run };
     const first = this.claims.get(id);
     this.events++;
     if (!first) this.claims.set(id, claim);
-    else if (first.event !== event) this.rivals.push(claim);
+    else if (first.event !== event) this.conflicts.push(claim);
     else {
       this.repeated++;
       this.duplicates++;
@@ -167,32 +207,35 @@ export class Fold {
   }
 
   /**
-   * Changes with each line that may count, now or when it is tried again out of quarantine: what is
-   * left out in the same turn can be one range.
+   * Changes with each line that may count, now or when it is retried out of quarantine. What is left
+   * out during one run can share a range.
    */
-  private get turn(): number {
+  private get run(): number {
     return this.events - this.repeated + this.quarantined.length;
   }
+}
 
-  /** Notes that what begins in bytes `from` to `to` of the source does not count. */
-  leaveOut(from: number, to: number, why: string): void {
-    const last = this.uncounted.at(-1);
-    if (last && this.uncountedAt === this.turn && to > from) last.to = to;
-    else this.uncounted.push({ from, to, why });
-    this.uncountedAt = this.turn;
+/** Where each event of a source mark ends in its source, and whether that was posted before. */
+class SourceProgress {
+  private end: number;
+  private index = 0;
+
+  constructor(
+    private readonly mark: SourceMark,
+    private readonly postedTo: number,
+  ) {
+    this.end = mark.from;
   }
 
-  /** What to post for bytes `from` to `to` of `source`. */
-  batch(source: string, from: number, to: number, digest: string | null): Batch {
-    const { changes, claims, rivals, quarantined, uncounted, sources, events, duplicates } = this;
-    const content = { changes, claims, rivals, quarantined, uncounted, sources, events };
-    return { source, from, to, digest, ...content, duplicates };
-  }
-
-  quarantine(line: Uint8Array, position: number, reason: string): void {
-    // Postgres' text holds no NUL, and what is not UTF-8 is shown as U+FFFD.
-    const shown = Buffer.from(line.subarray(0, SHOWN_BYTES)).toString().replaceAll("\0", "\ufffd");
-    this.quarantined.push({ position, reason, line: shown });
+  /** Whether the next event, of `length` bytes, counts. Events behind those of the mark do. */
+  advance(length: number): boolean {
+    const { mark } = this;
+    if (this.index >= mark.events) return true;
+    // `ends` counts from the mark's own beginning.
+    const end = mark.ends ? mark.from + (mark.ends[this.index] ?? 0) : this.end + length;
+    this.end = end + 1;
+    this.index++;
+    return end > this.postedTo;
   }
 }
 
@@ -203,7 +246,7 @@ export function identityOf(change: Change & { id: string }): string {
   return JSON.stringify({ id, userId, name, value });
 }
 
-/** The line of an event that is told by its identity. */
+/** The line of an event that has this identity. */
 export function lineOf(identity: string): string {
   const { value, ...others } = JSON.parse(identity) as { value: string };
   return `${JSON.stringify(others).slice(0, -1)},"value":${value}}`;

@@ -25,7 +25,7 @@ import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import { type Checkpoint, journalKey, parseKey } from "../ledger/checkpoints.ts";
 import { matchGenerations } from "../event/generations.ts";
 import { eachEvent, readBlocks, readFile } from "../event/lines.ts";
-import { linesOf } from "./file-batches.ts";
+import { linesOf } from "./batches.ts";
 import { parseSourceMark } from "../journal/source-mark.ts";
 import { Sums } from "../event/sums.ts";
 

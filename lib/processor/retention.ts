@@ -17,13 +17,15 @@ const LOOK_EVERY_MS = 2_000;
 const DAY_MS = 24 * 3600 * 1000;
 
 /** Looks now and then, until told to stop, whether segments of the journal `path` may go. */
-export async function retain(
-  database: Database,
-  path: string,
-  keepDays: number,
-  stop: AbortSignal,
-  say: (line: string) => void,
-): Promise<void> {
+export async function retain(options: {
+  database: Database;
+  /** The journal's active file. */
+  path: string;
+  keepDays: number;
+  stop: AbortSignal;
+  say(line: string): void;
+}): Promise<void> {
+  const { database, path, keepDays, stop, say } = options;
   let trouble = "";
   while (!stop.aborted) {
     try {

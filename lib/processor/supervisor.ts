@@ -1,22 +1,27 @@
 /**
- * Runs the processor in a Worker and starts it again when it dies. The driver's faults are the
- * reason: what it throws outside of every promise ends the Worker and not the process, and a
- * promise that it forgets shows as a Worker that ends without a word.
+ * Runs the processor in a Worker and restarts it when it dies. The reason is the driver: an error that
+ * it throws outside every promise ends the Worker and not the process, and a promise that it never
+ * settles shows as a Worker that ends silently.
  */
+import { join } from "node:path";
+
+import type { SettingsOf } from "../config.ts";
+import { JOURNAL_FILE } from "../journal/writer.ts";
+import { type Lock, waitForLock } from "../lock.ts";
+
+/** A processor that waits for another one to end says so after this long. */
+const STAND_BY_MS = 500;
+const MIN_PAUSE_MS = 100;
+const MAX_PAUSE_MS = 2_000;
+const STOP_MS = 3_000;
 
 /** What a processor has to do: post `files` and end, or follow the journal when there are none. */
 export interface Job {
-  dataDir: string;
-  databaseUrl: string | null;
-  idDays: number;
-  /** Full files of the journal are kept for so long; `null`: for ever. */
-  keepDays: number | null;
-  /** The kinds of events, as EVENT_TYPES has them. */
-  eventTypes: string;
+  settings: SettingsOf<"processor">;
   files: string[];
 }
 
-/** What it tells on the way. `failed` is final. */
+/** What the processor reports. `failed` is final. */
 export type Report =
   | { type: "say"; line: string; level?: "warn" | "error" }
   | { type: "opened"; file: string; bytes: number; from: number }
@@ -24,11 +29,11 @@ export type Report =
       type: "posted";
       events: number;
       quarantined: number;
-      /** Events among them that had come before. */
+      /** Events among them that had been posted before. */
       duplicates: number;
       bytes: number;
       users: number;
-      /** How long the posting took. */
+      /** Duration of the transaction. */
       ms: number;
     }
   | { type: "done" }
@@ -37,26 +42,43 @@ export type Report =
 export interface Supervised {
   /** Settles when the job is done or has failed, or after `stop`. */
   readonly ended: Promise<void>;
-  /** Lets the posting that is under way finish, for at most 3 s. */
+  /** Lets the posting in progress finish, for at most 3 s. */
   stop(): Promise<void>;
 }
 
-const FIRST_PAUSE_MS = 100;
-const MAX_PAUSE_MS = 2_000;
-const STOP_MS = 3_000;
+/**
+ * Waits until no other processor follows the journal in `dataDir`. Returns the lock that keeps others
+ * waiting, or `null` when `stop` is aborted first.
+ */
+export async function acquireProcessorLock(
+  dataDir: string,
+  stop: AbortSignal,
+  say: (line: string) => void,
+): Promise<Lock | null> {
+  const standBy = "standing by: another processor follows this journal";
+  const timer = setTimeout(say, STAND_BY_MS, standBy);
+  try {
+    const lock = await waitForLock(join(dataDir, "processor.lock"), stop);
+    if (lock) say(`following ${join(dataDir, JOURNAL_FILE)}`);
+    return lock;
+  } finally {
+    clearTimeout(timer);
+  }
+}
 
+/** Starts `job`, and restarts it until it is done, fails or is stopped. */
 export function supervise(job: Job, report: (report: Report) => void): Supervised {
   const { promise: ended, resolve: end } = Promise.withResolvers<void>();
   let worker: Worker;
-  let stopping = false;
-  let finished = false;
-  let pauseMs = FIRST_PAUSE_MS;
+  let isStopping = false;
+  let isFinished = false;
+  let pauseMs = MIN_PAUSE_MS;
   start();
 
   return {
     ended,
     async stop() {
-      stopping = true;
+      isStopping = true;
       worker.postMessage("stop");
       const timer = setTimeout(() => {
         worker.terminate();
@@ -71,25 +93,25 @@ export function supervise(job: Job, report: (report: Report) => void): Supervise
     worker = new Worker(new URL("./worker.ts", import.meta.url));
     worker.postMessage(job);
     worker.onmessage = ({ data }: MessageEvent<Report>) => {
-      pauseMs = FIRST_PAUSE_MS;
-      finished ||= data.type === "done" || data.type === "failed";
+      pauseMs = MIN_PAUSE_MS;
+      isFinished ||= data.type === "done" || data.type === "failed";
       report(data);
     };
     worker.onerror = (event) => {
       event.preventDefault();
-      report({ type: "say", level: "error", line: `processor: ${whatWasThrown(event.message)}` });
+      report({ type: "say", level: "error", line: `processor: ${errorOf(event.message)}` });
     };
     worker.addEventListener("close", () => {
-      if (finished || stopping) return end();
-      report({ type: "say", level: "error", line: "processor: died; starting it again" });
-      setTimeout(() => (stopping ? end() : start()), pauseMs);
+      if (isFinished || isStopping) return end();
+      report({ type: "say", level: "error", line: "processor: died; restarting it" });
+      setTimeout(() => (isStopping ? end() : start()), pauseMs);
       pauseMs = Math.min(pauseMs * 2, MAX_PAUSE_MS);
     });
   }
 }
 
-/** Bun gives the lines of the source around it, a caret below them, the error, and the stack. */
-function whatWasThrown(message: string): string {
+/** The error alone: Bun's message also has the source lines around it, a caret, and the stack. */
+function errorOf(message: string): string {
   const [, error] = /^ *\^\n(.*)$/m.exec(message) ?? [];
   return error ?? (message.split("\n")[0] as string);
 }

@@ -8,6 +8,7 @@ import { rebuild, verify } from "./verify.ts";
 import { check, repair } from "./check.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
 import { type Database, openDatabase, CannotProceed } from "../ledger/database.ts";
+import type { SettingsOf } from "../config.ts";
 import { setEventTypes } from "../event/event.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { listQuarantine, retryQuarantine } from "./quarantine.ts";
@@ -46,11 +47,9 @@ const TOOLS: Record<ToolName, (parts: Parts) => Promise<number>> = {
 };
 
 /** Returns the exit code; 2 where the tool refuses, which is said. */
-export async function useTool(
+export async function runTool(
   name: ToolName,
-  files: string[],
-  yes: boolean,
-  settings: { DATA_DIR: string; DATABASE_URL: string | undefined; EVENT_TYPES: string },
+  { files, yes, settings }: { files: string[]; yes: boolean; settings: SettingsOf<"processor"> },
 ): Promise<number> {
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl, EVENT_TYPES: eventTypes } = settings;
   setEventTypes(eventTypes);

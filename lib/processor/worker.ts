@@ -1,14 +1,14 @@
 /**
- * The processor's Worker: does one job with a database of its own, tells how it goes, and ends. A
- * module of its own because a Worker shares no code with the thread that starts it: whatever is
- * imported here is loaded a second time.
+ * The processor's Worker: does one job with a database of its own, reports, and ends. It is a module of
+ * its own because a Worker shares no code with the thread that starts it: each import here is loaded a
+ * second time.
  */
 import { join } from "node:path";
 
-import { ledgerUrl } from "../postgres/cluster.ts";
-import { openDatabase } from "../ledger/database.ts";
 import { setEventTypes } from "../event/event.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
+import { openDatabase } from "../ledger/database.ts";
+import { ledgerUrl } from "../postgres/cluster.ts";
 import { follow, postFile } from "./posting.ts";
 import type { Job, Report } from "./supervisor.ts";
 
@@ -19,12 +19,16 @@ self.onmessage = ({ data }: MessageEvent<Job | "stop">) => {
 };
 
 async function work(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
-  setEventTypes(job.eventTypes);
+  const { settings, files } = job;
+  setEventTypes(settings.EVENT_TYPES);
   const database = openLedger(job);
   try {
-    if (job.files.length === 0)
-      await Promise.all([follow(database, job, stop, report), letGo(job, stop, report)]);
-    for (const file of job.files) await postFile(database, file, stop, report);
+    if (files.length === 0)
+      await Promise.all([
+        follow(database, settings, stop, report),
+        deleteOldSegments(job, stop, report),
+      ]);
+    for (const file of files) await postFile(database, file, stop, report);
     report({ type: "done" });
   } catch (error) {
     report({ type: "failed", line: (error as Error).message });
@@ -32,17 +36,23 @@ async function work(job: Job, stop: AbortSignal, report: (report: Report) => voi
   await database.close();
 }
 
-/** Beside the posting, with a connection of its own. */
-async function letGo(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
-  if (job.keepDays === null) return;
+/** Runs beside the posting, with a connection of its own. */
+async function deleteOldSegments(
+  job: Job,
+  stop: AbortSignal,
+  report: (report: Report) => void,
+): Promise<void> {
+  const { JOURNAL_KEEP_DAYS: keepDays, DATA_DIR: dataDir } = job.settings;
+  if (keepDays === undefined) return;
   const { retain } = await import("./retention.ts");
   const database = openLedger(job);
-  await retain(database, join(job.dataDir, JOURNAL_FILE), job.keepDays, stop, (line) =>
-    report({ type: "say", line: `processor: ${line}` }),
-  );
+  const path = join(dataDir, JOURNAL_FILE);
+  const say = (line: string) => report({ type: "say", line: `processor: ${line}` });
+  await retain({ database, path, keepDays, stop, say });
   await database.close();
 }
 
-function openLedger({ dataDir, databaseUrl }: Job) {
+function openLedger({ settings }: Job) {
+  const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null } = settings;
   return openDatabase(ledgerUrl(dataDir, databaseUrl), "processor", 1);
 }

@@ -1,45 +1,43 @@
 /**
- * The HTTP side: every route with its types, over a journal and a database that are open. What a route
- * promises is in its `detail`; what goes wrong leaves as a Problem.
+ * The HTTP API: every route with its types, over a journal and a database that are open. The handlers
+ * stand below the routes. What a route promises is in its `detail`; failures leave as a Problem.
  */
 import { openapi } from "@elysiajs/openapi";
 import { Elysia, t } from "elysia";
 
-import { type Access, type Asking, openAuth } from "./auth.ts";
-import {
-  describeBody,
-  describeEvent,
-  EventBody,
-  EventsBody,
-  readEvent,
-  readEvents,
-} from "./body.ts";
-import { type Database, Unavailable } from "../ledger/database.ts";
 import { isUserId } from "../event/event.ts";
-import type { EventSchema } from "./event-schema.ts";
-import { type Journal, JournalFull } from "../journal/writer.ts";
-import type { LagWatch } from "./lag.ts";
-import { checkLedger, readBalance } from "../ledger/ledger.ts";
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
-import { type Log, watchState } from "../log.ts";
+import { type Journal, JournalFull } from "../journal/writer.ts";
+import { type Database, Unavailable } from "../ledger/database.ts";
+import { checkLedger, readBalance } from "../ledger/ledger.ts";
+import { type Log, watchHealth } from "../log.ts";
+import { type Access, openAuth } from "./auth.ts";
+import { readEvent, readEvents } from "./body.ts";
+import type { EventSchema } from "./event-schema.ts";
+import { observe } from "./listener.ts";
+import { openMemoryBudget } from "./memory.ts";
 import type { Metrics } from "./metrics.ts";
-import { watchPosted } from "./posted.ts";
-import { allowedMethods, Problem, problems, unavailable } from "./problem.ts";
-import { openRoom } from "./memory.ts";
-import { sourceHeaders, sourceName, sourceOf } from "./source-header.ts";
-import type { Sources } from "./sources.ts";
+import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
+import type { PostedWatch } from "./posted.ts";
+import { allowedMethods, Problem, problems, routeFinder, unavailable } from "./problem.ts";
+import { readSourceHeaders, requireSourceName, sourceHeaders, type Sources } from "./sources.ts";
+import type { Scope } from "./token.ts";
 
 /** `?after=` waits this long. */
 const AFTER_MS = 5_000;
+/** Bad lines listed unless `?errors=` says otherwise. */
+const DEFAULT_LISTED_ERRORS = 100;
 
-/** So many bad lines are listed for who does not say how many. */
-const LISTED = 100;
-const LISTING = t.Object(
-  { errors: t.Optional(t.Integer({ default: LISTED, minimum: 0, maximum: MAX_LISTED_ERRORS })) },
+const EventsQuery = t.Object(
+  {
+    errors: t.Optional(
+      t.Integer({ default: DEFAULT_LISTED_ERRORS, minimum: 0, maximum: MAX_LISTED_ERRORS }),
+    ),
+  },
   { additionalProperties: true },
 );
-const SOURCE = t.Object({ source: t.String() });
-const COUNTS = t.Object({
+const SourceParams = t.Object({ source: t.String() });
+const Counts = t.Object({
   accepted: t.Integer(),
   rejected: t.Integer(),
   errors: t.Array(t.Object({ line: t.Integer(), message: t.String() })),
@@ -49,38 +47,33 @@ const COUNTS = t.Object({
 /** Its type, for clients: `treaty<App>("http://…")` of `@elysiajs/eden`. */
 export type App = ReturnType<typeof createApi>;
 
-/** The routes, to be compiled and listened to. */
-export function createApi(parts: {
+export interface Parts {
   journal: Journal;
   database: Database;
   sources: Sources;
   access: Access;
   schema: EventSchema | null;
   log: Log;
-  lag: LagWatch;
+  posted: PostedWatch;
   metrics: Metrics;
   isHttps: boolean;
-}) {
-  const { journal, database, sources, access, schema, log, lag, metrics, isHttps } = parts;
+}
+
+/** The routes, ready to listen. */
+export function createApi(parts: Parts) {
+  const { journal, database, sources, access, schema, log, posted, metrics, isHttps } = parts;
   const authorize = openAuth(access);
-  const mayWrite = async ({ request, server }: Asking) =>
-    authorize({ request, server, scope: "events:write" });
-  const mayRead = async ({ request, server }: Asking) =>
-    authorize({ request, server, scope: "balances:read" });
-  const mustPresent = [{ secret: [] }];
-  const toRead = access.readingIsOpen ? {} : { security: mustPresent };
-  const taking = watchState(log, "error", "journal: events are taken again");
-  const asking = watchState(log, "warn", "database: it answers again");
-  const failing = watchState(log, "error", "");
-  const posted = watchPosted(database);
-  const room = openRoom();
+  const budget = openMemoryBudget();
+  const journalHealth = watchHealth(log, "error", "journal: events are stored again");
+  const databaseHealth = watchHealth(log, "warn", "database: available again");
+  const faults = watchHealth(log, "error", "");
   const routes: { method: string; path: string }[] = [];
 
   // Elysia looks for the path behind the eleventh character of the URL, where that of `http://x/` has
-  // begun already: 404. The other way, the seventh, finds none in HTTPS.
+  // begun already: 404. Without it, it looks behind the seventh, which finds none in HTTPS.
   const handler = { standardHostname: isHttps };
   const app = new Elysia({ normalize: false, strictPath: true, handler })
-    .use(problems((path) => allowedMethods(routes, path), failing.bad))
+    .use(problems((path) => allowedMethods(routes, path), faults.failing))
     .use(
       openapi({
         documentation: {
@@ -89,141 +82,94 @@ export function createApi(parts: {
         },
       }),
     )
-    .post(
-      "/liveEvent",
-      async ({ request, status }) => {
-        using hold = room.enter();
-        const line = await readEvent(request, hold, schema, metrics.rejected);
-        const position = positionOf(await taken(journal.append(line)));
-        metrics.accepted(1);
-        return status(201, { message: "Event sent to process", position });
+    .macro({
+      /** What a credential must grant; a token may also read the balance of its own user. */
+      grants: (scope: Scope) => ({
+        detail:
+          access.readingIsOpen && scope === "balances:read" ? {} : { security: [{ secret: [] }] },
+        transform: ({ request, server, params }) =>
+          authorize(
+            { request, server },
+            scope,
+            (params as { userid?: string } | undefined)?.userid,
+          ),
+      }),
+    })
+    .post("/liveEvent", async ({ request, status }) => status(201, await storeEvent(request)), {
+      grants: "events:write",
+      parse: "none",
+      body: EventBody,
+      response: { 201: t.Object({ message: t.String(), position: t.String() }) },
+      detail: {
+        summary: "Store one event; `Idempotency-Key` is the same as its `id`",
+        requestBody: describeBody("application/json", describeEvent(schema)),
       },
-      {
-        transform: mayWrite,
-        parse: "none",
-        body: EventBody,
-        response: { 201: t.Object({ message: t.String(), position: t.String() }) },
-        detail: {
-          summary: "Take one event; `Idempotency-Key` is the same as its `id`",
-          security: mustPresent,
-          requestBody: describeBody("application/json", describeEvent(schema)),
-        },
-      },
-    )
+    })
     .post(
       "/liveEvents",
-      async ({ request, query, status }) => {
-        using hold = room.enter();
-        const { errors: listed = LISTED } = query;
-        const lines = await readEvents(request, hold, listed, schema, metrics.rejected);
-        const { good, accepted, rejected, errors } = lines;
-        const position = positionOf(await taken(journal.append(good)));
-        metrics.accepted(accepted);
-        return status(201, { accepted, rejected, errors, position });
-      },
+      async ({ request, query, status }) => status(201, await storeEvents(request, query.errors)),
       {
-        transform: mayWrite,
+        grants: "events:write",
         parse: "none",
         body: EventsBody,
-        query: LISTING,
-        response: { 201: COUNTS },
+        query: EventsQuery,
+        response: { 201: Counts },
         detail: {
-          summary: "Take many events, one a line; the good lines together, the bad ones listed",
-          security: mustPresent,
-          requestBody: describeBody("application/x-ndjson", { type: "string" }),
+          summary: "Store many events, one a line; the good lines together, the bad ones listed",
+          requestBody: describeBody("application/x-ndjson"),
         },
       },
     )
     .head(
       "/sources/:source",
       async ({ params, set }) => {
-        const source = await answered(sources.look(sourceName(params.source)));
-        if (!source) throw new Problem(404, "nothing of this source has been taken");
         set.status = 204;
-        Object.assign(set.headers, sourceHeaders(source));
-        set.headers["journal-position"] = here();
+        Object.assign(set.headers, await readSource(params.source));
       },
       {
-        transform: mayWrite,
-        params: SOURCE,
-        detail: { summary: "How much of a source is taken", security: mustPresent },
+        grants: "events:write",
+        params: SourceParams,
+        detail: { summary: "How much of a source is stored" },
       },
     )
     .patch(
       "/sources/:source",
       async ({ request, params, query, set }) => {
-        const name = sourceName(params.source);
-        const { offset: from, digest } = sourceOf(request.headers);
-        using hold = room.enter();
-        const { errors: listed = LISTED } = query;
-        const lines = await readEvents(request, hold, listed, schema, metrics.rejected, from);
-        const { accepted, rejected, errors, ends, bytes } = lines;
-        const mark = { name, from, to: from + bytes, digest, events: accepted };
-        const result = await taken(sources.take(ends ? { ...mark, ends } : mark, lines.good));
-        if ("offset" in result)
-          throw new Problem(409, `the source stands at ${result.offset}, not at ${from}`, {
-            headers: { ...sourceHeaders(result), "journal-position": here() },
-            // A sender that never got the answer to these bytes learns from this what was rejected.
-            lines: { accepted, rejected, errors },
-          });
-        metrics.accepted(accepted);
-        Object.assign(set.headers, sourceHeaders({ offset: mark.to, digest }));
-        return { accepted, rejected, errors, position: positionOf(result.position) };
+        const { headers, counts } = await storeSource(request, params.source, query.errors);
+        Object.assign(set.headers, headers);
+        return counts;
       },
       {
-        transform: mayWrite,
+        grants: "events:write",
         parse: "none",
-        params: SOURCE,
+        params: SourceParams,
         body: EventsBody,
-        query: LISTING,
-        response: { 200: COUNTS },
+        query: EventsQuery,
+        response: { 200: Counts },
         detail: {
-          summary: "Take the next bytes of a source, from `Upload-Offset` on",
-          security: mustPresent,
-          requestBody: describeBody("application/x-ndjson", { type: "string" }),
+          summary: "Store the next bytes of a source, from `Upload-Offset` on",
+          requestBody: describeBody("application/x-ndjson"),
         },
       },
     )
-    .get(
-      "/userEvents/:userid",
-      async ({ params: { userid }, query: { after } }) => {
-        if (after !== undefined) await waitUntilPosted(after);
-        const revenue = isUserId(userid) ? await answered(readBalance(database, userid)) : null;
-        if (revenue === null) throw new Problem(404, "no event of this user has been posted");
-        return { user_id: userid, revenue };
-      },
-      {
-        transform: async ({ request, server, params: { userid: user } }) =>
-          authorize({ request, server, scope: "balances:read", user }),
-        params: t.Object({ userid: t.String() }),
-        query: t.Object({ after: t.Optional(t.String()) }, { additionalProperties: true }),
-        response: { 200: t.Object({ user_id: t.String(), revenue: t.String() }) },
-        detail: {
-          summary: "The balance of a user; with `after`, once that position is posted",
-          ...toRead,
-        },
-      },
-    )
+    .get("/userEvents/:userid", ({ params, query }) => readUser(params.userid, query.after), {
+      grants: "balances:read",
+      params: t.Object({ userid: t.String() }),
+      query: t.Object({ after: t.Optional(t.String()) }, { additionalProperties: true }),
+      response: { 200: t.Object({ user_id: t.String(), revenue: t.String() }) },
+      detail: { summary: "The balance of a user; with `after`, once that position is posted" },
+    })
     .get("/healthz", () => ({ status: "ok" }), {
       detail: { summary: "200 while the process serves" },
     })
-    .get(
-      "/readyz",
-      async () => {
-        if (journal.trouble()) throw unavailable("the journal takes nothing now; the log says why");
-        await answered(checkLedger(database));
-        const { bytes: lagBytes, seconds: lagSeconds } = await answered(lag.look());
-        return { status: "ready", lagBytes, lagSeconds };
+    .get("/readyz", () => readReadiness(), {
+      response: {
+        200: t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() }),
       },
-      {
-        response: {
-          200: t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() }),
-        },
-        detail: {
-          summary: "200 when events can be taken and balances read; how far posting is behind",
-        },
+      detail: {
+        summary: "200 when events can be stored and balances read, with the lag of posting",
       },
-    )
+    })
     .get(
       "/metrics",
       async ({ set }) => {
@@ -232,60 +178,116 @@ export function createApi(parts: {
         return text;
       },
       {
-        transform: mayRead,
+        grants: "balances:read",
         response: { 200: t.String() },
-        detail: { summary: "Figures for Prometheus", ...toRead },
+        detail: { summary: "Prometheus metrics" },
       },
     );
   routes.push(...app.routes);
-  return app;
+  // Its type is wrong: it describes a function that returns functions.
+  return app.wrap(observe(log, metrics, routeFinder(routes)) as never);
 
-  /** Before this is whatever has been acknowledged. */
-  function here(): string {
-    return positionOf(journal.end());
+  async function storeEvent(request: Request) {
+    using reservation = budget.admit();
+    const line = await readEvent({ request, reservation, schema, onRejected: metrics.rejected });
+    const position = formatPosition(await stored(journal.append(line)));
+    metrics.accepted(1);
+    return { message: "Event sent to process", position };
   }
 
-  function positionOf(position: number): string {
-    return `${journal.id}:${position}`;
+  async function storeEvents(request: Request, maxErrors = DEFAULT_LISTED_ERRORS) {
+    using reservation = budget.admit();
+    const received = { request, reservation, schema, onRejected: metrics.rejected };
+    const { good, accepted, rejected, errors } = await readEvents(received, maxErrors);
+    const position = formatPosition(await stored(journal.append(good)));
+    metrics.accepted(accepted);
+    return { accepted, rejected, errors, position };
   }
 
-  async function waitUntilPosted(position: string): Promise<void> {
-    const [, id = "", offset] = /^([0-9a-f-]{36}):(\d{1,15})$/.exec(position) ?? [];
-    if (!offset) throw new Problem(422, "`after` must be a position that an answer has named");
-    if (!(await answered(posted.wait(id, Number(offset), AFTER_MS))))
+  async function storeSource(request: Request, source: string, maxErrors = DEFAULT_LISTED_ERRORS) {
+    const name = requireSourceName(source);
+    const { offset: from, digest } = readSourceHeaders(request.headers);
+    using reservation = budget.admit();
+    const received = { request, reservation, schema, onRejected: metrics.rejected };
+    const lines = await readEvents(received, maxErrors, from);
+    const { accepted, rejected, errors, ends } = lines;
+    const mark = { name, from, to: from + lines.bytes, digest, events: accepted };
+    const result = await stored(sources.store(ends ? { ...mark, ends } : mark, lines.good));
+    if ("offset" in result)
+      throw new Problem(409, `the source is at offset ${result.offset}, not at ${from}`, {
+        headers: { ...sourceHeaders(result), "journal-position": formatPosition(journal.end()) },
+        // A sender that never got the answer to these bytes learns from this what was rejected.
+        lines: { accepted, rejected, errors },
+      });
+    metrics.accepted(accepted);
+    const position = formatPosition(result.position);
+    const headers = sourceHeaders({ offset: mark.to, digest });
+    return { headers, counts: { accepted, rejected, errors, position } };
+  }
+
+  async function readSource(source: string): Promise<Record<string, string>> {
+    const state = await queried(sources.state(requireSourceName(source)));
+    if (!state) throw new Problem(404, "nothing of this source is stored");
+    return { ...sourceHeaders(state), "journal-position": formatPosition(journal.end()) };
+  }
+
+  async function readUser(userId: string, after: string | undefined) {
+    if (after !== undefined) await waitUntilPosted(after);
+    const revenue = isUserId(userId) ? await queried(readBalance(database, userId)) : null;
+    if (revenue === null) throw new Problem(404, "no event of this user has been posted");
+    return { user_id: userId, revenue };
+  }
+
+  async function waitUntilPosted(after: string): Promise<void> {
+    const [, journalId = "", position] = /^([0-9a-f-]{36}):(\d{1,15})$/.exec(after) ?? [];
+    if (!position)
+      throw new Problem(422, "`after` must be a `position` from an answer of this API, whole");
+    if (!(await queried(posted.wait(journalId, Number(position), AFTER_MS))))
       throw new Problem(504, `not posted within ${AFTER_MS / 1000} s`, {
         headers: { "retry-after": "1" },
       });
   }
 
-  /** What the journal took, or the answer for why it did not. */
-  async function taken<T>(appending: Promise<T>): Promise<T> {
+  async function readReadiness() {
+    if (journal.trouble())
+      throw unavailable("the journal cannot store events now; see the server log");
+    await queried(checkLedger(database));
+    const { bytes: lagBytes, seconds: lagSeconds } = await queried(posted.refresh());
+    return { status: "ready", lagBytes, lagSeconds };
+  }
+
+  function formatPosition(position: number): string {
+    return `${journal.id}:${position}`;
+  }
+
+  /** What the journal stored; a Problem where it did not. */
+  async function stored<T>(storing: Promise<T>): Promise<T> {
     try {
-      const result = await appending;
-      taking.good();
+      const result = await storing;
+      journalHealth.recovered();
       return result;
     } catch (error) {
-      // How far a source is taken only the ledger may know.
-      if (error instanceof Unavailable) return answered(Promise.reject(error));
+      // Only the ledger may know how much of a source is stored.
+      if (error instanceof Unavailable) return queried(Promise.reject(error));
       const { message } = error as Error;
-      taking.bad(message);
+      journalHealth.failing(message);
       metrics.failed();
       if (error instanceof JournalFull) throw new Problem(507, message);
       throw unavailable(message);
     }
   }
 
-  /** What the database answered, or 503. */
-  async function answered<T>(reading: Promise<T>): Promise<T> {
+  /** What the database answered; a 503 where it did not. */
+  async function queried<T>(querying: Promise<T>): Promise<T> {
     try {
-      const result = await reading;
-      asking.good();
+      const result = await querying;
+      databaseHealth.recovered();
       return result;
     } catch (error) {
       if (!(error instanceof Unavailable)) throw error;
-      // Anybody may ask for a balance: what exactly is wrong is for the log.
-      asking.bad(error.message);
-      throw unavailable("the database does not answer; this passes, or the log says why");
+      // Anybody may read a balance: the exact cause is for the log only.
+      databaseHealth.failing(error.message);
+      throw unavailable("the database is unavailable; retry shortly");
     }
   }
 }

@@ -1,111 +1,109 @@
 /**
- * Who may do what. A writer's secret lets write and read, a reader's lets read, a token what its
- * scopes say; without `balances:read` it still lets read the balance of its own `sub`.
+ * Authorization. A write secret grants write and read access, a read secret read access, a token what
+ * its scopes say; without `balances:read` a token still reads the balance of its own `sub`.
  *
- * The time that a check takes tells nothing of secrets: digests of one length are compared, all of
- * them, always.
+ * The duration of a check reveals nothing about secrets: all of them are compared, always, as digests
+ * of one length.
  */
 import { timingSafeEqual } from "node:crypto";
 
 import { Problem, unavailable } from "./problem.ts";
 import { openThrottle, type Throttle } from "./throttle.ts";
 import {
-  InvalidToken,
   type Claims,
+  InvalidToken,
   isToken,
   KeysUnavailable,
+  type Scope,
   type TokenFault,
   type Verify,
 } from "./token.ts";
 
-export type Scope = "events:write" | "balances:read";
-export const SCOPES: readonly string[] = ["events:write", "balances:read"] satisfies Scope[];
-
 export interface Access {
-  /** What lets write and read. */
+  /** Secrets that grant write and read access. */
   writers: readonly string[];
-  /** What lets read. */
+  /** Secrets that grant read access. */
   readers: readonly string[];
-  /** Whether nothing at all is asked of who reads. */
+  /** Whether reading requires no credential. */
   readingIsOpen: boolean;
   tokens: Verify | null;
 }
 
-/** Who asks. */
-export interface Asking {
+/** The request, and the server, which knows its address. */
+export interface Caller {
   request: Request;
-  /** Knows where the request comes from. */
   server: Pick<Bun.Server<unknown>, "requestIP"> | null;
 }
 
-interface Wish extends Asking {
-  scope: Scope;
-  /** Whose balance is read, where it is that. */
-  user?: string;
-}
+/** Returns when the caller may do it. Throws the 401, 403, 429 or 503 otherwise. */
+export type Authorize = (
+  caller: Caller,
+  scope: Scope,
+  /** The user whose balance is read. */
+  user?: string,
+) => Promise<void>;
 
-/** Returns a check of who asks; it throws the 401, the 403, or whatever must be answered instead. */
 export function openAuth(
   { writers, readers, readingIsOpen, tokens }: Access,
   throttle: Throttle = openThrottle(),
-): (wish: Wish) => Promise<void> {
-  const writing = writers.map(digest);
-  const reading = readers.map(digest);
-  return async ({ request, server, scope, user }) => {
+): Authorize {
+  const writerDigests = writers.map(digest);
+  const readerDigests = readers.map(digest);
+
+  return async (caller, scope, user) => {
     if (readingIsOpen && scope === "balances:read") return;
-    const presented = request.headers.get("authorization")?.replace(/^Bearer +/i, "") ?? "";
-    const digested = digest(presented);
-    const mayWrite = isAmong(writing, digested);
-    const mayRead = isAmong(reading, digested);
+    const header = caller.request.headers.get("authorization") ?? "";
+    const credential = header.replace(/^Bearer +/i, "");
+    const digested = digest(credential);
+    const mayWrite = isAmong(writerDigests, digested);
+    const mayRead = isAmong(readerDigests, digested);
     if (mayWrite || (mayRead && scope === "balances:read")) return;
-    if (mayRead) throw forbidden(scope, "this secret lets read, not write");
-    if (!tokens || !isToken(presented)) return refuse({ request, server });
-    const claims = await judge(tokens, presented, { request, server });
+    if (mayRead) throw forbidden(scope, "this secret is read-only");
+    if (!tokens || !isToken(credential)) return deny(caller);
+    const claims = await verify(tokens, credential, caller);
     const isOwn = user !== undefined && user === claims.sub;
     if (!claims.scopes.includes(scope) && !isOwn)
       throw forbidden(scope, `this token lacks the scope ${scope}`);
   };
 
-  async function judge(verify: Verify, token: string, asking: Asking): Promise<Claims> {
+  async function verify(tokens: Verify, token: string, caller: Caller): Promise<Claims> {
     try {
-      return await verify(token);
+      return await tokens(token);
     } catch (error) {
-      if (error instanceof InvalidToken) return refuse(asking, error.fault);
-      if (error instanceof KeysUnavailable) throw unavailable("tokens cannot be checked now");
+      if (error instanceof InvalidToken) return deny(caller, error.fault);
+      if (error instanceof KeysUnavailable)
+        throw unavailable("tokens cannot be verified now: the issuer's keys are unavailable");
       throw error;
     }
   }
 
-  async function refuse({ request, server }: Asking, fault?: TokenFault): Promise<never> {
+  async function deny({ request, server }: Caller, fault?: TokenFault): Promise<never> {
     const address = server?.requestIP(request)?.address ?? "";
     if (!(await throttle.failed(address)))
-      throw new Problem(429, "too many wrong secrets and tokens", {
-        headers: { "retry-after": "5" },
+      throw new Problem(429, "too many invalid credentials", { headers: { "retry-after": "5" } });
+    if (!fault)
+      throw new Problem(401, "the Authorization header must present a secret of this server", {
+        headers: challenge(),
       });
-    throw fault
-      ? new Problem(401, `the token is not good: ${fault}`, {
-          headers: challenge(`error="invalid_token", error_description="${fault}"`),
-        })
-      : new Problem(401, "the Authorization header must present the secret of this server", {
-          headers: challenge(),
-        });
+    throw new Problem(401, `invalid token: ${fault}`, {
+      headers: challenge(`error="invalid_token", error_description="${fault}"`),
+    });
   }
 }
 
 function forbidden(scope: Scope, detail: string): Problem {
-  return new Problem(403, detail, {
-    headers: challenge(`error="insufficient_scope", scope="${scope}"`),
-  });
+  const headers = challenge(`error="insufficient_scope", scope="${scope}"`);
+  return new Problem(403, detail, { headers });
 }
 
-function challenge(more = ""): Record<string, string> {
-  return { "www-authenticate": `Bearer realm="daybook"${more && `, ${more}`}` };
+function challenge(parameters = ""): Record<string, string> {
+  return { "www-authenticate": `Bearer realm="daybook"${parameters && `, ${parameters}`}` };
 }
 
-function isAmong(known: readonly Buffer[], presented: Buffer): boolean {
-  let found = false;
-  for (const secret of known) if (timingSafeEqual(secret, presented)) found = true;
-  return found;
+function isAmong(digests: readonly Buffer[], presented: Buffer): boolean {
+  let isFound = false;
+  for (const digest of digests) if (timingSafeEqual(digest, presented)) isFound = true;
+  return isFound;
 }
 
 function digest(text: string): Buffer {

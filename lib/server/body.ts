@@ -1,57 +1,34 @@
-/** Request bodies: the right type, within bounds before and after decompression, good lines out. */
+/** Request bodies: the right type, within limits before and after decompression, split into good and bad lines. */
 import { promisify } from "node:util";
 import { gunzip, zstdDecompress } from "node:zlib";
 
-import type { TUnsafe } from "@sinclair/typebox";
-
 import {
   decodeEvent,
-  getEventTypes,
+  InvalidEvent,
   isEventId,
   MAX_EVENT_BYTES,
   MAX_ID_BYTES,
   openScanner,
-  InvalidEvent,
 } from "../event/event.ts";
-import type { EventSchema } from "./event-schema.ts";
-import { type Event, EventShape } from "./openapi.ts";
 import { eachEvent, withoutBom } from "../event/lines.ts";
+import type { EventSchema } from "./event-schema.ts";
+import type { Reservation } from "./memory.ts";
 import { Problem } from "./problem.ts";
-import type { Hold } from "./memory.ts";
 import { zstdContentBytes } from "./zstd.ts";
 
-/** A body of many events, compressed and decompressed. */
+/** The limit of a body of many events, as sent and decompressed. */
 export const MAX_EVENTS_BYTES = 16 * 1024 * 1024;
-
-/**
- * The bodies, for typed clients only: nothing but `decodeEvent` checks them, which sees the digits as
- * written, and a schema here would make the OpenAPI plugin leave out what `detail` says of the body,
- * because Elysia does not parse it.
- */
-export const EventBody = undefined as unknown as TUnsafe<Event>;
-export const EventsBody = undefined as unknown as TUnsafe<string>;
-
-/** What an event is, in OpenAPI's words: the kinds in force, and the team's own schema. */
-export function describeEvent(own: EventSchema | null): object {
-  const { properties, ...rest } = EventShape;
-  const name = { ...properties.name, enum: [...getEventTypes().keys()] };
-  const event = { ...rest, properties: { ...properties, name } };
-  return own ? { allOf: [event, own.document] } : event;
-}
-
-/** OpenAPI's words for a body that Elysia does not parse. */
-export function describeBody(type: string, schema: object) {
-  return { required: true, content: { [type]: { schema } } };
-}
-
-/** Read in one go: a chunk costs more than such a body. */
-const SMALL_BYTES = 64 * 1024;
-/** However slowly a sender sends, its body is here by then, or refused. */
-const BODY_MS = 30_000;
+/** A body that announces no more than this is read in one go: a chunk costs more than such a body. */
+const MAX_SMALL_BYTES = 64 * 1024;
+/** Compression makes incompressible bytes slightly larger. */
+const COMPRESSION_OVERHEAD_BYTES = 64 * 1024;
+/** However slow a sender is, its body has arrived by then, or is rejected. */
+const MAX_BODY_MS = 30_000;
 
 const LF = 10;
 const CR = 13;
 const SPACE = 32;
+const CLOSING_BRACE = 0x7d;
 
 type Decompress = (bytes: Uint8Array, limit: { maxOutputLength: number }) => Promise<Buffer>;
 const DECOMPRESS = new Map<string, Decompress>([
@@ -59,73 +36,74 @@ const DECOMPRESS = new Map<string, Decompress>([
   ["zstd", promisify(zstdDecompress) as never],
 ]);
 
+/** A request whose body is read. */
+export interface Received {
+  request: Request;
+  reservation: Reservation;
+  schema: EventSchema | null;
+  /** Called with each line that is no valid event. */
+  onRejected(invalid: InvalidEvent): void;
+}
+
 /**
- * The body of `POST /liveEvent` as a line of the journal, with the `Idempotency-Key` as its id; `refused`
- * hears why it is none.
+ * The body of `POST /liveEvent` as a line of the journal, with the `Idempotency-Key` as its id. Throws a
+ * Problem that says why it is no event.
  */
-export async function readEvent(
-  request: Request,
-  hold: Hold,
-  own: EventSchema | null,
-  refused: (refusal: InvalidEvent) => void,
-): Promise<Uint8Array> {
+export async function readEvent(received: Received): Promise<Uint8Array> {
+  const { request, reservation, schema, onRejected } = received;
   requireType(request, "application/json");
-  const coding = request.headers.get("content-encoding") ?? "identity";
-  if (coding !== "identity")
-    throw new Problem(415, "Content-Encoding: one event comes uncompressed");
-  const body = withoutBom(await readBytes(request, MAX_EVENT_BYTES, hold));
+  if ((request.headers.get("content-encoding") ?? "identity") !== "identity")
+    throw new Problem(415, "a single event must be sent without Content-Encoding");
+  const body = withoutBom(await readBytes(request, MAX_EVENT_BYTES, reservation));
   const decoded = decodeEvent(body);
   if (decoded instanceof InvalidEvent) throw notAnEvent(decoded);
   const line = withKey(oneLine(body), decoded.id, request.headers.get("idempotency-key"));
-  const refusal = own?.refuse(line);
-  if (refusal) throw notAnEvent(refusal);
+  const invalid = schema?.check(line);
+  if (invalid) throw notAnEvent(invalid);
   return line;
 
-  function notAnEvent(refusal: InvalidEvent): Problem {
-    refused(refusal);
-    const { kind, faults, reason } = refusal;
+  function notAnEvent(invalid: InvalidEvent): Problem {
+    onRejected(invalid);
+    const { kind, faults, reason } = invalid;
     if (kind === "json") return new Problem(400, `the body is ${reason}`);
-    return new Problem(422, "the body is not an event", { errors: faults });
+    return new Problem(422, "the body is not a valid event", { errors: faults });
   }
+}
+
+/**
+ * The body on one line. In JSON a line break can only stand between tokens, where a space means the
+ * same. Otherwise the bytes are kept: parsing and writing them again would round their numbers.
+ */
+function oneLine(json: Uint8Array): Uint8Array {
+  const line = new Uint8Array(json.length + 1);
+  line.set(json);
+  for (let i = 0; i < json.length; i++) if (line[i] === LF || line[i] === CR) line[i] = SPACE;
+  line[json.length] = LF;
+  return line;
 }
 
 /** The line with its `Idempotency-Key` as its id. */
 function withKey(line: Uint8Array, id: string | undefined, header: string | null): Uint8Array {
   if (header === null) return line;
-  // HTTP hands over bytes as Latin-1; senders mean UTF-8, as in an event's own id.
+  // HTTP delivers bytes as Latin-1; senders mean UTF-8, as in an event's own id.
   const key = Buffer.from(header, "latin1").toString();
-  return key === id ? line : withId(line, key, id);
-}
-
-/**
- * In JSON a line break can only stand between tokens: a space says the same on one line. The bytes
- * are otherwise kept, for parsing and writing them again would round their numbers.
- */
-function oneLine(json: Uint8Array): Uint8Array {
-  const line = new Uint8Array(json.length + 1);
-  line.set(json);
-  for (let at = 0; at < json.length; at++) if (line[at] === LF || line[at] === CR) line[at] = SPACE;
-  line[json.length] = LF;
-  return line;
-}
-
-function withId(line: Uint8Array, id: string, own: string | undefined): Uint8Array {
+  if (key === id) return line;
   const fault = (message: string) =>
     new Problem(422, "the event cannot have this id", { errors: [{ path: "/id", message }] });
-  if (own !== undefined) throw fault("differs from the Idempotency-Key");
-  if (!isEventId(id) || id.includes("\ufffd"))
+  if (id !== undefined) throw fault("differs from the Idempotency-Key");
+  if (!isEventId(key) || key.includes("\ufffd"))
     throw fault(`the Idempotency-Key must have 1 to ${MAX_ID_BYTES} bytes`);
-  const end = line.lastIndexOf(0x7d);
-  const field = Buffer.from(`,"id":${JSON.stringify(id)}`);
-  // The processor takes no longer line than a body may be.
+  const end = line.lastIndexOf(CLOSING_BRACE);
+  const field = Buffer.from(`,"id":${JSON.stringify(key)}`);
+  // The processor accepts no line that is longer than a body may be.
   if (line.length - 1 + field.length > MAX_EVENT_BYTES)
     throw tooLarge(MAX_EVENT_BYTES - field.length);
   return Buffer.concat([line.subarray(0, end), field, line.subarray(end)]);
 }
 
-/** A body of many events, its good lines apart from the bad ones. */
+/** A body of many events, its good lines separated from the bad ones. */
 export interface Lines {
-  /** The length of the body as it was before compression. */
+  /** The length of the body, decompressed. */
   bytes: number;
   /** The good lines, each with its newline. */
   good: Uint8Array;
@@ -133,130 +111,150 @@ export interface Lines {
   rejected: number;
   /** The first bad lines, by their number in the body. */
   errors: { line: number; message: string }[];
-  /** Where each good line ends in the body, before its newline, if not plain from their lengths. */
+  /** Where each good line ends in the body, before its newline; `undefined` if their lengths say it. */
   ends: number[] | undefined;
 }
 
+/**
+ * Reads a body of many events and lists up to `maxErrors` bad lines. `offset` is where the body begins
+ * in its source. Throws a Problem when the body as a whole cannot be read.
+ */
 export async function readEvents(
-  request: Request,
-  hold: Hold,
-  listed: number,
-  own: EventSchema | null,
-  refused: (refusal: InvalidEvent) => void,
-  from = 0,
+  received: Received,
+  maxErrors: number,
+  offset = 0,
 ): Promise<Lines> {
+  const { request, reservation, schema, onRejected } = received;
   requireType(request, "application/x-ndjson");
-  const whole = await decompressed(request, hold);
-  hold.takeLarge(whole.length);
-  const body = from === 0 ? withoutBom(whole) : whole;
-  const bom = whole.length - body.length;
-  // A good line moves towards the front, if at all, so its place is free: no second buffer. Only a
-  // last line without newline needs a byte more.
-  const good = body.at(-1) === LF ? body : new Uint8Array(body.length + 1);
+  const whole = await decompressed(request, reservation);
+  reservation.reserveLarge(whole.length);
+  const body = offset === 0 ? withoutBom(whole) : whole;
+  const good = new GoodLines(body, whole.length - body.length);
   const errors: Lines["errors"] = [];
-  const ends: number[] = [];
   let rejected = 0;
-  let plain = true;
-  let end = 0;
+  const reject = (line: number, invalid: InvalidEvent) => {
+    onRejected(invalid);
+    if (rejected++ < maxErrors) errors.push({ line, message: invalid.reason });
+  };
   const scanner = openScanner();
-  const take = (at: number, length: number) => {
-    if (end !== at || good !== body) good.set(body.subarray(at, at + length), end);
-    end += length + 1;
-    good[end - 1] = LF;
-    const lineEnd = bom + at + length;
-    ends.push(lineEnd);
-    plain &&= lineEnd === end - 1;
-  };
-  const refuse = (number: number, refusal: InvalidEvent) => {
-    refused(refusal);
-    if (rejected++ < listed) errors.push({ line: number, message: refusal.reason });
-  };
   eachEvent(
     body,
     scanner,
     (at, number) => {
-      const refusal = own?.refuse(body.subarray(at, scanner.end));
-      if (refusal) refuse(number, refusal);
-      else take(at, scanner.end - at);
+      const invalid = schema?.check(body.subarray(at, scanner.end));
+      if (invalid) reject(number, invalid);
+      else good.add(at, scanner.end - at);
     },
     (line, at, number) => {
       let decoded = decodeEvent(line);
-      if (!(decoded instanceof InvalidEvent)) decoded = own?.refuse(line) ?? decoded;
-      if (decoded instanceof InvalidEvent) refuse(number, decoded);
-      else take(at, line.length);
+      if (!(decoded instanceof InvalidEvent)) decoded = schema?.check(line) ?? decoded;
+      if (decoded instanceof InvalidEvent) reject(number, decoded);
+      else good.add(at, line.length);
     },
   );
-  return {
-    bytes: whole.length,
-    good: good.subarray(0, end),
-    accepted: ends.length,
-    rejected,
-    errors,
-    ends: plain ? undefined : ends,
-  };
+  return { bytes: whole.length, accepted: good.ends.length, rejected, errors, ...good.result() };
 }
 
-function requireType(request: Request, wanted: string): void {
+/**
+ * Collects the good lines of `body` in place: a good line moves towards the front, if at all, so no
+ * second buffer is needed. Only a last line without newline needs one more byte.
+ */
+class GoodLines {
+  readonly ends: number[] = [];
+  private readonly lines: Uint8Array;
+  private length = 0;
+  private isPlain = true;
+
+  constructor(
+    private readonly body: Uint8Array,
+    private readonly bomBytes: number,
+  ) {
+    this.lines = body.at(-1) === LF ? body : new Uint8Array(body.length + 1);
+  }
+
+  add(at: number, length: number): void {
+    const { body, lines } = this;
+    if (this.length !== at || lines !== body)
+      lines.set(body.subarray(at, at + length), this.length);
+    this.length += length + 1;
+    lines[this.length - 1] = LF;
+    const end = this.bomBytes + at + length;
+    this.ends.push(end);
+    this.isPlain &&= end === this.length - 1;
+  }
+
+  result(): Pick<Lines, "good" | "ends"> {
+    return {
+      good: this.lines.subarray(0, this.length),
+      ends: this.isPlain ? undefined : this.ends,
+    };
+  }
+}
+
+function requireType(request: Request, required: string): void {
   const [type = ""] = (request.headers.get("content-type") ?? "").split(";");
-  if (type.trim().toLowerCase() !== wanted)
-    throw new Problem(415, `Content-Type must be ${wanted}`);
+  if (type.trim().toLowerCase() !== required)
+    throw new Problem(415, `Content-Type must be ${required}`);
 }
 
-async function decompressed(request: Request, hold: Hold): Promise<Uint8Array> {
+async function decompressed(request: Request, reservation: Reservation): Promise<Uint8Array> {
   const coding = (request.headers.get("content-encoding") ?? "identity").trim().toLowerCase();
   const decompress = DECOMPRESS.get(coding);
   if (!decompress && coding !== "identity")
-    throw new Problem(415, "Content-Encoding must be gzip, zstd or none");
-  // What cannot be compressed becomes a little more.
-  const limit = MAX_EVENTS_BYTES + (decompress ? 64 * 1024 : 0);
-  const bytes = await readBytes(request, limit, hold);
+    throw new Problem(415, "Content-Encoding must be gzip, zstd or absent");
+  const limit = MAX_EVENTS_BYTES + (decompress ? COMPRESSION_OVERHEAD_BYTES : 0);
+  const bytes = await readBytes(request, limit, reservation);
   if (!decompress) return bytes;
-  const least = coding === "zstd" ? zstdContentBytes(bytes) : 0;
-  if (least === null) throw new Problem(400, "the body is not whole zstd");
-  hold.takeLarge(MAX_EVENTS_BYTES);
+  const minBytes = coding === "zstd" ? zstdContentBytes(bytes) : 0;
+  if (minBytes === null) throw new Problem(400, "the body is not complete zstd");
+  reservation.reserveLarge(MAX_EVENTS_BYTES);
   try {
     const content = await decompress(bytes, { maxOutputLength: MAX_EVENTS_BYTES });
     // Seen once in 70,000: all but the first frame was missing.
-    if (content.length < least) throw new Error("some of it is missing");
+    if (content.length < minBytes) throw new Error("some of it is missing");
     return content;
   } catch (error) {
     if ((error as { code?: string }).code === "ERR_BUFFER_TOO_LARGE")
       throw tooLarge(MAX_EVENTS_BYTES);
-    throw new Problem(400, `the body is not ${coding}`);
+    throw new Problem(400, `the body is not valid ${coding}`);
   }
 }
 
-/** The bytes of the body, read only as far as `limit` and the room allow, and not for ever. */
-async function readBytes(request: Request, limit: number, hold: Hold): Promise<Uint8Array> {
+/** The bytes of the body, read only as far as `limit` and the memory budget allow, and not for ever. */
+async function readBytes(
+  request: Request,
+  limit: number,
+  reservation: Reservation,
+): Promise<Uint8Array> {
   const announced = Number(request.headers.get("content-length") ?? Number.NaN);
   if (announced > limit) throw tooLarge(limit);
   let timer: Timer | undefined;
-  const late = new Promise<never>((_, reject) => {
-    const slow = () => reject(new Problem(408, `the body took longer than ${BODY_MS / 1000} s`));
-    timer = setTimeout(slow, BODY_MS);
+  const timeout = new Promise<never>((_, reject) => {
+    const late = () => reject(new Problem(408, `the body took over ${MAX_BODY_MS / 1000} s`));
+    timer = setTimeout(late, MAX_BODY_MS);
   });
   try {
-    return await Promise.race([announced <= SMALL_BYTES ? readSmall() : readChunks(), late]);
+    return await Promise.race([announced <= MAX_SMALL_BYTES ? readSmall() : readChunks(), timeout]);
   } catch (error) {
-    // The sender has gone: nobody reads this, but it is no fault of ours either.
-    throw error instanceof Problem ? error : new Problem(400, "the body did not come to its end");
+    // The sender is gone, so nobody reads this; but it is not our fault either.
+    throw error instanceof Problem ? error : new Problem(400, "the body ended too early");
   } finally {
     clearTimeout(timer);
   }
 
   function readSmall(): Promise<Uint8Array> {
-    hold.take(announced);
+    reservation.reserve(announced);
     return request.bytes();
   }
 
-  /** Room is taken for what has come, not for what is announced: slow senders hold little. */
+  /** Reserves what has arrived, not what is announced: slow senders hold little. */
   async function readChunks(): Promise<Uint8Array> {
     const chunks: Uint8Array[] = [];
     let bytes = 0;
     for await (const chunk of request.body ?? []) {
       bytes += chunk.length;
       if (bytes > limit) throw tooLarge(limit);
-      hold.takeLarge(chunk.length);
+      reservation.reserveLarge(chunk.length);
       chunks.push(chunk);
     }
     return chunks.length === 1 ? (chunks[0] as Uint8Array) : Buffer.concat(chunks, bytes);
@@ -264,5 +262,5 @@ async function readBytes(request: Request, limit: number, hold: Hold): Promise<U
 }
 
 function tooLarge(limit: number): Problem {
-  return new Problem(413, `the body is larger than ${limit} bytes; send it in smaller pieces`);
+  return new Problem(413, `the body is larger than ${limit} bytes; send smaller ones`);
 }

@@ -1,31 +1,32 @@
 /**
- * A team's own rules for events (EVENT_SCHEMA): a JSON Schema, besides what every event must be. They
- * hold at the door and only there: what was taken under yesterday's rules is posted all the same.
+ * A team's own rules for events (EVENT_SCHEMA): a JSON Schema that every event must satisfy besides the
+ * rules of all events. Only the server checks it: what it accepted under yesterday's schema is posted.
  */
-import { InvalidSetting } from "../config.ts";
 import { readFileSync } from "node:fs";
 
 import { Ajv2020, type ErrorObject, type ValidateFunction } from "ajv/dist/2020.js";
 
+import { InvalidSetting } from "../config.ts";
 import { type Fault, InvalidEvent } from "../event/event.ts";
 
 /**
- * Of a long event only the first fault is told, and never more than some: each element of an array can
- * be one. All of them, of a body of 12 MB, were an answer of 80 MB, after 3.5 s in which nothing else was served.
+ * Of a longer event only the first fault is listed, and of no event more than some: each element of
+ * an array can be one. Listing all faults of a body of 12 MB gave an answer of 80 MB, and blocked the
+ * server for 3.5 s.
  */
 const MAX_ALL_FAULTS_BYTES = 4096;
 const MAX_FAULTS = 10;
-/** A path may be made of the sender's own words. */
-const MAX_PATH = 256;
+/** A path may hold the sender's own words. */
+const MAX_PATH_LENGTH = 256;
 
 export interface EventSchema {
-  /** The schema itself, for the API's description of itself. */
+  /** The schema itself, for the API's description. */
   readonly document: object;
   /** What is wrong with the event line, or `null`. */
-  refuse(line: Uint8Array): InvalidEvent | null;
+  check(line: Uint8Array): InvalidEvent | null;
 }
 
-/** Reads the schema at `path`. Throws one line that says what is wrong with it. */
+/** Reads the schema at `path`. Throws InvalidSetting with one line that says what is wrong with it. */
 export function openEventSchema(path: string): EventSchema {
   let document: object;
   try {
@@ -35,35 +36,32 @@ export function openEventSchema(path: string): EventSchema {
       `EVENT_SCHEMA: cannot read ${path} as JSON: ${(error as Error).message}`,
     );
   }
-  let first: ValidateFunction;
-  let all: ValidateFunction;
+  let validateFirst: ValidateFunction;
+  let validateAll: ValidateFunction;
   try {
-    // 19.99 is a multiple of 0.01, though as a double it is not.
+    // 19.99 is a multiple of 0.01, although as a double it is not.
     const options = { strict: false, logger: false, multipleOfPrecision: 9 } as const;
-    first = new Ajv2020(options).compile(document);
-    all = new Ajv2020({ ...options, allErrors: true }).compile(document);
-    if ("$async" in first) throw new Error("found $async, wanted a schema that answers at once");
+    validateFirst = new Ajv2020(options).compile(document);
+    validateAll = new Ajv2020({ ...options, allErrors: true }).compile(document);
+    if ("$async" in validateFirst) throw new Error("$async is not supported");
   } catch (error) {
     throw new InvalidSetting(
-      `EVENT_SCHEMA: ${path} is no JSON Schema (2020-12): ${(error as Error).message}`,
+      `EVENT_SCHEMA: ${path} is not a valid JSON Schema (2020-12): ${(error as Error).message}`,
     );
   }
   return {
     document,
-    refuse(line) {
+    check(line) {
       const event = JSON.parse(Buffer.from(line).toString());
-      if (first(event)) return null;
-      const validate = line.length > MAX_ALL_FAULTS_BYTES ? first : all;
+      if (validateFirst(event)) return null;
+      const validate = line.length > MAX_ALL_FAULTS_BYTES ? validateFirst : validateAll;
       validate(event);
       return new InvalidEvent("event", (validate.errors ?? []).slice(0, MAX_FAULTS).map(faultOf));
     },
   };
 }
 
-/** Ajv's own words name what the schema wants, never what was found. */
-function faultOf({
-  instancePath,
-  message = "is not as EVENT_SCHEMA wants it",
-}: ErrorObject): Fault {
-  return { path: instancePath.slice(0, MAX_PATH), message };
+/** Ajv's own words say what the schema requires, never what was found. */
+function faultOf({ instancePath, message = "violates EVENT_SCHEMA" }: ErrorObject): Fault {
+  return { path: instancePath.slice(0, MAX_PATH_LENGTH), message };
 }

@@ -1,50 +1,56 @@
 /**
- * Room for requests: all that they hold in memory together, from the first byte of a body until the
- * answer, is bounded. Past the bound a request is refused at once, so that memory stays flat however
- * much more comes than the disk takes.
+ * Admission control: what all requests hold in memory together, from the first byte of a body until
+ * the answer, is bounded. Beyond the budget a request is rejected at once, so memory stays flat
+ * however much faster senders are than the disk.
  */
 import { unavailable } from "./problem.ts";
 
-/** The largest body as it came, decompressed, and in the journal's frame: 3 of 16 MiB, and some. */
-const ROOM_BYTES = 56 * 1024 * 1024;
-/** Kept for small requests: some slow senders of large bodies must not shut out everybody. */
-const RESERVE_BYTES = 4 * 1024 * 1024;
+/** Three bodies of 16 MiB, since one is held as received, decompressed and in the frame; and some. */
+export const MAX_REQUESTS_BYTES = 56 * 1024 * 1024;
+/** Reserved for small requests: a few slow senders of large bodies must not lock everybody out. */
+const SMALL_REQUESTS_BYTES = 4 * 1024 * 1024;
 /**
- * After so much has been let go of, it is collected. Left to itself the collector comes late, for to
- * it a buffer is a small object: 60 bodies of 16 MiB then took 470 MB, so they take 240.
+ * Force a collection after every 16 MiB released: buffers look small to the collector, which then
+ * waits too long (60 bodies of 16 MiB: 470 MB; forced: 240).
  */
 const GARBAGE_BYTES = 16 * 1024 * 1024;
-/** What a request costs besides its body: so their number is bounded too, to 14,336. */
+/** What a request costs besides its body. It bounds their number too, to 14,336. */
 const REQUEST_BYTES = 4096;
 
-/** What one request holds; `using` gives it back. */
-export interface Hold {
-  /** Takes room for so many bytes more; throws the 503 when there is none. */
-  take(bytes: number): void;
-  /** The same for a part of a large body. */
-  takeLarge(bytes: number): void;
+/** What one request holds; `using` releases it. */
+export interface Reservation {
+  /** Reserves so many bytes more. Throws the 503 when the budget is used up. */
+  reserve(bytes: number): void;
+  /** The same for a part of a large body, which leaves the share of small requests alone. */
+  reserveLarge(bytes: number): void;
   [Symbol.dispose](): void;
 }
 
-export function openRoom(roomBytes = ROOM_BYTES): { enter(): Hold } {
-  let takenBytes = 0;
+export interface MemoryBudget {
+  /** Admits a request. Throws the 503 when there are too many. */
+  admit(): Reservation;
+}
+
+export function openMemoryBudget(budgetBytes = MAX_REQUESTS_BYTES): MemoryBudget {
+  let usedBytes = 0;
   let garbageBytes = 0;
   return {
-    enter() {
+    admit() {
       let heldBytes = 0;
-      const take = (bytes: number, mostBytes: number) => {
-        if (takenBytes + bytes > mostBytes)
-          throw unavailable("more comes in than the disk takes; try again in a moment");
-        takenBytes += bytes;
+      const reserve = (bytes: number, limitBytes: number) => {
+        if (usedBytes + bytes > limitBytes)
+          throw unavailable("the server is overloaded; retry shortly");
+        usedBytes += bytes;
         heldBytes += bytes;
       };
-      const hold: Hold = {
-        take: (bytes) => take(bytes, roomBytes),
-        takeLarge: (bytes) => take(bytes, roomBytes - RESERVE_BYTES),
+      reserve(REQUEST_BYTES, budgetBytes);
+      return {
+        reserve: (bytes) => reserve(bytes, budgetBytes),
+        reserveLarge: (bytes) => reserve(bytes, budgetBytes - SMALL_REQUESTS_BYTES),
         [Symbol.dispose]() {
-          takenBytes -= heldBytes;
-          // Without what small requests cost besides: they are collected in time, and at 50,000 a
-          // second a forced collection for them took an eighth of the time.
+          usedBytes -= heldBytes;
+          // Small requests are collected in time: at 50,000 a second, forced collections for them
+          // took an eighth of the time.
           garbageBytes += Math.max(0, heldBytes - REQUEST_BYTES);
           heldBytes = 0;
           if (garbageBytes < GARBAGE_BYTES) return;
@@ -52,8 +58,6 @@ export function openRoom(roomBytes = ROOM_BYTES): { enter(): Hold } {
           Bun.gc(true);
         },
       };
-      hold.take(REQUEST_BYTES);
-      return hold;
     },
   };
 }

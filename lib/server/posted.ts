@@ -1,62 +1,190 @@
 /**
- * Waiting until the ledger has posted a position. However many wait, the database is asked by one
- * loop, and only while somebody waits.
+ * How far the ledger has posted this server's journal, and others. One poller of the checkpoints
+ * serves three askers: the lag, `?after=POSITION`, and the comparison when the server starts.
+ *
+ * It polls only while somebody waits or something is unposted. So the lag holds whichever process
+ * posts, and keeps growing while the database is down.
  */
-import { type Database, Unavailable } from "../ledger/database.ts";
+import { JournalBehind, frameTime } from "../journal/format.ts";
+import { openJournalReader } from "../journal/reader.ts";
+import type { Journal } from "../journal/writer.ts";
 import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
+import { type Database, Unavailable } from "../ledger/database.ts";
 
-const ASK_EVERY_MS = 10;
+const WAITING_POLL_MS = 10;
+const POLL_MS = 1_000;
+/** Until the database has answered once, it is asked this often. */
+const FIRST_POLL_MS = 500;
 const MAX_WAITERS = 10_000;
 
-export interface Posted {
-  /** Throws Unavailable when too many wait, or the database is away. Returns `true` once `journal` is posted up to `position`, or `false` after `withinMs`. */
-  wait(journal: string, position: number, withinMs: number): Promise<boolean>;
+export interface Lag {
+  /** Bytes of the journal that are not posted. */
+  bytes: number;
+  /** About how long ago the oldest of them was written; 0 when there are none. */
+  seconds: number;
+}
+
+export interface PostedWatch {
+  /** Settles once the database has been asked for the first time, whether or not it answered. */
+  readonly asked: Promise<void>;
+  /**
+   * Settles once the database has answered, or after `close`. Rejects with JournalBehind when the
+   * journal ends before what the ledger has posted of it.
+   */
+  readonly compared: Promise<void>;
+  /** What is known now, without asking the database. */
+  lag(): Lag;
+  /** Whether the database answered the last time it was asked. */
+  isAnswering(): boolean;
+  /** Asks the ledger. Throws Unavailable. */
+  refresh(): Promise<Lag>;
+  /**
+   * Returns `true` once `journalId` is posted up to `position`, `false` after `withinMs`. Throws
+   * Unavailable when the database does not answer or too many wait.
+   */
+  wait(journalId: string, position: number, withinMs: number): Promise<boolean>;
+  close(): void;
 }
 
 interface Waiter {
-  source: string;
+  key: string;
   position: number;
   untilMs: number;
   resolve(posted: boolean): void;
   reject(error: unknown): void;
 }
 
-export function watchPosted(database: Database): Posted {
+/** `path` is the journal's active file. */
+export function watchPosted(path: string, journal: Journal, database: Database): PostedWatch {
+  const ownKey = journalKey(journal.id);
+  const comparison = Promise.withResolvers<void>();
+  // Until the ledger has answered, whatever was in the journal counts as posted.
+  let posted = journal.end();
+  /** The oldest frame that is not posted, or one near it: it is read again at most once a second. */
+  let oldest: { position: number; atMs: number } | null = null;
+  let isAnswering = true;
+  let hasAnswered = false;
   let waiters: Waiter[] = [];
-  let asking = false;
+  let polling: Promise<Lag> | null = null;
+  let isServing = false;
+  let readMs = Number.NEGATIVE_INFINITY;
+  let isClosed = false;
+  let timer: Timer;
+  const asked = pollOnce().then(
+    () => {},
+    () => {},
+  );
+  pollLater();
+  journal.onCommit(({ from, atMs }) => {
+    oldest ??= { position: from, atMs };
+  });
 
   return {
-    wait(journal, position, withinMs) {
+    asked,
+    compared: comparison.promise,
+    lag,
+    isAnswering: () => isAnswering,
+    refresh: pollOnce,
+    wait(journalId, position, withinMs) {
       return new Promise((resolve, reject) => {
-        if (waiters.length >= MAX_WAITERS) throw new Unavailable("too many wait for it", true);
+        if (waiters.length >= MAX_WAITERS) throw new Unavailable("too many requests wait", true);
         const untilMs = performance.now() + withinMs;
-        waiters.push({ source: journalKey(journal), position, untilMs, resolve, reject });
-        if (!asking) ask();
+        waiters.push({ key: journalKey(journalId), position, untilMs, resolve, reject });
+        if (!isServing) serveWaiters();
       });
+    },
+    close() {
+      isClosed = true;
+      clearTimeout(timer);
+      comparison.resolve();
     },
   };
 
-  async function ask() {
-    asking = true;
-    while (waiters.length > 0) {
-      try {
-        const sources = [...new Set(waiters.map(({ source }) => source))];
-        const rows = await readCheckpoints(database, sources);
-        const positions = new Map(rows.map(({ key, position }) => [key, position]));
-        const nowMs = performance.now();
-        waiters = waiters.filter((waiter) => {
-          const posted = (positions.get(waiter.source) ?? 0) >= waiter.position;
-          const late = nowMs > waiter.untilMs;
-          if (posted || late) waiter.resolve(posted);
-          return !posted && !late;
-        });
-      } catch (error) {
-        const failed = waiters;
-        waiters = [];
-        for (const { reject } of failed) reject(error);
-      }
-      if (waiters.length > 0) await Bun.sleep(ASK_EVERY_MS);
-    }
-    asking = false;
+  function lag(): Lag {
+    const bytes = Math.max(0, journal.end() - posted);
+    const seconds = bytes > 0 && oldest ? Math.max(0, Date.now() - oldest.atMs) / 1000 : 0;
+    return { bytes, seconds };
   }
+
+  function pollLater() {
+    const poll = async () => {
+      if (!hasAnswered || posted < journal.end()) await pollOnce().catch(() => {});
+      if (!isClosed) pollLater();
+    };
+    timer = setTimeout(poll, hasAnswered ? POLL_MS : FIRST_POLL_MS);
+    timer.unref();
+  }
+
+  async function serveWaiters() {
+    isServing = true;
+    while (waiters.length > 0) {
+      await ask().catch(() => {});
+      if (waiters.length > 0) await Bun.sleep(WAITING_POLL_MS);
+    }
+    isServing = false;
+  }
+
+  function pollOnce(): Promise<Lag> {
+    polling ??= ask()
+      .then(findOldest)
+      .then(lag)
+      .finally(() => {
+        polling = null;
+      });
+    return polling;
+  }
+
+  /** Reads the checkpoints that anybody waits for, and answers the waiters. */
+  async function ask() {
+    const asking = waiters;
+    try {
+      const keys = new Set([ownKey, ...asking.map(({ key }) => key)]);
+      const rows = await readCheckpoints(database, [...keys]);
+      const positions = new Map(rows.map(({ key, position }) => [key, position]));
+      posted = positions.get(ownKey) ?? 0;
+      isAnswering = true;
+      const nowMs = performance.now();
+      waiters = waiters.filter((waiter) => {
+        const isPosted = (positions.get(waiter.key) ?? 0) >= waiter.position;
+        const isLate = nowMs > waiter.untilMs;
+        if (isPosted || isLate) waiter.resolve(isPosted);
+        return !isPosted && !isLate;
+      });
+    } catch (error) {
+      isAnswering &&= !(error instanceof Unavailable);
+      waiters = waiters.filter((waiter) => !asking.includes(waiter));
+      for (const { reject } of asking) reject(error);
+      throw error;
+    }
+    if (hasAnswered) return;
+    hasAnswered = true;
+    compare().then(comparison.resolve, comparison.reject);
+  }
+
+  /**
+   * What a journal accepts that is behind its ledger would never be posted. Its end is read after the
+   * checkpoint: whatever is posted was in the file before.
+   */
+  async function compare() {
+    const before = posted;
+    const end = (await (await openJournalReader(path))?.end()) ?? 0;
+    if (before <= end) return;
+    const what = `it ends at position ${end}, but the ledger has posted it up to ${before}`;
+    throw new JournalBehind(path, what);
+  }
+
+  async function findOldest() {
+    if (posted >= journal.end()) oldest = null;
+    else if (oldest?.position !== posted && performance.now() - readMs > POLL_MS) {
+      readMs = performance.now();
+      const atMs = await writtenAt(path, posted).catch(() => null);
+      if (atMs !== null) oldest = { position: posted, atMs };
+    }
+  }
+}
+
+/** When the frame that begins at `position` was written. */
+async function writtenAt(path: string, position: number): Promise<number | null> {
+  const [frame] = (await (await openJournalReader(path))?.read(position)) ?? [];
+  return frame ? frameTime(frame.header) : null;
 }

@@ -1,7 +1,7 @@
 /**
- * Every failure that HTTP shows, as a problem document (RFC 9457), made in one place. A Problem is
- * what we mean to say; anything else that is thrown is a fault of ours, said on stderr and answered
- * with 500 and nothing about it. No document holds the request, a secret or a stack.
+ * The one place that turns failures into problem documents (RFC 9457). A Problem is meant for the
+ * caller. Anything else that is thrown is our own fault: it is logged, and answered with a bare 500.
+ * No document holds the request, a secret or a stack.
  */
 import { Elysia } from "elysia";
 
@@ -24,7 +24,7 @@ const TITLES = {
 } as const;
 type Status = keyof typeof TITLES;
 
-/** A failure to be shown. */
+/** A failure that the caller may see. */
 export class Problem extends Error {
   constructor(
     readonly status: Status,
@@ -32,7 +32,7 @@ export class Problem extends Error {
     readonly more: {
       errors?: { path: string; message: string }[];
       headers?: Record<string, string>;
-      /** Of a body that was not taken: what its lines are (an extension member). */
+      /** What the lines of a body are that was not stored (an extension member). */
       lines?: object;
     } = {},
   ) {
@@ -40,44 +40,44 @@ export class Problem extends Error {
   }
 }
 
-/** What the server cannot do now but may soon: 503 with `Retry-After`. */
+/** 503 with `Retry-After`: the server cannot do this now, but may soon. */
 export function unavailable(detail: string): Problem {
   return new Problem(503, detail, { headers: { "retry-after": "1" } });
 }
 
 /**
- * The plugin. It must be registered before the routes, for Elysia's hooks hold only for what comes
- * after them. `allowed` names the methods that a path does have.
+ * The plugin. Register it before the routes: Elysia's hooks hold only for what is registered after
+ * them. `allowed` names the methods of a path; `logFault` gets our own faults.
  */
-export function problems(allowed: (path: string) => string[], say: (line: string) => void) {
+export function problems(allowed: (path: string) => string[], logFault: (line: string) => void) {
   const plugin = new Elysia({ name: "problems" });
-  // Not chained: a typed client would take each answer for one that may be one of these Responses.
+  // Not chained: a typed client would then expect one of these Responses from every route.
   plugin.onError({ as: "global" }, ({ code, error, path }) => {
     if (code === "NOT_FOUND") return respond(notFound(path));
     if (error instanceof Problem) return respond(error);
-    // What a parse hook throws arrives wrapped.
+    // Elysia wraps what a parse hook throws.
     if (error instanceof Error && error.cause instanceof Problem) return respond(error.cause);
     if (code === "VALIDATION" && error.type === "params")
-      return respond(new Problem(404, "there is nothing of this name: it is not UTF-8"));
+      return respond(new Problem(404, "not found: the name is not UTF-8"));
     if (code === "VALIDATION") {
-      // Only the path and the rule: the summary that Elysia makes shows what was found.
+      // Only the path and the rule: Elysia's own summary echoes the value.
       const errors = error.all.map((fault) => ({
         path: "path" in fault ? fault.path : "",
-        message: "message" in fault ? String(fault.message) : "is not as described",
+        message: "message" in fault ? String(fault.message) : "is invalid",
       }));
-      return respond(new Problem(422, `the ${error.type} is not as described`, { errors }));
+      return respond(new Problem(422, `the ${error.type} is invalid`, { errors }));
     }
     if (code === "PARSE") return respond(new Problem(400, "the body cannot be read"));
-    say(`fault: ${error instanceof Error ? error.message : code}`);
-    return respond(new Problem(500, "the server failed at this; its own log says why"));
+    logFault(`internal error: ${error instanceof Error ? error.message : code}`);
+    return respond(new Problem(500, "internal error; see the server log"));
   });
   return plugin;
 
   function notFound(path: string): Problem {
     const methods = allowed(path);
-    if (methods.length === 0) return new Problem(404, "there is no such route; see /openapi");
+    if (methods.length === 0) return new Problem(404, "no such route; see /openapi");
     const allow = methods.join(", ");
-    return new Problem(405, `this route takes ${allow}`, { headers: { allow } });
+    return new Problem(405, `this route accepts ${allow}`, { headers: { allow } });
   }
 }
 
@@ -86,13 +86,13 @@ interface Route {
   path: string;
 }
 
-/** The methods that `routes` take for `path`: `/userEvents/:userid` stands for any one segment. */
+/** The methods that `routes` accept for `path`; a parameter such as `:userid` stands for one segment. */
 export function allowedMethods(routes: readonly Route[], path: string): string[] {
   const methods = routes.filter((route) => fits(route.path, path)).map(({ method }) => method);
   return [...new Set(methods.includes("GET") ? [...methods, "HEAD"] : methods)];
 }
 
-/** Finds the path of the route that a path is of: one of few, whatever is asked for. */
+/** Maps a path to the pattern of its route, or to `other`: few values, whatever is requested. */
 export function routeFinder(routes: readonly Route[]): (path: string) => string {
   const plain = new Set(routes.filter(({ path }) => !path.includes(":")).map(({ path }) => path));
   const patterns = routes.filter(({ path }) => path.includes(":"));

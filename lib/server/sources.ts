@@ -1,172 +1,195 @@
 /**
- * The sources that come over HTTP: how far each is taken, and one taker at a time.
+ * The sources that come over HTTP: how much of each is stored, with one request at a time per source.
  *
- * What the ledger has posted is in its checkpoints, `sent:NAME`; what this server has taken since is
- * in the journal's marks, and here in memory. After a restart the marks behind the journal's
- * checkpoint are read again, or all of them while the database is away: events are taken without it.
+ * The ledger's checkpoints say what is posted. What this server has stored since is in the marks of
+ * its journal, and in memory. How much of the journal's marks has been read is a state:
  *
- * Nothing is counted twice for want of knowledge here. Another server may have taken more of a
- * source, memory may have forgotten one: bytes that are taken twice are posted once, by the ledger.
+ *     unread     nothing yet: the first request reads
+ *     tail       the marks behind the ledger's checkpoint; the ledger knows the rest
+ *     whole      all marks: a source that is not in memory was never stored by this server
+ *     partial    all that can be read, but some sources were evicted from memory, or deleted with
+ *                their segments: only the ledger knows whether it has seen an unknown source
+ *
+ * `tail` becomes `whole` or `partial` when a source is unknown and the database is down, because events
+ * are accepted without it. Only an unknown source in state `partial` gets a 503 then.
+ *
+ * Stale knowledge here never causes double counting: another server may have stored more of a source,
+ * but bytes that are stored twice are posted once, because the ledger decides.
  */
-import { type Database, Unavailable } from "../ledger/database.ts";
 import { isText, MAX_SOURCE_BYTES } from "../event/event.ts";
-import type { Journal } from "../journal/writer.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
-import { journalKey, readCheckpoint, sentKey } from "../ledger/checkpoints.ts";
 import { eachSourceMark, encodeSourceMark, type SourceMark } from "../journal/source-mark.ts";
+import type { Journal } from "../journal/writer.ts";
+import { readCheckpoint, readPosted, sentKey } from "../ledger/checkpoints.ts";
+import { type Database, Unavailable } from "../ledger/database.ts";
+import { Problem } from "./problem.ts";
 
-/** Sources kept in memory; the one that was taken from longest ago is forgotten first. */
-const KEPT_SOURCES = 10_000;
+/** Sources kept in memory; the one that was stored to longest ago is evicted first. */
+const MAX_KNOWN_SOURCES = 10_000;
 
-/** How far a source is taken; `digest` is the sender's SHA-256 of its bytes before `offset`. */
-export interface Taken {
+/** How much of a source is stored; `digest` is the sender's SHA-256 (hex) of its bytes before `offset`. */
+export interface SourceState {
   offset: number;
   digest: string;
 }
 
-export const NOTHING_TAKEN: Taken = {
+export const NOTHING_STORED: SourceState = {
   offset: 0,
   digest: new Bun.CryptoHasher("sha256").digest("hex"),
 };
 
 export interface Sources {
-  /** How far `name` is taken, by what is known here and in the ledger; `null`: never seen. */
-  look(name: string): Promise<Taken | null>;
+  /** How much of `name` is stored, as far as this server and the ledger know; `null`: never seen. */
+  state(name: string): Promise<SourceState | null>;
   /**
-   * Takes the bytes from `mark.from` to `mark.to`, whose good event lines are `lines`, and returns
-   * the position once they are on the disk; or where the source really is, when that is elsewhere.
+   * Stores the bytes from `mark.from` to `mark.to`, whose good event lines are `lines`, and returns the
+   * position once they are synced; or the source's state, when it is not at `mark.from`.
    */
-  take(mark: SourceMark, lines: Uint8Array): Promise<{ position: number } | Taken>;
+  store(mark: SourceMark, lines: Uint8Array): Promise<{ position: number } | SourceState>;
 }
 
-export function isSourceName(name: string): boolean {
-  return isText(name, MAX_SOURCE_BYTES);
-}
-
-/** `path` is the journal's file. */
+/** `path` is the journal's active file. */
 export function openSources(path: string, journal: Journal, database: Database): Sources {
-  const known = new Map<string, Taken>();
-  const takers = new Map<string, Promise<unknown>>();
-  /** Whether all of the journal has been read: what was never known was then never taken here. */
-  let complete = false;
-  /** Whether some source was known, and is not any more. */
-  let forgot = false;
-  let restored: Promise<void> | null = null;
-  let completed: Promise<void> | null = null;
+  const known = new Map<string, SourceState>();
+  const queues = new Map<string, Promise<unknown>>();
+  let marks: "unread" | "tail" | "whole" | "partial" = "unread";
+  const readTailOnce = sharedAttempt(readTail);
+  const readAllOnce = sharedAttempt(readAll);
 
   return {
-    async look(name) {
-      await restoreOnce();
-      const posted = await postedOf(name);
-      const here = known.get(name) ?? null;
-      return posted && posted.offset > (here?.offset ?? -1) ? posted : here;
+    async state(name) {
+      if (marks === "unread") await readTailOnce();
+      const posted = await readPostedState(name);
+      return furthest(posted, known.get(name) ?? null);
     },
-    take(mark, lines) {
-      const taking = (takers.get(mark.name) ?? Promise.resolve()).then(() => take(mark, lines));
-      const settled = taking
+    store(mark, lines) {
+      const storing = (queues.get(mark.name) ?? Promise.resolve()).then(() => store(mark, lines));
+      const settled = storing
         .catch(() => {})
         .then(() => {
-          if (takers.get(mark.name) === settled) takers.delete(mark.name);
+          if (queues.get(mark.name) === settled) queues.delete(mark.name);
         });
-      takers.set(mark.name, settled);
-      return taking;
+      queues.set(mark.name, settled);
+      return storing;
     },
   };
 
-  async function take(mark: SourceMark, lines: Uint8Array) {
-    await restoreOnce();
+  async function store(mark: SourceMark, lines: Uint8Array) {
+    if (marks === "unread") await readTailOnce();
     const { name, from, to, digest } = mark;
     if (known.get(name)?.offset !== from) {
-      const posted = (await postedOf(name)) ?? NOTHING_TAKEN;
-      const here = known.get(name);
-      const taken = here && here.offset >= posted.offset ? here : posted;
-      if (taken.offset !== from) return taken;
+      const posted = await readPostedState(name);
+      const state = furthest(posted, known.get(name) ?? null) ?? NOTHING_STORED;
+      if (state.offset !== from) return state;
     }
     const position = await journal.append(Buffer.concat([encodeSourceMark(mark), lines]));
-    learn(name, { offset: to, digest });
+    remember(name, { offset: to, digest });
     return { position };
   }
 
-  function learn(name: string, taken: Taken): void {
-    known.delete(name); // to the end of the Map: the last to be forgotten
-    known.set(name, taken);
+  function remember(name: string, state: SourceState): void {
+    known.delete(name); // moves it to the end of the Map, so it is evicted last
+    known.set(name, state);
     const [oldest] = known.keys();
-    if (known.size <= KEPT_SOURCES || oldest === undefined) return;
+    if (known.size <= MAX_KNOWN_SOURCES || oldest === undefined) return;
     known.delete(oldest);
-    forgot = true;
+    marks = "partial";
   }
 
-  /**
-   * What the ledger has posted. While it is away the whole journal is read for it, once; unknown
-   * (503) is then only a source that may be among those forgotten.
-   */
-  async function postedOf(name: string): Promise<Taken | null> {
+  /** What the ledger has posted. While it is down, `null` where memory is enough; else throws Unavailable. */
+  async function readPostedState(name: string): Promise<SourceState | null> {
     try {
       const checkpoint = await readCheckpoint(database, sentKey(name));
       return checkpoint?.digest ? { offset: checkpoint.position, digest: checkpoint.digest } : null;
     } catch (error) {
       if (!(error instanceof Unavailable)) throw error;
-      if (!known.has(name) && !complete && !forgot) await completeOnce();
-      if (known.has(name) || (complete && !forgot)) return null;
+      if (!known.has(name) && marks === "tail") await readAllOnce();
+      if (known.has(name) || marks === "whole") return null;
       throw error;
     }
   }
 
-  /** Reads the marks that the ledger is not known to have posted. */
-  async function restore(): Promise<void> {
+  async function readTail(): Promise<void> {
+    const reader = await openJournalReader(path);
+    const posted = reader ? await readPosted(database, reader.id).catch(nullIfUnavailable) : null;
+    if (reader) {
+      const from = Math.max(posted ?? 0, reader.start);
+      try {
+        await readMarks(reader, from);
+      } catch (error) {
+        // Its segment may have been posted and deleted since the ledger was asked.
+        const start = (await openJournalReader(path))?.start ?? 0;
+        if (from < start) return readTail();
+        throw error;
+      }
+    }
+    if (marks === "unread") marks = reader?.start === 0 && !posted ? "whole" : "tail";
+  }
+
+  async function readAll(): Promise<void> {
     const reader = await openJournalReader(path);
     if (!reader) return;
-    const posted = await readCheckpoint(database, journalKey(reader.id)).catch((error) => {
-      if (error instanceof Unavailable) return null;
-      throw error;
-    });
-    const from = posted?.position ?? reader.start;
-    try {
-      await readMarks(reader, from);
-    } catch (error) {
-      // Posted, and let go of, since the ledger was asked.
-      const start = (await openJournalReader(path))?.start ?? 0;
-      if (from < start) return restore();
-      throw error;
-    }
-    complete = posted === null && reader.start === 0;
+    await readMarks(reader, reader.start);
+    if (marks === "tail") marks = reader.start === 0 ? "whole" : "partial";
   }
 
   async function readMarks(reader: JournalReader, from: number) {
-    // Not what is on its way to the disk: it may never arrive there.
+    // Not what is on its way to the disk: it may never get there.
     const end = journal.end();
     for (let position = from; position < end;) {
       const frames = (await reader.read(position)).filter(({ to }) => to <= end);
       for (const { payload, to } of frames) {
         eachSourceMark(payload, ({ name, to: offset, digest }) => {
-          if (offset >= (known.get(name)?.offset ?? 0)) learn(name, { offset, digest });
+          if (offset >= (known.get(name)?.offset ?? 0)) remember(name, { offset, digest });
         });
         position = to;
       }
       if (frames.length === 0) return;
     }
   }
+}
 
-  function completeOnce(): Promise<void> {
-    completed ??= openJournalReader(path)
-      .then(async (reader) => {
-        if (!reader) return;
-        await readMarks(reader, reader.start);
-        // What removed segments held, only the ledger knows.
-        complete = reader.start === 0;
-        forgot ||= !complete;
-      })
-      .finally(() => {
-        completed = null;
-      });
-    return completed;
-  }
-
-  function restoreOnce(): Promise<void> {
-    restored ??= restore().catch((error) => {
-      restored = null;
-      throw error;
+/** Callers share an attempt in progress; the next call after it tries again. */
+function sharedAttempt(attempt: () => Promise<void>): () => Promise<void> {
+  let current: Promise<void> | null = null;
+  return () => {
+    current ??= attempt().finally(() => {
+      current = null;
     });
-    return restored;
-  }
+    return current;
+  };
+}
+
+function nullIfUnavailable(error: unknown): null {
+  if (error instanceof Unavailable) return null;
+  throw error;
+}
+
+function furthest(posted: SourceState | null, here: SourceState | null): SourceState | null {
+  return posted && posted.offset > (here?.offset ?? -1) ? posted : here;
+}
+
+/** The name of a source as it stands in the path, decoded. Throws the 422. */
+export function requireSourceName(name: string): string {
+  if (isText(name, MAX_SOURCE_BYTES)) return name;
+  throw new Problem(422, `the name of a source must have 1 to ${MAX_SOURCE_BYTES} UTF-8 bytes`);
+}
+
+/** `Upload-Offset` and `Source-Digest` of a request. Throws the 422. */
+export function readSourceHeaders(headers: Headers): SourceState {
+  const offset = headers.get("upload-offset") ?? "";
+  const digest = headers.get("source-digest") ?? "";
+  const errors = [];
+  if (!/^\d{1,15}$/.test(offset))
+    errors.push({ path: "Upload-Offset", message: "must be a number of bytes" });
+  if (!/^[0-9a-f]{64}$/i.test(digest))
+    errors.push({ path: "Source-Digest", message: "must be a SHA-256 in hexadecimal" });
+  if (errors.length > 0)
+    throw new Problem(422, "a source needs Upload-Offset and Source-Digest", { errors });
+  return { offset: Number(offset), digest: digest.toLowerCase() };
+}
+
+/** The same headers for an answer. */
+export function sourceHeaders({ offset, digest }: SourceState): Record<string, string> {
+  return { "upload-offset": `${offset}`, "source-digest": digest };
 }

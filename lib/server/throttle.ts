@@ -1,42 +1,49 @@
 /**
- * Slows down who presents wrong secrets: an address has some failures free, and then so many each
- * second. Only failures wait. A team behind one load balancer is one address, and somebody's wrong
- * secret must not shut out the others.
+ * Slows down callers that present wrong credentials. Each address has some failures free; further
+ * ones are paced. Only failures wait: a team behind one load balancer shares an address, and one
+ * wrong secret must not lock out the others.
  */
 
-/** The pace of failures from one address, and how many may come at once before it holds. */
-const EVERY_MS = 100;
-const FREE = 100;
-/** Nobody waits longer: who sends that much has that many connections open. */
-const MAX_MS = 5_000;
-/** Memory is bounded: of so many addresses, and so many who wait. */
+/** The pace of failures from one address, and how many it may make at once before the pace holds. */
+const FAILURE_MS = 100;
+const FREE_FAILURES = 100;
+const MAX_DELAY_MS = 5_000;
 const MAX_ADDRESSES = 10_000;
+/** Waiting requests hold connections and memory. */
 const MAX_WAITING = 1_000;
 
 export interface Throttle {
-  /** Returns when a failure of `address` may be answered; `false`: not at all, too many wait. */
+  /** Returns when a failure of `address` may be answered; `false` when too many wait already. */
   failed(address: string): Promise<boolean>;
 }
 
-export function openThrottle(now: () => number = () => performance.now()): Throttle {
-  /** When the pace of each address allows for all its failures so far. */
-  const paidMs = new Map<string, number>();
+/** Milliseconds, and a wait of so many: a test passes its own. */
+export interface Clock {
+  now(): number;
+  sleep(ms: number): Promise<void>;
+}
+
+const systemClock: Clock = { now: () => performance.now(), sleep: Bun.sleep };
+
+export function openThrottle({ now, sleep }: Clock = systemClock): Throttle {
+  /** By address, the time by which the pace allows for all its failures so far. */
+  const allowedMs = new Map<string, number>();
   let waiting = 0;
 
   return {
     async failed(address) {
       const nowMs = now();
-      const free = nowMs - FREE * EVERY_MS;
-      const paid = Math.max(paidMs.get(address) ?? free, free) + EVERY_MS;
-      // No more debt than is ever waited for, or a flood would be felt long after it.
-      paidMs.delete(address); // to the end of the Map: the last to be forgotten
-      paidMs.set(address, Math.min(paid, nowMs + MAX_MS));
-      const [oldest] = paidMs.keys();
-      if (paidMs.size > MAX_ADDRESSES && oldest !== undefined) paidMs.delete(oldest);
-      if (paid <= nowMs) return true;
+      const earliestMs = nowMs - FREE_FAILURES * FAILURE_MS;
+      const dueMs = Math.max(allowedMs.get(address) ?? earliestMs, earliestMs) + FAILURE_MS;
+      allowedMs.delete(address); // moves it to the end of the Map, so it is evicted last
+      // Capped, or a flood would be felt long after it ended.
+      allowedMs.set(address, Math.min(dueMs, nowMs + MAX_DELAY_MS));
+      const [oldest] = allowedMs.keys();
+      if (allowedMs.size > MAX_ADDRESSES && oldest !== undefined) allowedMs.delete(oldest);
+      if (dueMs <= nowMs) return true;
       if (waiting >= MAX_WAITING) return false;
       waiting++;
-      await Bun.sleep(Math.min(paid - nowMs, MAX_MS));
+      await sleep(Math.min(dueMs - nowMs, MAX_DELAY_MS));
       waiting--;
       return true;
     },

@@ -1,31 +1,29 @@
 /**
  * Tokens: JWT, signed with one secret (HS256) or with the keys of a team's own issuer (JWKS).
  *
- * Which algorithms are good follows from the settings, never from the token: so nobody signs with
- * the public key as if it were a secret, and `none` is as wrong as any other.
+ * The settings decide which algorithms are accepted, never the token. So nobody can sign with the
+ * public key as if it were a secret, and `none` is as invalid as any other.
  */
 import {
   createLocalJWKSet,
+  createRemoteJWKSet,
+  customFetch,
   errors,
-  type JSONWebKeySet,
-  type JWTHeaderParameters,
+  type FetchImplementation,
   type JWTPayload,
   type JWTVerifyGetKey,
   jwtVerify,
   SignJWT,
 } from "jose";
 
+import { parseDuration } from "../config.ts";
+import type { Health } from "../log.ts";
+import { print, say } from "../progress.ts";
+
 const TOLERANCE_S = 30;
 const KEY_ALGORITHMS = ["RS256", "ES256", "EdDSA"];
-/** Keys are asked for again because of a key that is not among them: not more often than this. */
-const REFRESH_MS = 30_000;
-/** So old, they are asked for again in any case: a key that was taken back is then gone. */
-const STALE_MS = 600_000;
-/** Keys that could not be had at all are asked for again after so long. */
-const AWAY_MS = 1_000;
-const FETCH_MS = 5_000;
 
-/** What can be wrong with a token. These words, and no others, reach who presented it. */
+/** What is wrong with a token. The caller gets these words and no others. */
 export type TokenFault =
   | "malformed"
   | "wrong_algorithm"
@@ -37,14 +35,16 @@ export type TokenFault =
   | "wrong_issuer"
   | "wrong_audience";
 
-/** The token is not good. */
 export class InvalidToken extends Error {
   constructor(readonly fault: TokenFault) {
     super(fault);
   }
 }
 
-/** Whether the token is good cannot be said: there are no keys to be had. */
+export type Scope = "events:write" | "balances:read";
+export const SCOPES: readonly string[] = ["events:write", "balances:read"] satisfies Scope[];
+
+/** The issuer's keys are unavailable, so the token can be neither accepted nor rejected. */
 export class KeysUnavailable extends Error {}
 
 export interface Claims {
@@ -59,34 +59,26 @@ export interface TokenSettings {
   JWT_AUDIENCE?: string | undefined;
 }
 
-/** Checks a token. Throws InvalidToken or KeysUnavailable. */
+/** Verifies a token. Throws InvalidToken or KeysUnavailable. */
 export type Verify = (token: string) => Promise<Claims>;
 
-/** What the outside world is, for the keys: a test can be it. */
-export interface World {
-  fetch(url: string, init: RequestInit): Promise<Response>;
-  now(): number;
-}
-
-const world: World = { fetch, now: () => performance.now() };
-
-/** Whether it looks like a token at all; a secret hardly does. */
+/** Whether the text has the form of a token; a secret hardly has. */
 export function isToken(text: string): boolean {
   return /^[\w-]+\.[\w-]+\.[\w-]*$/.test(text);
 }
 
 /**
- * The check for tokens as the settings want it, or `null` where they want none. `having` hears whether
- * there are keys to be had.
+ * The verifier that the settings ask for, or `null` where they accept no tokens. `health` learns
+ * whether the issuer's keys are available.
  */
 export function openTokens(
   { JWT_SECRET, JWKS_URL, JWT_ISSUER, JWT_AUDIENCE }: TokenSettings,
-  having: { bad(reason: string): void; good(): void },
-  { fetch, now }: World = world,
+  health: Health,
+  fetchKeys: FetchImplementation = fetch,
 ): Verify | null {
   if (!JWT_SECRET && !JWKS_URL) return null;
   const secret = JWT_SECRET ? new TextEncoder().encode(JWT_SECRET) : null;
-  const key = secret ? () => secret : openKeys(JWKS_URL as string, having, { fetch, now });
+  const key = secret ? () => secret : remoteKeys(JWKS_URL as string, health, fetchKeys);
   const options = {
     algorithms: secret ? ["HS256"] : KEY_ALGORITHMS,
     clockTolerance: TOLERANCE_S,
@@ -107,8 +99,8 @@ export function openTokens(
   };
 }
 
-/** A token of `scope` for `expiresMs` from now, signed with JWT_SECRET. */
-export function signToken(
+/** A token of `scope` that expires in `expiresMs`, signed with JWT_SECRET. */
+function signToken(
   { JWT_SECRET, JWT_ISSUER, JWT_AUDIENCE }: TokenSettings,
   { scope, expiresMs, sub }: { scope: string; expiresMs: number; sub?: string | undefined },
 ): Promise<string> {
@@ -124,62 +116,56 @@ export function signToken(
 }
 
 /**
- * The keys at `url`, asked for when the first token comes. While the issuer is away, those that were
- * good stay good; a key that is not among them cannot be judged then (KeysUnavailable).
+ * `app.ts --token`: prints a token that a server with these settings accepts. Returns the exit code; 2
+ * where an option or setting is missing or invalid, after a line for each.
  */
-function openKeys(
-  url: string,
-  having: { bad(reason: string): void; good(): void },
-  { fetch, now }: World,
-): JWTVerifyGetKey {
-  let keys: ReturnType<typeof createLocalJWKSet> | null = null;
-  let loading: Promise<void> | null = null;
-  let loadedMs = Number.NEGATIVE_INFINITY;
-  let refreshedMs = Number.NEGATIVE_INFINITY;
-  let away: KeysUnavailable | null = null;
-  let awayMs = 0;
+export async function printToken(
+  settings: TokenSettings,
+  { scope = "", expires = "", sub }: { scope?: string; expires?: string; sub?: string },
+): Promise<number> {
+  const expiresMs = parseDuration(expires);
+  const invalid = [];
+  if (!settings.JWT_SECRET) invalid.push("JWT_SECRET is not set: use the one of the server");
+  if (!scope.split(" ").every((each) => SCOPES.includes(each)))
+    invalid.push(`--scope is "${scope}": use ${SCOPES.join(" or ")}, or both in quotes`);
+  if (!expiresMs) invalid.push(`--expires is "${expires}": use a duration like 12h or 30d`);
+  for (const line of invalid) say(line);
+  if (!expiresMs || invalid.length > 0) return 2;
+  print(await signToken(settings, { scope, expiresMs, sub }));
+  return 0;
+}
 
-  return async (header: JWTHeaderParameters, token) => {
-    if (!keys) await load();
-    else if (now() - loadedMs > STALE_MS) load().catch(() => {}); // with the old ones meanwhile
-    const known = keys as unknown as ReturnType<typeof createLocalJWKSet>;
+/**
+ * The keys at `url`, fetched with the first token and again as jose decides: for an unknown key at most
+ * every 30 s, else after 10 minutes. While the issuer is down, the keys that it served last stay valid.
+ */
+function remoteKeys(url: string, health: Health, fetchKeys: FetchImplementation): JWTVerifyGetKey {
+  const remote = createRemoteJWKSet(new URL(url), { [customFetch]: fetchKeys });
+  return async (header, token) => {
     try {
-      return await known(header, token);
+      const key = await remote(header, token);
+      health.recovered();
+      return key;
     } catch (error) {
-      if (!(error instanceof errors.JWKSNoMatchingKey)) throw error;
-      if (loading) await loading;
-      else if (now() - refreshedMs > REFRESH_MS) {
-        refreshedMs = now();
-        await load();
-      } else if (away) throw away;
-      return (keys as unknown as typeof known)(header, token);
+      if (isUnknownKey(error)) throw error; // the issuer has answered
+      const { host, pathname } = new URL(url); // its query and user may be secrets
+      const unavailable = new KeysUnavailable(
+        `cannot fetch keys from ${host}${pathname}: ${(error as Error).message}`,
+      );
+      health.failing(`tokens: ${unavailable.message}`);
+      const known = remote.jwks();
+      if (!known) throw unavailable;
+      return createLocalJWKSet(known)(header, token).catch(() => {
+        throw unavailable;
+      });
     }
   };
+}
 
-  function load(): Promise<void> {
-    if (away && now() - awayMs < AWAY_MS) return Promise.reject(away);
-    loading ??= read().finally(() => {
-      loading = null;
-    });
-    return loading;
-  }
-
-  async function read(): Promise<void> {
-    try {
-      const response = await fetch(url, { signal: AbortSignal.timeout(FETCH_MS) });
-      if (!response.ok) throw new Error(`it answers ${response.status}`);
-      keys = createLocalJWKSet((await response.json()) as JSONWebKeySet);
-      loadedMs = now();
-      away = null;
-      having.good();
-    } catch (error) {
-      awayMs = now();
-      const { host, pathname } = new URL(url); // its query and user may be secrets
-      away = new KeysUnavailable(`no keys from ${host}${pathname}: ${(error as Error).message}`);
-      having.bad(`tokens: ${away.message}`);
-      throw away;
-    }
-  }
+function isUnknownKey(error: unknown): boolean {
+  return (
+    error instanceof errors.JWKSNoMatchingKey || error instanceof errors.JWKSMultipleMatchingKeys
+  );
 }
 
 const CLAIM_FAULTS: Record<string, TokenFault> = {
@@ -195,7 +181,6 @@ function faultOf(error: unknown): TokenFault {
     return CLAIM_FAULTS[error.claim] ?? "malformed";
   if (error instanceof errors.JOSEAlgNotAllowed) return "wrong_algorithm";
   if (error instanceof errors.JWSSignatureVerificationFailed) return "wrong_signature";
-  if (error instanceof errors.JWKSNoMatchingKey || error instanceof errors.JWKSMultipleMatchingKeys)
-    return "unknown_key";
+  if (isUnknownKey(error)) return "unknown_key";
   return "malformed";
 }

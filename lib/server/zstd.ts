@@ -1,7 +1,7 @@
 /**
- * zstd bodies that are cut. `node:zlib` in Bun 1.4.5 takes a cut frame for the end and drops what
- * follows a frame without a word: events would be lost under a 201. `Bun.zstdDecompress` notices,
- * but knows no limit for what comes out. So the frames are walked first, by RFC 8878.
+ * Detects truncated zstd bodies. `node:zlib` in Bun 1.4.5 accepts a truncated frame as the end, and
+ * silently drops what follows a frame: events would be lost under a 201. `Bun.zstdDecompress` notices,
+ * but has no limit for its output. So the frames are walked first, by RFC 8878.
  */
 
 const FRAME = 0xfd2fb528;
@@ -12,8 +12,8 @@ const CONTENT_SIZE_BYTES = [0, 2, 4, 8];
 const RUN_LENGTH_BLOCK = 1;
 
 /**
- * How many bytes come out of `bytes` at least, as far as the headers of its frames say it; `null` where
- * they are not one or more whole frames and nothing else.
+ * The least number of bytes that `bytes` decompress to, as far as the headers of its frames say;
+ * `null` unless it is one or more whole frames and nothing else.
  */
 export function zstdContentBytes(bytes: Uint8Array): number | null {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -27,11 +27,11 @@ export function zstdContentBytes(bytes: Uint8Array): number | null {
     } while (at < bytes.length);
     return at === bytes.length ? content : null;
   } catch {
-    return null; // not a frame, or a header that goes beyond the end
+    return null; // not a frame, or its header reaches beyond the end
   }
 }
 
-/** `content`: 0 where the header does not say it, as of a stream. */
+/** `content` is 0 where the header does not say it, as in a stream. */
 function readFrame(view: DataView, from: number): { end: number; content: number } {
   const magic = view.getUint32(from, true);
   if ((magic & ~15) >>> 0 === SKIPPABLE)

@@ -12,13 +12,13 @@ import {
 } from "node:fs";
 
 import { openDatabase } from "../../lib/ledger/database.ts";
-import { BatchLimit } from "../../lib/processor/batch-limit.ts";
+import { BatchLimit } from "../../lib/processor/fold.ts";
 import { type Disk, disk } from "../../lib/journal/disk.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { openJournalReader } from "../../lib/journal/reader.ts";
 import { post } from "../../lib/ledger/ledger.ts";
 import { listSegments } from "../../lib/journal/segments.ts";
-import { openJournalSource } from "../../lib/processor/batches.ts";
+import { openJournalBatches } from "../../lib/processor/batches.ts";
 import { postFile } from "../../lib/processor/posting.ts";
 import { openSources } from "../../lib/server/sources.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
@@ -203,7 +203,10 @@ test("a segment that goes while its last frame is compared with the checkpoint i
   const open = async (disk: Disk) => {
     const reader = await openJournalReader(path, disk);
     if (!reader) throw new Error("no journal");
-    return openJournalSource(ledger, path, reader, new BatchLimit(), new Map());
+    return openJournalBatches(
+      { database: ledger, path, limit: new BatchLimit(), ahead: new Map() },
+      reader,
+    );
   };
   const batch = await (await open(disk)).next(Promise.resolve());
   if (!batch) throw new Error("no batch");
@@ -274,7 +277,7 @@ test("a server that reads its marks while segments go asks the ledger once more"
     close: async () => {},
   };
   const sources = openSources(dir.file("eventsPost.jsonl"), journal, database);
-  expect(await sources.look("a")).toBeNull();
+  expect(await sources.state("a")).toBeNull();
   expect(ledger).toEqual([]);
   await journal.close();
 });
@@ -327,7 +330,10 @@ test("a batch is handed over only when the reader itself has synced what it read
   const reader = await openJournalReader(path, strange);
   const ledger = openDatabase(() => database.url, "test", 1);
   if (!reader) throw new Error("no journal");
-  const batches = await openJournalSource(ledger, path, reader, new BatchLimit(), new Map());
+  const batches = await openJournalBatches(
+    { database: ledger, path, limit: new BatchLimit(), ahead: new Map() },
+    reader,
+  );
   expect((await batches.next(Promise.resolve()))?.events).toBe(1);
   expect(calls.at(-1)).toBe("sync");
 
@@ -337,7 +343,10 @@ test("a batch is handed over only when the reader itself has synced what it read
   const taking = { ...strange, syncFile: async () => truncateSync(path, size - 20) };
   const other = await openJournalReader(path, taking);
   if (!other) throw new Error("no journal");
-  const again = await openJournalSource(ledger, path, other, new BatchLimit(), new Map());
+  const again = await openJournalBatches(
+    { database: ledger, path, limit: new BatchLimit(), ahead: new Map() },
+    other,
+  );
   await expect(again.next(Promise.resolve())).rejects.toThrow("taken back");
   await journal.close();
   await ledger.close();

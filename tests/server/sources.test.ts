@@ -696,7 +696,7 @@ async function openWorld(folders: number) {
 test("a batch moves no more sources than a transaction should: 500,000 of one event each took 48 s", () => {
   const fold = new Fold(1_000);
   let sources = 0;
-  while (!fold.full && sources < 1_000) {
+  while (!fold.isFull && sources < 1_000) {
     const mark = { name: `device${sources++}`, from: 0, to: 50, digest: "0".repeat(64), events: 1 };
     const line = Buffer.from(`{"userId":"ann","name":"add_revenue","value":1}\n`);
     fold.addFrame(Buffer.concat([encodeSourceMark(mark), line]), 0);
