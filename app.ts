@@ -15,7 +15,7 @@ import {
 } from "./lib/config.ts";
 import { setEventTypes } from "./lib/event/event.ts";
 import { disk, leavingRoom } from "./lib/journal/disk.ts";
-import { type Journal, JOURNAL_FILE, openJournal } from "./lib/journal/writer.ts";
+import { type Journal, openJournal } from "./lib/journal/writer.ts";
 import { openDatabase } from "./lib/ledger/database.ts";
 import { type Log, openLog, watchHealth } from "./lib/log.ts";
 import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
@@ -46,9 +46,7 @@ async function main(): Promise<number> {
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
-  // Whatever is opened is closed in reverse order.
-  await using stack = new AsyncDisposableStack();
-  stack.defer(() => log.info("stopped"));
+  await using stack = new AsyncDisposableStack(); // closes in reverse order
   const journal = await openServerJournal(settings, logLine);
   stack.defer(() => journal.close());
   if (!databaseUrl) {
@@ -59,14 +57,13 @@ async function main(): Promise<number> {
   if (stop.signal.aborted) return 0;
   const database = openDatabase(ledgerUrl(dataDir, databaseUrl), "server", 4);
   stack.defer(() => database.close());
-  const path = join(dataDir, JOURNAL_FILE);
-  const posted = watchPosted(path, journal, database);
+  const posted = watchPosted(journal, database);
   stack.defer(() => posted.close());
   posted.compared.catch(() => stop.abort());
   // Before anything is stored on top of the journal, if the database answers at all.
   await Promise.race([posted.asked, Bun.sleep(COMPARE_MS)]);
   const metrics = openMetrics(journal, posted);
-  const sources = openSources(path, journal, database);
+  const sources = openSources(journal, database);
   const parts = { journal, database, sources, access, schema, log, posted, metrics };
   const server = listen(createApi({ ...parts, isHttps: address.tls !== null }), address);
   if (address.tls) process.on("SIGHUP", () => renewCertificate(server, log));
@@ -83,6 +80,8 @@ async function main(): Promise<number> {
     log.fatal(message);
     throw new Reported();
   });
+  await stack.disposeAsync();
+  log.info("stopped");
   return 0;
 }
 

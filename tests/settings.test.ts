@@ -4,8 +4,9 @@
  */
 import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 
-import { readSettings, type SettingName } from "../lib/config.ts";
+import { readSettings, type SettingName, SETTINGS } from "../lib/config.ts";
 import { messages, run, spawn, startApp, tempDir, until } from "./support/programs.ts";
 
 const SECRET = "quokka-in-a-secret";
@@ -19,7 +20,7 @@ const dir = tempDir();
 const env = { DATA_DIR: dir.file("data"), DATABASE_URL: NO_DATABASE };
 afterAll(() => dir[Symbol.dispose]());
 
-const SETTINGS: Record<string, string[]> = {
+const SHOWN: Record<string, string[]> = {
   "app.ts": ["PORT", "HOST", "AUTH_SECRET", "DATA_DIR", "DATABASE_URL"],
   "processor.ts": ["DATA_DIR", "DATABASE_URL"],
   "client.ts": ["SERVER_URL", "AUTH_SECRET"],
@@ -47,7 +48,7 @@ for (const program of PROGRAMS) {
     expect(stdout).not.toContain(SECRET);
     expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
     expect(stdout).toContain(`bun run ${program}`);
-    for (const name of SETTINGS[program] ?? []) expect(stdout).toMatch(new RegExp(`\\b${name}\\b`));
+    for (const name of SHOWN[program] ?? []) expect(stdout).toMatch(new RegExp(`\\b${name}\\b`));
     for (const [name, value] of Object.entries(DEFAULTS[program] ?? {}))
       expect(stdout).toMatch(new RegExp(`${name}.*default:? ${value.replaceAll(".", "\\.")}\\b`));
     for (const exit of EXIT_CODES[program] ?? [])
@@ -62,15 +63,15 @@ for (const program of PROGRAMS) {
   });
 }
 
-test("--quarantine= with nothing behind it does not follow the journal instead", async () => {
+test("--quarantine= with an empty value is rejected, and does not follow the journal", async () => {
   const { code, stderr } = await run("processor.ts", { args: ["--quarantine="], env });
   expect({ code, stderr }).toEqual({
     code: 2,
-    stderr: '--quarantine: found "", wanted nothing or retry\n',
+    stderr: "--quarantine= is unknown: use --quarantine or --quarantine=retry\n",
   });
 });
 
-test("app.ts takes no files, and client.ts not two", async () => {
+test("app.ts accepts no files, and client.ts at most one", async () => {
   for (const [program, args] of [
     ["app.ts", ["events.jsonl"]],
     ["client.ts", ["a.jsonl", "b.jsonl"]],
@@ -81,7 +82,7 @@ test("app.ts takes no files, and client.ts not two", async () => {
   }
 });
 
-const WRONG: [name: SettingName, found: string][] = [
+const INVALID: [name: SettingName, found: string][] = [
   ["PORT", "eighty"],
   ["PORT", "-1"],
   ["PORT", "65536"],
@@ -107,15 +108,13 @@ const WRONG: [name: SettingName, found: string][] = [
   ["DATABASE_URL", `mysql://daybook:${SECRET}@127.0.0.1/daybook`],
   ["DATABASE_URL", `postgres://daybook:${SECRET}@127.0.0.1:port/daybook`],
 ];
-for (const [name, found] of WRONG)
-  test(`${name}=${JSON.stringify(found)} is wrong: the line has its name, and what is wanted`, () => {
-    const { invalid: wrong } = readSettings([name], { [name]: found });
-    expect(wrong).toEqual([
-      expect.stringMatching(new RegExp(`^${name}: found .+, wanted .+$`, "s")),
-    ]);
+for (const [name, found] of INVALID)
+  test(`${name}=${JSON.stringify(found)} is invalid: one line has its name, what was found and what is required`, () => {
+    const { invalid } = readSettings([name], { [name]: found });
+    expect(invalid).toEqual([expect.stringMatching(new RegExp(`^${name} is .+: use .+$`, "s"))]);
     const secret = /SECRET|TOKEN|_URL$/.test(name) && name !== "SERVER_URL";
-    if (secret) expect(wrong[0]).not.toContain(SECRET);
-    else expect(wrong[0]).toContain(found);
+    if (secret) expect(invalid[0]).not.toContain(SECRET);
+    else expect(invalid[0]).toContain(found);
   });
 
 const NAMES = ["HOST", "AUTH_SECRET"] as const;
@@ -128,14 +127,14 @@ for (const HOST of [
   "127.0.0.1.example.com",
   "localhost.me",
 ])
-  test(`HOST ${HOST} wants a secret of one's own`, () => {
+  test(`HOST ${HOST} requires a secret of your own`, () => {
     for (const AUTH_SECRET of ["secret", "", undefined, `${LONG},secret`, `secret,${LONG}`])
       expect(readSettings(NAMES, { HOST, AUTH_SECRET }).invalid).toEqual([
         expect.stringMatching(/^AUTH_SECRET\b.*HOST/),
       ]);
     for (const AUTH_SECRET of [LONG.slice(1), `${LONG},own`])
       expect(readSettings(NAMES, { HOST, AUTH_SECRET }).invalid).toEqual([
-        expect.stringMatching(/^AUTH_SECRET: found too short.*HOST/),
+        expect.stringMatching(/^AUTH_SECRET is too short.*HOST/),
       ]);
     const others = { READ_SECRET: "short", JWT_SECRET: "short" };
     const names = [...NAMES, "READ_SECRET", "JWT_SECRET"] as const;
@@ -144,37 +143,37 @@ for (const HOST of [
   });
 
 for (const HOST of ["127.0.0.1", "127.0.0.2", "::1", "localhost", "", undefined])
-  test(`HOST ${HOST} is loopback and takes the default secret`, () =>
+  test(`HOST ${HOST} is loopback and accepts the default secret`, () =>
     expect(readSettings(NAMES, { HOST }).invalid).toEqual([]));
 
-test("a server that others can reach refuses to start with the default secret", async () => {
+test("a server on a non-loopback address refuses to start with the default secret", async () => {
   const set = { ...env, HOST: "0.0.0.0", AUTH_SECRET: "" };
   const { code, stdout, stderr } = await run("app.ts", { env: set });
   expect({ code, stdout }).toEqual({ code: 2, stdout: "" });
   expect(stderr).toMatch(/^AUTH_SECRET\b.*HOST.*\n$/);
 });
 
-for (const [program, wrong] of [
+for (const [program, settings] of [
   ["app.ts", { PORT: "x", HOST: "a b", AUTH_SECRET: `${SECRET} x`, DATABASE_URL: SECRET }],
   ["processor.ts", { DATABASE_URL: SECRET }],
   ["client.ts", { SERVER_URL: "x", AUTH_SECRET: `${SECRET} x` }],
 ] as const)
-  test(`${program} exits with 2 and a line for each wrong setting, and makes nothing`, async () => {
-    const set = { ...env, DATA_DIR: dir.file("never"), ...wrong };
+  test(`${program} exits with 2 and one line for each invalid setting, and creates nothing`, async () => {
+    const set = { ...env, DATA_DIR: dir.file("never"), ...settings };
     const { code, stdout, stderr } = await run(program, { env: set });
     const lines = stderr.trimEnd().split("\n");
-    const names = lines.map((line) => line.split(":")[0] ?? "");
+    const names = lines.map((line) => line.split(" ")[0] ?? "");
     expect({ code, stdout, names: names.sort() }).toEqual({
       code: 2,
       stdout: "",
-      names: Object.keys(wrong).sort(),
+      names: Object.keys(settings).sort(),
     });
     expect(stderr).not.toContain(SECRET);
     expectNoStack(stderr);
     expect(existsSync(dir.file("never"))).toBe(false);
   });
 
-test("HOST 0.0.0.0 with secrets of one's own: each lets write, and none is on stdout, stderr or in an answer", async () => {
+test("on HOST 0.0.0.0 each secret grants write access, and none appears on stdout, stderr or in an answer", async () => {
   using dir = tempDir();
   const secrets = [`${SECRET}-1`, `${SECRET}-2`];
   const own = { HOST: "0.0.0.0", AUTH_SECRET: secrets.join() };
@@ -210,17 +209,17 @@ test("a port in use ends the start with one line that names it", async () => {
   expectFailedStart(found, PORT);
 });
 
-test("an address that is not of this machine ends the start with one line that names it", async () => {
+test("an address of another machine ends the start with one line that names it", async () => {
   using dir = tempDir();
   const HOST = "192.0.2.1";
   const own = { ...env, DATA_DIR: dir.path, HOST, AUTH_SECRET: SECRET };
   expectFailedStart(await run("app.ts", { env: own }), HOST);
 });
 
-test("a second server on the port or the DATA_DIR of the first does not start, and harms nothing; killed, the next takes its place", async () => {
+test("a second server on the port or the DATA_DIR of the first does not start and changes nothing; once the first is killed, the next one starts", async () => {
   using dir = tempDir();
   using other = tempDir();
-  // A setting that is empty is as good as unset.
+  // An empty setting counts as unset.
   const empty = { HOST: "", AUTH_SECRET: "" };
   const options = { dataDir: dir.path, databaseUrl: NO_DATABASE, env: empty };
   await using app = await startApp(options);
@@ -250,7 +249,7 @@ test("a DATA_DIR that is a file ends the start with one line that names it", asy
   expectFailedStart(found, dir.file("data"));
 });
 
-test("a file that is no journal is left as it is, and ends the start with one line", async () => {
+test("a file that is not a journal stays unchanged, and ends the start with one line", async () => {
   using dir = tempDir();
   writeFileSync(dir.file("eventsPost.jsonl"), `${SECRET}\n`);
   const found = await run("app.ts", { env: { ...env, DATA_DIR: dir.path } });
@@ -273,7 +272,7 @@ for (const signal of ["SIGTERM", "SIGINT"] as const)
     ]);
   });
 
-test("SIGTERM ends processor.ts with 0, also while the database is away", async () => {
+test("SIGTERM ends processor.ts with 0, even while the database is unavailable", async () => {
   using dir = tempDir();
   await using processor = spawn("processor.ts", { env: { ...env, DATA_DIR: dir.path } });
   await until(() => processor.stderr.text() !== "");
@@ -281,6 +280,15 @@ test("SIGTERM ends processor.ts with 0, also while the database is away", async 
   expect(await processor.exit()).toBe(0);
   expect(processor.stdout.text() + processor.stderr.text()).not.toContain(SECRET);
   expectNoStack(processor.stderr.text());
+});
+
+test("README's table of settings has the words of --help", () => {
+  const readme = readFileSync(join(import.meta.dir, "..", "README.md"), "utf8");
+  const rows = readme.split("\n").filter((row) => /^\| `[A-Z_]+` \|/.test(row));
+  const expected = Object.entries(SETTINGS).map(([name, { default: value, meaning }]) => {
+    return `| \`${name}\` | ${value === undefined ? "unset" : `\`${value}\``} | ${meaning} |`;
+  });
+  expect(rows).toEqual(expected);
 });
 
 function expectFailedStart(found: Awaited<ReturnType<typeof run>>, name: string): void {

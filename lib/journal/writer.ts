@@ -51,6 +51,8 @@ export class JournalHeld extends Error {}
 export interface Journal {
   /** Names this journal among all that post to one ledger. */
   readonly id: string;
+  /** Its active file. */
+  readonly path: string;
   /** The position behind all that is acknowledged: where its last frame ends. */
   end(): number;
   /** Why nothing can be appended now, or `null`. */
@@ -194,6 +196,7 @@ function writer(opened: {
 
   return {
     id,
+    path,
     end: position,
     trouble() {
       // Whoever asks before it sends would never send again, and so never learn that there is room.

@@ -152,8 +152,9 @@ function refuseToShare(address: Address): void {
   }
 }
 
-function cannotListen({ hostname, port }: Address, { message }: Error): Error {
-  const [reason] = message.split("\n");
+function cannotListen({ hostname, port }: Address, error: Error & { code?: string }): Error {
+  const isUsed = error.code === "EADDRINUSE";
+  const reason = isUsed ? "the port is in use" : error.message.split("\n")[0];
   return new Error(
     `cannot listen on ${hostname}:${port}: ${reason}; stop the program that uses it, or set HOST or PORT`,
   );

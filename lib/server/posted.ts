@@ -54,8 +54,8 @@ interface Waiter {
   reject(error: unknown): void;
 }
 
-/** `path` is the journal's active file. */
-export function watchPosted(path: string, journal: Journal, database: Database): PostedWatch {
+export function watchPosted(journal: Journal, database: Database): PostedWatch {
+  const { path } = journal;
   const ownKey = journalKey(journal.id);
   const comparison = Promise.withResolvers<void>();
   // Until the ledger has answered, whatever was in the journal counts as posted.

@@ -48,8 +48,8 @@ export interface Sources {
   store(mark: SourceMark, lines: Uint8Array): Promise<{ position: number } | SourceState>;
 }
 
-/** `path` is the journal's active file. */
-export function openSources(path: string, journal: Journal, database: Database): Sources {
+export function openSources(journal: Journal, database: Database): Sources {
+  const { path } = journal;
   const known = new Map<string, SourceState>();
   const queues = new Map<string, Promise<unknown>>();
   let marks: "unread" | "tail" | "whole" | "partial" = "unread";

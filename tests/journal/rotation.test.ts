@@ -276,7 +276,7 @@ test("a server that reads its marks while segments go asks the ledger once more"
     },
     close: async () => {},
   };
-  const sources = openSources(dir.file("eventsPost.jsonl"), journal, database);
+  const sources = openSources(journal, database);
   expect(await sources.state("a")).toBeNull();
   expect(ledger).toEqual([]);
   await journal.close();

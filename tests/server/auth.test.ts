@@ -292,7 +292,7 @@ test("app.ts --token prints a token that the server takes, and says what it lack
   expect(claims.exp - claims.iat).toBe(30 * 86_400);
   const wrong = await run("app.ts", { args: ["--token", "--scope", "all"] });
   expect({ code: wrong.code, stdout: wrong.stdout }).toEqual({ code: 2, stdout: "" });
-  expect(wrong.stderr.split("\n").map((line) => line.split(":")[0])).toEqual([
+  expect(wrong.stderr.split("\n").map((line) => line.split(" ")[0])).toEqual([
     ...["JWT_SECRET", "--scope", "--expires", ""],
   ]);
 });
