@@ -1,99 +1,103 @@
 /**
- * The server as the client sees it: sources that stand somewhere and take the next chunk. Whatever
- * may pass is tried again; what cannot is an error at once.
+ * The server as the client sees it: sources that have a state and accept the next chunk. What may be a
+ * passing failure is retried; anything else is an error at once.
  *
  * | the server                     | so                                                          |
  * | ------------------------------ | ----------------------------------------------------------- |
- * | gives no answer, 408, 425      | try again: the offset tells whether the chunk was taken     |
+ * | does not answer, 408, 425      | retry: the offset tells whether the chunk was stored        |
  * | 409                            | it says where the source stands: the caller decides         |
- * | 429, 5xx                       | try again, after `Retry-After` where it is given            |
+ * | 429, 5xx                       | retry, after `Retry-After` where it is given                |
  * | 401, 403                       | stop: wrong secret or token                                 |
- * | any other                      | stop: we are wrong, or it is no Daybook server              |
+ * | any other                      | stop: our mistake, or not a Daybook server                  |
  */
 import { setTimeout as sleep } from "node:timers/promises";
 
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import type { Chunk } from "./chunks.ts";
 
-const ANSWER_MS = 60_000;
-const FIRST_PAUSE_MS = 100;
+const ANSWER_TIMEOUT_MS = 60_000;
+const MIN_PAUSE_MS = 100;
 const MAX_PAUSE_MS = 5_000;
+/** A pause this long is worth a message. */
+const NOTED_PAUSE_MS = 1_000;
 const DENIED: Record<number, string> = {
-  401: "wrong secret, or a token that is not good (any more)",
-  403: "this secret or token does not let write",
+  401: "wrong secret, or an invalid or expired token",
+  403: "this secret or token does not grant write access",
 };
-const PASSING = new Set([408, 425, 429, 500, 502, 503, 504, 507]);
+const TRANSIENT = new Set([408, 425, 429, 500, 502, 503, 504, 507]);
 
 /** What the server says of the lines of a chunk. */
-export interface Lines {
+export interface LineCounts {
   accepted: number;
   rejected: number;
   errors: { line: number; message: string }[];
 }
 
-/** How far a source is taken; where it answers a chunk, with what its lines are. */
+/** How much of a source is stored. As an answer to a chunk, it also says what its lines are. */
 export interface SourceState {
   offset: number;
   digest: string;
-  /** The position in the journal before which all of that is. */
+  /** The journal position before which all of that is. */
   position: string;
-  lines: Lines | null;
+  lines: LineCounts | null;
 }
 
-/** What the server says of a chunk that is on its disk. */
-export interface Answer extends Lines {
+/** The answer to a chunk that is on the server's disk. */
+export interface Stored extends LineCounts {
   position: string;
 }
 
-/** The server did not do it, for good. `wrongSecret`: not with what we present. */
+/** The upload failed for good. `isDenied`: because of the credential. */
 export class UploadFailed extends Error {
   constructor(
     message: string,
-    readonly wrongSecret = false,
+    readonly isDenied = false,
   ) {
     super(message);
   }
 }
 
-export interface Remote {
-  /** Where the source stands, or `null` when nothing of it is taken. */
-  look(source: string): Promise<SourceState | null>;
-  /** Sends a chunk; an Answer once it is on the server's disk, or where the source stands. */
-  take(source: string, chunk: Chunk): Promise<Answer | SourceState>;
+export interface Api {
+  /** The state of a source, or `null` when nothing of it is stored. */
+  state(source: string): Promise<SourceState | null>;
+  /** Sends a chunk. Returns Stored once it is on the server's disk, or the state of a source that is elsewhere. */
+  send(source: string, chunk: Chunk): Promise<Stored | SourceState>;
   /** Returns once the ledger has posted `position`. */
-  posted(position: string): Promise<void>;
+  waitUntilPosted(position: string): Promise<void>;
 }
 
-/** An answer that has come to its end. */
-interface Heard {
+interface ApiOptions {
+  serverUrl: string;
+  credential: string;
+  /** How long to retry after the last success. */
+  retryMs: number;
+  /** Gets a line when retrying takes longer. */
+  say(line: string): void;
+  /** Ends retrying. */
+  stop: AbortSignal;
+}
+
+/** An answer that arrived completely. */
+interface Answer {
   status: number;
   headers: Headers;
   body: unknown;
 }
 
-/**
- * Tries for `retryMs` after the last thing that worked, and not any more once `stop` says so; `say`
- * is told when it begins to.
- */
-export function openRemote(
-  server: string,
-  secret: string,
-  retryMs: number,
-  say: (line: string) => void,
-  signal: AbortSignal,
-): Remote {
-  const authorization = `Bearer ${secret}`;
-  const shown = server.replace(/\/\/[^/@]*@/, "//"); // a password, perhaps
+/** Every call throws UploadFailed when it fails for good. */
+export function openApi({ serverUrl, credential, retryMs, say, stop }: ApiOptions): Api {
+  const authorization = `Bearer ${credential}`;
+  const shownUrl = serverUrl.replace(/\/\/[^/@]*@/, "//"); // it may hold a password
 
   return {
-    async look(source) {
-      const response = await request(`/sources/${encodeURIComponent(source)}`, { method: "HEAD" });
-      if (response.status === 404) return null;
-      return standOf(response) ?? stop(response);
+    async state(source) {
+      const answer = await request(`/sources/${encodeURIComponent(source)}`, { method: "HEAD" });
+      if (answer.status === 404) return null;
+      return stateOf(answer) ?? fail(answer);
     },
-    async take(source, chunk) {
+    async send(source, chunk) {
       const path = `/sources/${encodeURIComponent(source)}?errors=${MAX_LISTED_ERRORS}`;
-      const response = await request(path, {
+      const answer = await request(path, {
         method: "PATCH",
         headers: {
           "content-type": "application/x-ndjson",
@@ -102,66 +106,68 @@ export function openRemote(
         },
         body: chunk.bytes as Uint8Array<ArrayBuffer>,
       });
-      if (response.status === 409) return standOf(response) ?? stop(response);
-      if (response.status !== 200) return stop(response);
-      const answer = response.body as Partial<Answer> | null;
-      if (!Array.isArray(answer?.errors)) throw new UploadFailed(`${shown} is no Daybook server`);
-      return answer as Answer;
+      if (answer.status === 409) return stateOf(answer) ?? fail(answer);
+      if (answer.status !== 200) return fail(answer);
+      const stored = answer.body as Partial<Stored> | null;
+      if (!Array.isArray(stored?.errors))
+        throw new UploadFailed(`${shownUrl} is not a Daybook server`);
+      return stored as Stored;
     },
-    async posted(position) {
-      // Whose balance it is does not matter, nor that there is none: both answers come afterwards.
-      const response = await request(`/userEvents/-?after=${encodeURIComponent(position)}`, {});
-      if (response.status !== 200 && response.status !== 404) stop(response);
+    async waitUntilPosted(position) {
+      // Any user will do, an unknown one too: either answer comes only after the position is posted.
+      const answer = await request(`/userEvents/-?after=${encodeURIComponent(position)}`, {});
+      if (answer.status !== 200 && answer.status !== 404) fail(answer);
     },
   };
 
-  async function request(path: string, init: RequestInit): Promise<Heard> {
-    const giveUpMs = performance.now() + retryMs;
-    for (let pauseMs = FIRST_PAUSE_MS, said = false; ; pauseMs *= 2) {
-      let why: string;
-      let afterMs = 0;
-      try {
-        const headers = { authorization, ...(init.headers as Record<string, string>) };
-        const response = await fetch(server + path, {
-          ...init,
-          headers,
-          signal: AbortSignal.timeout(ANSWER_MS),
-          redirect: "manual",
-        });
-        // An answer that is cut is none, whatever it begins with.
-        const heard = {
-          status: response.status,
-          headers: response.headers,
-          body: parse(await response.text()),
-        };
-        if (!PASSING.has(response.status)) return heard;
-        why = reason(heard);
-        afterMs = Number(response.headers.get("retry-after")) * 1000 || 0;
-      } catch (error) {
-        why = `${shown} gives no answer: ${(error as Error).message}`;
+  async function request(path: string, init: RequestInit): Promise<Answer> {
+    const deadlineMs = performance.now() + retryMs;
+    for (let pauseMs = MIN_PAUSE_MS, isNoted = false; ; pauseMs *= 2) {
+      const { answer, reason, retryAfterMs } = await attempt(path, init);
+      if (answer) return answer;
+      // Half of the pause is random, so that many clients do not return at the same moment.
+      const waitMs = retryAfterMs + Math.min(pauseMs, MAX_PAUSE_MS) * (0.5 + Math.random() / 2);
+      if (stop.aborted || performance.now() + waitMs > deadlineMs) throw new UploadFailed(reason);
+      if (!isNoted && pauseMs > NOTED_PAUSE_MS) {
+        say(`${reason}; retrying for ${Math.round(retryMs / 1000)} s`);
+        isNoted = true;
       }
-      // Half of the pause is chance, so that many clients do not come back at the same moment.
-      const waitMs = afterMs + Math.min(pauseMs, MAX_PAUSE_MS) * (0.5 + Math.random() / 2);
-      if (signal.aborted || performance.now() + waitMs > giveUpMs) throw new UploadFailed(why);
-      if (!said && pauseMs > 1_000) {
-        say(`${why}; trying again for ${Math.round(retryMs / 1000)} s`);
-        said = true;
-      }
-      await sleep(waitMs, undefined, { signal }).catch(() => {}); // told to stop: one last try
+      // When stopped, one last attempt.
+      await sleep(waitMs, undefined, { signal: stop }).catch(() => {});
     }
   }
 
-  function stop(heard: Heard): never {
-    throw new UploadFailed(reason(heard), heard.status === 401 || heard.status === 403);
+  /** An answer, or why there is none that counts and how long the server asks to wait. */
+  async function attempt(path: string, init: RequestInit) {
+    try {
+      const response = await fetch(serverUrl + path, {
+        ...init,
+        headers: { authorization, ...(init.headers as Record<string, string>) },
+        signal: AbortSignal.timeout(ANSWER_TIMEOUT_MS),
+        redirect: "manual",
+      });
+      const { status, headers } = response;
+      // An answer that is cut off does not count, whatever it begins with.
+      const answer: Answer = { status, headers, body: parse(await response.text()) };
+      if (!TRANSIENT.has(status)) return { answer, reason: "", retryAfterMs: 0 };
+      const retryAfterMs = Number(headers.get("retry-after")) * 1000 || 0;
+      return { answer: null, reason: describe(answer), retryAfterMs };
+    } catch (error) {
+      const reason = `${shownUrl} does not answer: ${(error as Error).message}`;
+      return { answer: null, reason, retryAfterMs: 0 };
+    }
   }
 
-  function reason({ status, body }: Heard): string {
+  function fail(answer: Answer): never {
+    throw new UploadFailed(describe(answer), answer.status === 401 || answer.status === 403);
+  }
+
+  function describe({ status, body }: Answer): string {
     const problem = body as { detail?: unknown } | null;
     const detail = typeof problem?.detail === "string" ? problem.detail : undefined;
-    // The answer to HEAD has no body to say more.
-    const unsaid = status >= 500 ? "not available now" : "not as a Daybook server does";
-    const said = detail ?? DENIED[status] ?? unsaid;
-    return `${shown} answered ${status}: ${said}`;
+    // The answer to HEAD has no body that could say more.
+    const fallback = status >= 500 ? "unavailable" : "unexpected from a Daybook server";
+    return `${shownUrl} answered ${status}: ${detail ?? DENIED[status] ?? fallback}`;
   }
 }
 
@@ -173,7 +179,7 @@ function parse(text: string): unknown {
   }
 }
 
-function standOf({ headers, body }: Heard): SourceState | null {
+function stateOf({ headers, body }: Answer): SourceState | null {
   const offset = headers.get("upload-offset");
   if (offset === null) return null;
   const digest = headers.get("source-digest") ?? "";

@@ -312,7 +312,7 @@ test("client.ts presents the token of --token or AUTH_TOKEN", async () => {
     send(["--source", "3"], reads),
   ]);
   expect([byEnv, byOption, denied].map(({ code }) => code)).toEqual([0, 0, 2]);
-  expect(denied.stderr).toContain("answered 403: this secret or token does not let write");
+  expect(denied.stderr).toContain("answered 403: this secret or token does not grant write access");
 });
 
 test("a secret is rotated under load: nobody with a valid one is refused", async () => {
