@@ -1,162 +1,91 @@
+/** Who may import whom, by folder, and which file owns which dependency. A new file needs no new row. */
 import { expect, test } from "bun:test";
 import { readdirSync, readFileSync } from "node:fs";
-import { basename, join } from "node:path";
+import { dirname, join, relative } from "node:path";
 
-const root = join(import.meta.dir, "..");
+const lib = join(import.meta.dir, "..", "lib");
 
-/** Who may import whom, as ARCHITECTURE.md has it: the last name of a path, and the packages. */
-const MAY: Record<string, { ours: string[]; packages?: string[] }> = {
-  amount: { ours: [], packages: [] },
-  scan: { ours: ["amount"] },
-  sums: { ours: ["amount", "scan"] },
-  event: { ours: ["amount", "scan"] },
-  "event-shape": { ours: ["event"], packages: ["@sinclair/typebox"] },
-  "event-schema": { ours: ["config", "event"], packages: ["ajv/dist/2020.js"] },
-  lines: { ours: ["event", "scan"] },
-  lock: { ours: [], packages: ["bun:sqlite"] },
-  "journal-frame": { ours: [] },
-  "journal-disk": { ours: ["lock"] },
-  "journal-segments": { ours: ["journal-disk", "journal-frame"] },
-  "journal-reader": { ours: ["journal-disk", "journal-frame", "journal-segments"] },
-  "journal-check": { ours: ["journal-disk", "journal-frame", "journal-segments"] },
-  "journal-repair": { ours: ["journal-check", "journal-disk", "journal-frame"] },
-  check: {
-    ours: [
-      "database",
-      "event",
-      "journal",
-      "journal-check",
-      "journal-disk",
-      "journal-repair",
-      "ledger",
-      "lines",
-      "lock",
-    ],
-  },
-  journal: { ours: ["journal-disk", "journal-frame", "journal-segments", "lock"] },
-  binaries: { ours: [] },
-  home: { ours: ["binaries"] },
-  watcher: { ours: ["binaries", "home"] },
-  postmaster: { ours: ["home", "watcher"] },
-  cluster: { ours: ["home", "lock", "postmaster", "watcher"] },
-  database: { ours: [], packages: ["postgres"] },
-  ledger: { ours: ["amount", "database", "sums"] },
-  posted: { ours: ["database", "ledger"] },
-  effort: { ours: [] },
-  "source-mark": { ours: [] },
-  fold: { ours: ["amount", "event", "ledger", "lines", "source-mark", "sums"] },
-  source: { ours: ["database", "effort", "fold", "ledger", "lines"] },
-  "journal-source": {
-    ours: ["database", "effort", "fold", "journal-frame", "journal-reader", "ledger", "source"],
-  },
-  posting: {
-    ours: [
-      "database",
-      "effort",
-      "event",
-      "journal",
-      "journal-reader",
-      "journal-source",
-      "ledger",
-      "source",
-      "supervisor",
-      "wake",
-    ],
-  },
-  drift: { ours: ["database", "ledger", "sums"] },
-  recount: {
-    ours: [
-      "database",
-      "drift",
-      "event",
-      "journal-frame",
-      "journal-reader",
-      "ledger",
-      "lines",
-      "source",
-      "source-mark",
-      "sums",
-    ],
-  },
-  retention: {
-    ours: ["database", "journal-disk", "journal-reader", "journal-segments", "ledger", "recount"],
-  },
-  worker: {
-    ours: ["cluster", "database", "event", "journal", "posting", "retention", "supervisor"],
-  },
-  tools: {
-    ours: ["audit", "check", "cluster", "database", "event", "journal", "quarantine"],
-  },
-  audit: { ours: ["database", "drift", "event", "progress", "recount"] },
-  quarantine: {
-    ours: ["amount", "database", "drift", "event", "fold", "journal-reader", "ledger", "lines"],
-  },
-  sources: { ours: ["database", "event", "journal", "journal-reader", "ledger", "source-mark"] },
-  "source-header": { ours: ["event", "problem", "sources"] },
-  room: { ours: ["problem"] },
-  pieces: { ours: ["event", "lines"] },
-  remote: { ours: ["lines", "pieces"] },
-  rejected: { ours: ["event", "lines", "pieces", "remote"] },
-  wake: { ours: [] },
-  config: { ours: [] },
-  install: { ours: [] },
-  supervisor: { ours: ["worker"] },
-  progress: { ours: [], packages: ["cli-progress"] },
-  problem: { ours: [], packages: ["elysia"] },
-  token: { ours: [], packages: ["jose"] },
-  throttle: { ours: [] },
-  api: {
-    ours: [
-      ...["auth", "body", "database", "event", "event-schema", "journal", "lag", "ledger", "lines"],
-      ...["log", "metrics", "posted", "problem", "room", "source-header", "sources"],
-    ],
-    packages: ["@elysiajs/openapi", "elysia"],
-  },
-  auth: { ours: ["problem", "throttle", "token"] },
-  listener: { ours: ["config"] },
-  lag: { ours: ["database", "journal", "journal-frame", "journal-reader", "ledger"] },
-  metrics: { ours: ["event", "journal", "lag", "supervisor"], packages: ["prom-client"] },
-  log: { ours: [], packages: ["pino"] },
-  body: {
-    ours: ["event", "event-schema", "event-shape", "lines", "problem", "room", "zstd"],
-    packages: ["@sinclair/typebox"],
-  },
-  zstd: { ours: [] },
+/** What the files of a folder may import besides each other and the files at the top of lib/. */
+const MAY_IMPORT: Record<string, string[]> = {
+  server: ["event", "journal", "ledger"],
+  client: ["event"],
+  processor: ["event", "journal", "ledger", "postgres"],
+  event: [],
+  journal: [],
+  ledger: ["event"],
+  postgres: [],
+  "": [],
 };
-const FACES = ["app", "client", "processor"];
 
-function importsOf(path: string): string[] {
-  const text = readFileSync(path, "utf8");
-  return [
-    ...text.matchAll(/^(?:import|export)\s[^;]*?from "([^"]+)"|(?:import|new URL)\("([^"]+)"/gm),
-  ].map((match) => (match[1] ?? match[2]) as string);
-}
+/** The files that may use a dependency. All others reach it through them. */
+const OWNERS: Record<string, string[]> = {
+  "@elysiajs/openapi": ["server/api.ts"],
+  "@sinclair/typebox": ["server/openapi.ts"],
+  ajv: ["server/event-schema.ts"],
+  "bun:sqlite": ["lock.ts"],
+  "cli-progress": ["progress.ts"],
+  elysia: ["server/api.ts", "server/problem.ts"],
+  jose: ["server/token.ts"],
+  pino: ["log.ts"],
+  postgres: ["ledger/database.ts"],
+  "prom-client": ["server/metrics.ts"],
+  // install.ts runs before anything can be imported, and passes both on as they are.
+  "the environment and the command line": ["config.ts", "install.ts"],
+};
 
-test.each(readdirSync(join(root, "lib")).filter((name) => name.endsWith(".ts")))(
-  "lib/%s imports only what its layer may",
-  (file) => {
-    const may = MAY[basename(file, ".ts")];
-    expect(may, `${file} has no row in the table of layers`).toBeDefined();
-    for (const name of importsOf(join(root, "lib", file))) {
-      if (name.startsWith("node:")) continue;
-      if (name.startsWith(".")) expect(may?.ours).toContain(basename(name, ".ts"));
-      else expect(may?.packages ?? []).toContain(name);
-    }
+const FILES = readdirSync(lib, { recursive: true, encoding: "utf8" })
+  .filter((path) => path.endsWith(".ts"))
+  .toSorted();
+
+test.each(Object.keys(MAY_IMPORT))("lib/%s imports only folders that it may import", (folder) => {
+  const may = ["", folder, ...(MAY_IMPORT[folder] as string[])];
+  const wrong = FILES.filter((file) => folderOf(file) === folder)
+    .flatMap((file) => importsOf(file).ours.map((path) => ({ file, path })))
+    .filter(({ path }) => path.startsWith("../") || !may.includes(folderOf(path)));
+  expect(wrong).toEqual([]);
+});
+
+test("every folder of lib has a row in the matrix", () => {
+  expect([...new Set(FILES.map(folderOf))].toSorted()).toEqual(Object.keys(MAY_IMPORT).toSorted());
+});
+
+test("every dependency is used by its owners alone", () => {
+  const users: Record<string, string[]> = {};
+  for (const file of FILES)
+    for (const name of new Set(importsOf(file).others)) (users[name] ??= []).push(file);
+  expect(users).toEqual(OWNERS);
+});
+
+test.each(["app.ts", "client.ts", "processor.ts"])(
+  "%s imports nothing but files of lib",
+  (program) => {
+    const { ours, others } = importsOf(`../${program}`);
+    expect([...ours.filter((path) => path.startsWith("../")), ...others]).toEqual([]);
   },
 );
 
-test.each(FACES)("%s.ts imports from lib and from no other face", (face) => {
-  for (const name of importsOf(join(root, `${face}.ts`)))
-    if (name.startsWith(".")) expect(name).toStartWith("./lib/");
-});
+/** The folder of a path in lib/; empty at its top. */
+function folderOf(path: string): string {
+  return path.includes("/") ? (path.split("/")[0] as string) : "";
+}
 
-test("the environment and the command line are read in lib/config.ts alone", () => {
-  const readers = [
-    ...FACES.map((face) => `${face}.ts`),
-    ...readdirSync(join(root, "lib")).map((name) => `lib/${name}`),
-  ].filter((file) =>
-    /process\.(env|argv)|Bun\.(env|argv)/.test(readFileSync(join(root, file), "utf8")),
-  );
-  // install.ts runs before there is anything to import, and hands both on as they are.
-  expect(readers.filter((file) => !["lib/config.ts", "lib/install.ts"].includes(file))).toEqual([]);
-});
+/** What a file uses: files by their paths in lib/, and whatever else has an owner. Workers count as imports. */
+function importsOf(file: string): { ours: string[]; others: string[] } {
+  const text = readFileSync(join(lib, file), "utf8");
+  const names = [
+    ...text.matchAll(/^(?:import|(?:import|export)\s[^;="()]*?\sfrom)\s+"([^"]+)"/gm),
+    ...text.matchAll(/\b(?:import|new URL)\(\s*"([^"]+)"/g),
+  ].map((match) => match[1] as string);
+  const packages = names.filter((name) => !/^(\.|node:)/.test(name));
+  return {
+    ours: names
+      .filter((name) => name.startsWith("."))
+      .map((name) => relative(lib, join(lib, dirname(file), name))),
+    others: [
+      ...packages.map((name) => /^(@[^/]+\/)?[^/]+/.exec(name)?.[0] as string),
+      ...(/\b(process|Bun|import\.meta)\.(env|argv)\b/.test(text)
+        ? ["the environment and the command line"]
+        : []),
+    ],
+  };
+}

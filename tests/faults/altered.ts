@@ -1,7 +1,11 @@
 /**
- * The program with some of its lines altered, in a folder of its own. So a test can make it die at a
- * chosen point, and the suite can be tested by breaking what it should notice, while the program
- * itself has no hook for either.
+ * The program with some of its lines altered, in a folder of its own. A test can make it die at a chosen
+ * point, and the suite can be tested by breaking what it should notice, while the program itself has no
+ * hook for either.
+ *
+ * A place is given by a few tokens of code. White space, comments and trailing commas do not count, so
+ * that a place is found again after its code was formatted, commented or moved to another file. The
+ * tokens must occur once in the whole program.
  */
 import {
   cpSync,
@@ -19,32 +23,36 @@ import { join } from "node:path";
 export const root = join(import.meta.dir, "..", "..");
 
 export interface Alteration {
-  file: string;
-  /** Stands in the file exactly once. */
+  /** The tokens that are replaced. They occur once in the program. */
   find: string;
   put: string;
+  /** Only where the tokens occur in several files: the file that is meant, or the beginning of its path. */
+  file?: string | undefined;
 }
 
-/** Vanishes when disposed. Throws when a text is not there, or more than once. */
-export function alteredCopy(alterations: Alteration[]) {
+/** What runs: the files in which a place is looked for. */
+const PROGRAM = ["app.ts", "client.ts", "processor.ts", "schema.sql", "lib"];
+/** What its tests need besides. */
+const AROUND = [
+  ...["README.md", "ARCHITECTURE.md", "package.json", "tsconfig.json", "bunfig.toml", "bun.lock"],
+  ...["patches", "tests"],
+];
+
+/** A copy of the program, removed when disposed. Throws where a place is not found exactly once. */
+export function alteredCopy(alterations: readonly Alteration[]) {
   const path = mkdtempSync(join(tmpdir(), "daybook-test-"));
-  const file = (name: string) => join(path, name);
   const remove = () => removeFolder(path);
   try {
-    for (const name of [
-      ...["app.ts", "client.ts", "processor.ts", "schema.sql", "README.md", "ARCHITECTURE.md"],
-      ...["package.json", "tsconfig.json", "bunfig.toml", "bun.lock", "lib", "patches", "tests"],
-    ])
-      cpSync(join(root, name), file(name), { recursive: true });
-    symlinkSync(join(root, "node_modules"), file("node_modules"));
-    for (const { file: name, find, put } of alterations) {
-      const text = readFileSync(file(name), "utf8");
-      const count = text.split(find).length - 1;
-      if (count !== 1) throw new Error(`${name} has ${count} times, wanted once: ${find}`);
-      writeFileSync(
-        file(name),
-        text.replace(find, () => put),
-      );
+    for (const name of [...PROGRAM, ...AROUND])
+      cpSync(join(root, name), join(path, name), { recursive: true });
+    symlinkSync(join(root, "node_modules"), join(path, "node_modules"));
+    for (const { put, ...place } of alterations) {
+      const [found, ...others] = findPlaces(place, path);
+      if (!found || others.length > 0)
+        throw new Error(`found in ${found ? others.length + 1 : 0} places: ${place.find}`);
+      const { file, from, to } = found;
+      const text = readFileSync(join(path, file), "utf8");
+      writeFileSync(join(path, file), text.slice(0, from) + put + text.slice(to));
     }
     return { path, [Symbol.dispose]: remove };
   } catch (error) {
@@ -53,7 +61,48 @@ export function alteredCopy(alterations: Alteration[]) {
   }
 }
 
-/** Removes a folder for temporary files, and what a test that died has left mounted there. */
+/** Where the tokens occur in the program below `folder`: the file, and the range that is replaced. */
+export function findPlaces({ find, file: beginning = "" }: Omit<Alteration, "put">, folder = root) {
+  const pattern = patternOf(find);
+  return programFiles(folder)
+    .filter((file) => file.startsWith(beginning))
+    .flatMap((file) =>
+      [...readFileSync(join(folder, file), "utf8").matchAll(pattern)].map((match) => ({
+        file,
+        from: match.index,
+        to: match.index + match[0].length,
+      })),
+    );
+}
+
+function programFiles(folder: string): string[] {
+  return PROGRAM.flatMap((name) =>
+    /\./.test(name)
+      ? [name]
+      : readdirSync(join(folder, name), { recursive: true, encoding: "utf8" })
+          .filter((file) => /\.(ts|sql)$/.test(file))
+          .map((file) => `${name}/${file}`),
+  );
+}
+
+/** What may stand between two tokens: white space and comments. */
+const GAP = String.raw`(?:\s|(?<=\s)(?://|--).*$|/\*[^]*?\*/)*`;
+
+/** Matches the tokens of `code`, however they are laid out. */
+export function patternOf(code: string): RegExp {
+  const tokens = code.match(/[\w$]+|\S/g) ?? [];
+  // The formatter adds a comma after the last of several lines and removes it from a single line.
+  const isClosing = (token: string | undefined) => /^[)\]}]$/.test(token ?? ")");
+  const parts = tokens
+    .filter((token, index) => !(token === "," && isClosing(tokens[index + 1])))
+    .map((token, index) => {
+      if (/[\w$]/.test(token)) return `(?<![\\w$])${RegExp.escape(token)}(?![\\w$])`;
+      return index > 0 && isClosing(token) ? `(?:,${GAP})?\\${token}` : RegExp.escape(token);
+    });
+  return new RegExp(parts.join(GAP) + (tokens.at(-1) === "," ? ",?" : ""), "gm");
+}
+
+/** Removes a folder for temporary files, and whatever a test that died has left mounted there. */
 export function removeTemporary(path: string): void {
   for (const name of existsSync(path) ? readdirSync(path) : [])
     Bun.spawnSync(["umount", "-l", join(path, name, "small")], { stderr: "ignore" });
@@ -61,8 +110,8 @@ export function removeTemporary(path: string): void {
 }
 
 /**
- * Removes a folder into which what was just killed may still write: `force` says nothing of what it then
- * leaves: 14 of 23 runs left one.
+ * Removes a folder into which a process that was just killed may still write. With `force`, `rmSync` does
+ * not report what such a write leaves behind: 14 of 23 runs left a folder.
  */
 export function removeFolder(path: string): void {
   for (let tries = 100; tries > 0 && existsSync(path); tries--) {

@@ -122,7 +122,7 @@ async function dieApart(random: () => number) {
   const app = { dataDir: dir.path, databaseUrl: database.url, args: ["--no-processor"] };
   await using server = await startApp({ ...app, env: { JOURNAL_SEGMENT_BYTES: "1500" } });
   const sender = openSender(random);
-  const points = Object.entries(POINTS).filter(([, { file }]) => /ledger|posting/.test(file));
+  const points = Object.entries(POINTS).filter(([, { file }]) => /ledger|posting/.test(file ?? ""));
   expect(points).toHaveLength(3);
   for (const [, point] of points) {
     using copy = alteredCopy([point]);

@@ -11,7 +11,8 @@ import { join } from "node:path";
 import { parseArgs } from "node:util";
 
 import { removeTemporary, root } from "./altered.ts";
-import { groups, killGroup, tryBreaks } from "./breaks.ts";
+import { killRuns, runTestProcess } from "./processes.ts";
+import { tryBreaks } from "./try-breaks.ts";
 
 const LANES = 2;
 const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = [
@@ -50,9 +51,6 @@ const PARTS: { name: string; files: string[]; env: Record<string, string> }[] = 
   { name: "events", files: ["tests/unit/event.test.ts", "tests/processor/ids.test.ts"], env: {} },
 ];
 
-/** A part that takes longer hangs. */
-const MAX_MS = 20 * 60_000;
-
 const { values, positionals } = readArgs();
 // What a test that dies leaves goes with this folder: files, and what is mounted there.
 const temporary = mkdtempSync(join(tmpdir(), "daybook-test-"));
@@ -60,7 +58,7 @@ process.env["TMPDIR"] = temporary;
 process.on("exit", () => removeTemporary(temporary));
 for (const signal of ["SIGINT", "SIGTERM"] as const)
   process.on(signal, () => {
-    for (const pid of groups) killGroup(pid);
+    killRuns();
     process.exit(1);
   });
 if (values.breaks) process.exit(await tryBreaks(positionals[0]));
@@ -112,22 +110,10 @@ async function runOne(run: number): Promise<void> {
   const seed = (firstSeed + run * 1_000_003) % 2 ** 31;
   const seeds = { FAULT_ROUNDS: "2", ...env, FAULT_SEED_FIRST: `${seed}`, TEST_SEED: `${seed}` };
   const beganMs = performance.now();
-  const child = Bun.spawn([process.execPath, "test", ...files], {
-    cwd: root,
-    env: { ...process.env, ...seeds, FAULT_FIGURES: "1" },
-    stdio: ["ignore", "pipe", "pipe"],
-    detached: true,
+  const { passed, stdout, stderr } = await runTestProcess(files, root, {
+    ...seeds,
+    FAULT_FIGURES: "1",
   });
-  groups.add(child.pid);
-  const timer = setTimeout(() => killGroup(child.pid), MAX_MS);
-  const [stdout, stderr] = await Promise.all([
-    new Response(child.stdout).text(),
-    new Response(child.stderr).text(),
-  ]);
-  const passed = (await child.exited) === 0;
-  clearTimeout(timer);
-  killGroup(child.pid);
-  groups.delete(child.pid);
   for (const [, line] of stdout.matchAll(/^faults: (\{.*\})$/gm))
     for (const [what, many] of Object.entries(JSON.parse(line as string) as Record<string, number>))
       figures.set(what, (figures.get(what) ?? 0) + many);
