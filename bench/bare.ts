@@ -1,7 +1,7 @@
 /**
- * The least that could do the work of server and client, without any of the promises: a server that
- * answers 201 to whatever comes, having written and synced it where the body is large, and a sender
- * that posts a file in pieces of 1 MiB, one under way while the next is read.
+ * The least that could do the work of server and client, without any of the promises. The server answers
+ * 201 to everything, and writes and syncs a large body first. The sender posts a file in chunks of 1 MiB
+ * and reads one while the one before is in flight.
  *
  *     bun bench/bare.ts serve DIRECTORY      prints its URL
  *     bun bench/bare.ts send URL FILE
@@ -9,7 +9,7 @@
 import { fdatasync, openSync } from "node:fs";
 import { promisify } from "node:util";
 
-const PIECE_BYTES = 1024 * 1024;
+const CHUNK_BYTES = 1024 * 1024;
 const [mode, where = "", path = ""] = Bun.argv.slice(2);
 
 if (mode === "serve") {
@@ -32,11 +32,11 @@ if (mode === "serve") {
   console.log(`http://127.0.0.1:${server.port}`);
 } else {
   const file = Bun.file(path);
-  let next = file.slice(0, PIECE_BYTES).bytes();
-  for (let at = 0; at < file.size; at += PIECE_BYTES) {
+  let next = file.slice(0, CHUNK_BYTES).bytes();
+  for (let at = 0; at < file.size; at += CHUNK_BYTES) {
     const body = await next;
     const sent = fetch(`${where}/liveEvents`, { method: "POST", body });
-    next = file.slice(at + PIECE_BYTES, at + 2 * PIECE_BYTES).bytes();
-    if ((await sent).status !== 201) throw new Error("not taken");
+    next = file.slice(at + CHUNK_BYTES, at + 2 * CHUNK_BYTES).bytes();
+    if ((await sent).status !== 201) throw new Error("not accepted");
   }
 }

@@ -1,5 +1,5 @@
 /**
- * The reference "an engine": DuckDB reads and groups the file on all cores, one upsert through
+ * The reference "an engine": DuckDB reads and groups the file on all cores, and one upsert through
  * postgres.js posts the result.
  *
  *     DATABASE_URL=… bun bench/duckdb.ts FILE

@@ -1,8 +1,8 @@
 /**
- * `bun run bench [--json FILE] [--large] [PART…]`: how fast, beside what somebody would use instead, in one
- * run on one machine. Each row and its reference are measured in turn, A B A B A B, and the medians
- * compared. Totals are checked: a run that is wrong is no figure. `--large` adds a file of 2 GB. PART is
- * the beginning of what is wanted: single, bulk, post, end, lag, others.
+ * `bun run bench [--json FILE] [--large] [PART…]`: how fast Daybook is beside what one would use instead,
+ * in one run on one machine. Each row and its reference are measured alternately, A B A B A B, and the
+ * medians are compared. Every total is checked: a run with a wrong total has no figures. `--large` adds a
+ * file of 2 GB. PART selects parts by the beginning of their names: single, bulk, post, end, lag, others.
  */
 import { closeSync, existsSync, mkdtempSync, openSync, rmSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -36,8 +36,9 @@ try {
 }
 
 async function bench() {
-  const begunMs = performance.now();
-  if (!existsSync(join(root, "bench/node_modules"))) await run(["bun", "install"], {}, "bench");
+  const startedMs = performance.now();
+  if (!existsSync(join(root, "bench/node_modules")))
+    await run(["bun", "install"], { cwd: join(root, "bench") });
   const file = join(folder, "events.jsonl");
   const total = writeEvents(file, EVENTS, (random) => Math.floor(random() * USERS));
 
@@ -50,17 +51,17 @@ async function bench() {
   if (wants("others")) await others(postMs);
   if (options.large) await large();
   for (const [name, bytes] of peaks)
-    add(`memory: ${name}`, null, `${Math.round(bytes / 1e6)} MB at most`);
+    add(`memory: ${name}`, null, `at most ${Math.round(bytes / 1e6)} MB`);
 
   const width = Math.max(...rows.map(({ row }) => row.length));
   console.log(`\n${"row".padEnd(width)}   ratio   figures (medians of ${ROUNDS})`);
   for (const { row, ratio, figures } of rows)
     console.log(`${row.padEnd(width)}  ${(ratio?.toFixed(2) ?? "").padStart(6)}   ${figures}`);
-  console.log(`${((performance.now() - begunMs) / 1000).toFixed(0)} s`);
+  console.log(`${((performance.now() - startedMs) / 1000).toFixed(0)} s`);
   if (options.json) await Bun.write(options.json, `${JSON.stringify(rows, null, 2)}\n`);
 }
 
-/** Durable POST /liveEvent on 64 connections, and the same to a server that only answers. */
+/** Durable POST /liveEvent on 64 connections; the same to a server that only answers. */
 async function single() {
   const ours: Load[] = [];
   const bare: Load[] = [];
@@ -74,13 +75,14 @@ async function single() {
   }
   const rate = median(ours.map(({ rate }) => rate));
   const bareRate = median(bare.map(({ rate }) => rate));
-  const p99 = median(ours.map(({ p99Ms }) => p99Ms));
-  const bareP99 = median(bare.map(({ p99Ms }) => p99Ms));
-  add("single / bare server", rate / bareRate, `${many(rate)} beside ${many(bareRate)} requests/s`);
-  add("single p99 / bare server's", p99 / bareP99, `${p99} beside ${bareP99} ms`);
+  const p99Ms = median(ours.map(({ p99Ms }) => p99Ms));
+  const bareP99Ms = median(bare.map(({ p99Ms }) => p99Ms));
+  add("single / bare server", rate / bareRate, `${many(rate)} vs. ${many(bareRate)} requests/s`);
+  const p99s = `${p99Ms.toFixed(2)} vs. ${bareP99Ms.toFixed(2)} ms (less is better)`;
+  add("single p99 / bare server's", p99Ms / bareP99Ms, p99s);
 }
 
-/** client.ts to the last 201, and a sender and a server that only write and sync. */
+/** client.ts until the last 201; a sender and a server that only write and sync. */
 async function bulk(file: string): Promise<number> {
   const ours: number[] = [];
   const bare: number[] = [];
@@ -93,11 +95,11 @@ async function bulk(file: string): Promise<number> {
     bare.push(await timed(["bun", "bench/bare.ts", "send", reference.url, file]));
   }
   const rates = [ours, bare].map((times) => many(EVENTS / (median(times) / 1000)));
-  add("bulk / bare writer", median(bare) / median(ours), `${rates.join(" beside ")} events/s`);
+  add("bulk / bare writer", median(bare) / median(ours), `${rates.join(" vs. ")} events/s`);
   return median(ours);
 }
 
-/** processor.ts FILE, process start to exit; COPY and SQL; DuckDB and one upsert. */
+/** processor.ts FILE, from process start to exit; COPY and SQL; DuckDB and one upsert. */
 async function post(file: string, total: string): Promise<number> {
   const ours: number[] = [];
   const psql: number[] = [];
@@ -106,22 +108,20 @@ async function post(file: string, total: string): Promise<number> {
     ours.push(await posting(file, total));
     if (Bun.which("psql")) psql.push(await copying(file, total));
     await using database = await openDatabase();
-    duckdb.push(await timed(["bun", "bench/duckdb.ts", file], { DATABASE_URL: database.url }));
+    duckdb.push(
+      await timed(["bun", "bench/duckdb.ts", file], { env: { DATABASE_URL: database.url } }),
+    );
     await database.check(total);
   }
   const rates = [ours, psql, duckdb].map((times) => many(EVENTS / (median(times) / 1000)));
-  if (psql.length > 0)
-    add(
-      "post / COPY and SQL",
-      median(psql) / median(ours),
-      `${rates[0]} beside ${rates[1]} events/s`,
-    );
-  else add("post / COPY and SQL", null, "psql is not here");
-  add("post / DuckDB", median(duckdb) / median(ours), `${rates[0]} beside ${rates[2]} events/s`);
+  const beside = (index: number) => `${rates[0]} vs. ${rates[index]} events/s`;
+  if (psql.length > 0) add("post / COPY and SQL", median(psql) / median(ours), beside(1));
+  else add("post / COPY and SQL", null, "not measured: psql is not installed");
+  add("post / DuckDB", median(duckdb) / median(ours), beside(2));
   return median(ours);
 }
 
-/** Client, server and processor at once, until all is in the ledger. */
+/** Client, server and processor together, until everything is in the ledger. */
 async function endToEnd(file: string, total: string, bulkMs: number, postMs: number) {
   const times: number[] = [];
   for (let round = 0; round < ROUNDS; round++) {
@@ -133,34 +133,33 @@ async function endToEnd(file: string, total: string, bulkMs: number, postMs: num
   }
   const ms = median(times);
   const slower = Math.max(bulkMs, postMs);
-  const legs = `${seconds(ms)} beside ${seconds(bulkMs)} and ${seconds(postMs)}`;
+  const legs = `${seconds(ms)} vs. ${seconds(bulkMs)} and ${seconds(postMs)}`;
   add("end to end / the slower leg", ms / slower, `${legs} s (less is better)`);
   add("end to end / both legs", ms / (bulkMs + postMs), "(less is better)");
 }
 
-/** At 10,000 events a second: from the 201 until GET has it. */
+/** At 10,000 events a second: the time from the 201 until GET answers with the event. */
 async function lag() {
   await using database = await openDatabase();
   await using server = await serve(database.url);
   const headers = { authorization: "secret", "content-type": "application/x-ndjson" };
   const lags: number[] = [];
-  const begunMs = performance.now();
+  const startedMs = performance.now();
   const send = async (n: number) => {
-    const body = Array.from({ length: 100 }, (_, i) => line(`user${(n * 100 + i) % 5_000}`, 1));
-    const taken = await fetch(`${server.url}/liveEvents`, {
-      ...{ method: "POST", headers, body: body.join("") },
-    });
-    const { position } = (await taken.json()) as { position: string };
+    const body = Array.from({ length: 100 }, (_, i) => line(`user${(n * 100 + i) % 5_000}`, 100));
+    const request = { method: "POST", headers, body: body.join("") };
+    const accepted = await fetch(`${server.url}/liveEvents`, request);
+    const { position } = (await accepted.json()) as { position: string };
     const answeredMs = performance.now();
     const user = `user${(n * 100) % 5_000}`;
-    const seen = await fetch(`${server.url}/userEvents/${user}?after=${position}`);
-    if (seen.status !== 200) throw new Error(`GET answered ${seen.status}`);
-    await seen.arrayBuffer();
+    const balance = await fetch(`${server.url}/userEvents/${user}?after=${position}`);
+    if (balance.status !== 200) throw new Error(`GET answered ${balance.status}`);
+    await balance.arrayBuffer();
     if (n > 100) lags.push(performance.now() - answeredMs);
   };
   const sending: Promise<void>[] = [];
   for (let n = 0; n < 800; n++) {
-    await Bun.sleep(Math.max(0, begunMs + n * 10 - performance.now()));
+    await Bun.sleep(Math.max(0, startedMs + n * 10 - performance.now()));
     sending.push(send(n));
   }
   await Promise.all(sending);
@@ -169,11 +168,11 @@ async function lag() {
   add("lag at 10,000 events/s", null, `p50 ${at(0.5)} ms, p99 ${at(0.99)} ms`);
 }
 
-/** Other users than in "post": one, all of them new, and an id on every event. */
+/** "post" with other users and events: a single user, only new users, and an id on every event. */
 async function others(postMs: number) {
   const events = EVENTS / 4;
   const eventsPerMs = EVENTS / postMs;
-  const shapes: [string, (random: () => number, i: number) => number | string, boolean][] = [
+  const shapes: [string, ChooseUser, boolean][] = [
     ["one hot user", () => 0, false],
     ["all users new", (_, i) => i, false],
     ["ids on every event", (random) => Math.floor(random() * USERS), true],
@@ -202,15 +201,16 @@ async function large() {
   rmSync(file);
 }
 
-/** Sends a file, and returns how long that took. */
+/** Sends a file; returns how long that took. */
 async function client(file: string, url: string, ...args: string[]): Promise<number> {
-  return timed(["bun", "run", "client.ts", file, ...args], { SERVER_URL: url }, "client");
+  const env = { SERVER_URL: url };
+  return timed(["bun", "run", "client.ts", file, ...args], { env, peak: "client" });
 }
 
-async function posting(file: string, total: string, name = "processor"): Promise<number> {
+async function posting(file: string, total: string, peak = "processor"): Promise<number> {
   await using database = await openDatabase();
   const env = { DATABASE_URL: database.url, DATA_DIR: join(folder, "data") };
-  const ms = await timed(["bun", "run", "processor.ts", file], env, name);
+  const ms = await timed(["bun", "run", "processor.ts", file], { env, peak });
   await database.check(total);
   return ms;
 }
@@ -237,7 +237,7 @@ interface Load {
   p99Ms: number;
 }
 
-/** wrk where it is there; else senders in this process, which are slower than it. */
+/** Uses wrk where it is installed, else senders in this process, which are slower. */
 async function load(url: string): Promise<Load> {
   const script = join(folder, "post.lua");
   await Bun.write(
@@ -248,10 +248,19 @@ async function load(url: string): Promise<Load> {
      wrk.headers["Content-Type"] = "application/json"`,
   );
   if (!Bun.which("wrk")) return loadByFetch(url);
-  const text = await run(
-    ["wrk", "-c", "64", "-t", "2", "-d", "5s", "--latency", "-s", script, `${url}/liveEvent`],
-    {},
-  );
+  const text = await run([
+    "wrk",
+    "-c",
+    "64",
+    "-t",
+    "2",
+    "-d",
+    "5s",
+    "--latency",
+    "-s",
+    script,
+    `${url}/liveEvent`,
+  ]);
   if (text.includes("Non-2xx")) throw new Error(text);
   const [, latency = "0", unit] = /99%\s+([\d.]+)(us|ms|s)/.exec(text) ?? [];
   const [, rate = "0"] = /Requests\/sec:\s+([\d.]+)/.exec(text) ?? [];
@@ -264,11 +273,11 @@ async function loadByFetch(url: string): Promise<Load> {
   const headers = { authorization: "secret", "content-type": "application/json" };
   const sender = async () => {
     while (performance.now() < endMs) {
-      const begunMs = performance.now();
-      const body = line("user1", 98).trim();
+      const sentMs = performance.now();
+      const body = line("user1", 9_800).trim();
       const { status } = await fetch(`${url}/liveEvent`, { method: "POST", headers, body });
       if (status !== 201) throw new Error(`answered ${status}`);
-      latencies.push(performance.now() - begunMs);
+      latencies.push(performance.now() - sentMs);
     }
   };
   await Promise.all(Array.from({ length: 64 }, sender));
@@ -276,7 +285,7 @@ async function loadByFetch(url: string): Promise<Load> {
   return { rate: sorted.length / 5, p99Ms: sorted[Math.floor(sorted.length * 0.99)] ?? 0 };
 }
 
-/** An empty ledger of its own. */
+/** An empty ledger. */
 async function openDatabase() {
   const admin = postgres(cluster.url(), { max: 1, onnotice: () => {} });
   const name = `bench_${crypto.randomUUID().replaceAll("-", "")}`;
@@ -289,69 +298,80 @@ async function openDatabase() {
     url: url.href,
     async check(total: string) {
       const [row] = await sql`select trim_scale(sum(revenue))::text as total from users_revenue`;
-      if (row?.["total"] !== total) throw new Error(`posted ${row?.["total"]}, wanted ${total}`);
+      if (row?.["total"] !== total)
+        throw new Error(`the balances add up to ${row?.["total"]}, expected ${total}`);
     },
     async [Symbol.asyncDispose]() {
       await sql.end();
       await admin.unsafe(`drop database ${name} with (force)`);
-      // What one row has written is not to be flushed to the disk in the middle of the next.
+      // Otherwise the pages that this row wrote would be flushed in the middle of the next one.
       await admin.unsafe("checkpoint");
       await admin.end();
     },
   };
 }
 
-/** app.ts, with a journal of its own. */
-async function serve(databaseUrl: string, ...args: string[]) {
+/** app.ts with an empty journal. */
+function serve(databaseUrl: string, ...args: string[]) {
   const dataDir = mkdtempSync(join(folder, "data-"));
-  return spawnServer(["bun", "run", "app.ts", ...args], {
-    ...{ PORT: "0", DATA_DIR: dataDir, DATABASE_URL: databaseUrl },
-  });
+  const env = { PORT: "0", DATA_DIR: dataDir, DATABASE_URL: databaseUrl };
+  return startServer(["bun", "run", "app.ts", ...args], env);
 }
 
-async function serveBare() {
-  return spawnServer(["bun", "bench/bare.ts", "serve", mkdtempSync(join(folder, "bare-"))], {});
+function serveBare() {
+  return startServer(["bun", "bench/bare.ts", "serve", mkdtempSync(join(folder, "bare-"))]);
 }
 
-async function spawnServer(command: string[], env: Record<string, string>) {
+/** Starts a server and waits for its URL. Its log goes to a file, which is shown if it ends by itself. */
+async function startServer(command: string[], env: Record<string, string> = {}) {
+  const logPath = join(mkdtempSync(join(folder, "log-")), "stderr");
   const child = Bun.spawn(command, {
-    ...{ cwd: root, env: { ...process.env, ...env } },
-    stdio: ["ignore", "pipe", "inherit"],
+    cwd: root,
+    env: { ...process.env, ...env },
+    stdio: ["ignore", "pipe", Bun.file(logPath)],
   });
-  let text = "";
+  let stdout = "";
   for await (const chunk of child.stdout) {
-    text += new TextDecoder().decode(chunk);
-    if (text.includes("\n")) break;
+    stdout += new TextDecoder().decode(chunk);
+    if (stdout.includes("\n")) break;
   }
+  const ended = async () => {
+    const code = await child.exited;
+    const log = await Bun.file(logPath).text();
+    return new Error(`${command.join(" ")} ended with exit code ${code}:\n${log}`);
+  };
+  const [url] = /http:\S+/.exec(stdout) ?? [];
+  if (!url) throw await ended();
   return {
-    url: /http:\S+/.exec(text)?.[0] ?? "",
+    url,
     pid: child.pid,
     async [Symbol.asyncDispose]() {
+      if (child.exitCode !== null || child.signalCode !== null) throw await ended();
       child.kill();
       await child.exited;
     },
   };
 }
 
-/** Milliseconds from start to exit. */
-async function timed(
-  command: string[],
-  env: Record<string, string> = {},
-  name?: string,
-): Promise<number> {
-  const begunMs = performance.now();
-  await run(command, env, ".", name);
-  return performance.now() - begunMs;
+interface Command {
+  env?: Record<string, string>;
+  cwd?: string;
+  /** Notes the memory peak of the process under this name. */
+  peak?: string | undefined;
 }
 
-async function run(
-  command: string[],
-  env: Record<string, string>,
-  cwd = ".",
-  name?: string,
-): Promise<string> {
+/** Runs a command; returns the milliseconds from its start to its exit. */
+async function timed(command: string[], options: Command = {}): Promise<number> {
+  const startedMs = performance.now();
+  await run(command, options);
+  return performance.now() - startedMs;
+}
+
+/** Runs a command; returns what it printed. Throws with its output if it fails. */
+async function run(command: string[], { env, cwd = root, peak }: Command = {}): Promise<string> {
   const child = Bun.spawn(command, {
-    ...{ cwd: join(root, cwd), env: { ...process.env, ...env } },
+    cwd,
+    env: { ...process.env, ...env },
     stdio: ["ignore", "pipe", "pipe"],
   });
   const [stdout, stderr] = await Promise.all([
@@ -359,11 +379,11 @@ async function run(
     new Response(child.stderr).text(),
   ]);
   if ((await child.exited) !== 0) throw new Error(`${command.join(" ")}: ${stdout}${stderr}`);
-  if (name) keepPeak(name, child.resourceUsage()?.maxRSS ?? 0);
+  if (peak) keepPeak(peak, child.resourceUsage()?.maxRSS ?? 0);
   return stdout;
 }
 
-/** Resident memory of a process that runs, at its highest. */
+/** Notes the highest resident memory of a running process. */
 function notePeak(name: string, pid: number): void {
   const status = new TextDecoder().decode(Bun.spawnSync(["cat", `/proc/${pid}/status`]).stdout);
   keepPeak(name, Number(/VmHWM:\s+(\d+)/.exec(status)?.[1] ?? 0) * 1024);
@@ -373,13 +393,11 @@ function keepPeak(name: string, bytes: number): void {
   peaks.set(name, Math.max(peaks.get(name) ?? 0, bytes));
 }
 
-/** Writes so many events and returns what they amount to. */
-function writeEvents(
-  path: string,
-  events: number,
-  user: (random: () => number, i: number) => number | string,
-  hasIds = false,
-): string {
+/** The user of event `index`. */
+type ChooseUser = (random: () => number, index: number) => number;
+
+/** Writes `events` events; returns the sum of their balances. */
+function writeEvents(path: string, events: number, user: ChooseUser, hasIds = false): string {
   let state = 1;
   const random = () => {
     state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0;
@@ -390,9 +408,9 @@ function writeEvents(
   let text = "";
   for (let i = 0; i < events; i++) {
     const value = Math.floor(random() * 100_000);
-    const isAdded = random() < 0.6;
-    cents += isAdded ? value : -value;
-    text += line(`user${user(random, i)}`, value / 100, isAdded, hasIds ? `event-${i}` : undefined);
+    const change = random() < 0.6 ? value : -value;
+    cents += change;
+    text += line(`user${user(random, i)}`, change, hasIds ? `event-${i}` : undefined);
     if (text.length > 1 << 20) {
       writeSync(fd, text);
       text = "";
@@ -403,9 +421,10 @@ function writeEvents(
   return `${cents / 100}`;
 }
 
-function line(userId: string, value: number, isAdded = true, id?: string): string {
-  const name = isAdded ? "add_revenue" : "subtract_revenue";
-  return `${JSON.stringify({ userId, name, value, ...(id && { id }) })}\n`;
+/** The event that changes a balance by `cents`. */
+function line(userId: string, cents: number, id?: string): string {
+  const name = cents < 0 ? "subtract_revenue" : "add_revenue";
+  return `${JSON.stringify({ userId, name, value: Math.abs(cents) / 100, id })}\n`;
 }
 
 function add(row: string, ratio: number | null, figures: string): void {

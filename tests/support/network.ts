@@ -1,8 +1,8 @@
-/** Connections that fail: a way to Postgres that can be cut, and a way to the server that loses and repeats. */
+/** Networks that fail: a proxy to Postgres that can be cut, and one to the server that loses and delays. */
 import { createServer as createHttpServer, type IncomingMessage } from "node:http";
 import { connect, createServer, type Socket } from "node:net";
 
-/** A way to the Postgres at `url` that can be cut and mended. */
+/** A proxy to the Postgres at `url`. After `cut` it drops every connection, until `mend`. */
 export async function openProxy(url: string) {
   const target = new URL(url);
   const open = new Set<Socket>();
@@ -43,16 +43,16 @@ export async function openProxy(url: string) {
   };
 }
 
-/** What goes wrong with a request on its way to the server. */
+/** What goes wrong with a request. */
 export type Fault =
-  | { answer: number; headers?: Record<string, string> } // instead of the server
-  | "cut" // before the server hears of it
-  | "lose" // the server's answer
-  | "tear" // the server's answer, in the middle
-  | { delayMs: number }
+  | { answer: number; headers?: Record<string, string> } // answered in place of the server
+  | "cut" // dropped before it reaches the server
+  | "lose" // the server's answer is dropped
+  | "tear" // the server's answer is cut off half-way
+  | { delayMs: number } // the server's answer is late
   | null;
 
-/** A way to the HTTP server at `target`; `choose` says for each request what goes wrong. */
+/** A proxy to the HTTP server at `target`. `choose` decides for each request what goes wrong. */
 export async function openMeddler(
   target: string,
   choose: (request: IncomingMessage) => Fault | Promise<Fault>,
@@ -77,7 +77,7 @@ export async function openMeddler(
       if (fault !== "tear") return void response.end(bytes);
       response.write(bytes.subarray(0, bytes.length / 2), () => request.socket.destroy());
     } catch {
-      request.socket.destroy(); // one of the two has gone
+      request.socket.destroy(); // client or server has gone
     }
   });
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));

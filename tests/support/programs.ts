@@ -1,4 +1,4 @@
-/** The programs as real processes, folders that vanish, and waiting for a state. Everything is disposable (`await using`). */
+/** The programs as real processes, temporary folders, and waiting for a state. All are disposable (`using`). */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -17,11 +17,11 @@ interface Run {
   env?: Record<string, string>;
   cwd?: string;
   stdin?: string;
-  /** Where the programs are, when it is not these. */
+  /** The folder of the programs, if not this project. */
   home?: string;
 }
 
-/** Starts one of the programs; killed, if it still runs, when the test is over. */
+/** Starts one of the programs. It is stopped when the test ends. */
 export function spawn(program: string, options: Run = {}) {
   const { args = [], env = {}, home = root, cwd = home, stdin } = options;
   const child = Bun.spawn([process.execPath, "run", join(home, program), ...args], {
@@ -37,7 +37,7 @@ export function spawn(program: string, options: Run = {}) {
     stdout,
     stderr,
     kill: (signal: NodeJS.Signals = "SIGKILL") => child.kill(signal),
-    /** The exit code, `null` when it was killed. */
+    /** The exit code; `null` if a signal ended it. */
     async exit() {
       await child.exited;
       await Promise.all([stdout.end, stderr.end]);
@@ -61,13 +61,13 @@ export async function run(program: string, options: Run = {}) {
 
 type AppOptions = Run & { dataDir: string; databaseUrl?: string };
 
-/** Starts `app.ts` and returns when it listens. */
+/** Starts `app.ts`, and returns when it listens. */
 export async function startApp(options: AppOptions): ReturnType<typeof startOnce> {
   for (let tries = 50; ; tries--) {
     try {
       return await startOnce(options);
     } catch (error) {
-      // A port that was left a moment ago may be that of another test's connection.
+      // The port of a server that just ended may have become that of another test's connection.
       if (tries === 0 || !/in use/.test((error as Error).message)) throw error;
       await Bun.sleep(100);
     }
@@ -105,7 +105,7 @@ async function startOnce(options: AppOptions) {
     /** POST /liveEvents */
     postLines: (lines: string | Uint8Array<ArrayBuffer>, headers = {}) =>
       send("/liveEvents", "application/x-ndjson", lines, headers),
-    /** The balance that GET answers, `null` for 404. */
+    /** The balance that GET answers; `null` for 404. */
     async balance(userId: string): Promise<string | null> {
       const response = await fetch(`${url}/userEvents/${encodeURIComponent(userId)}`);
       if (response.status === 404) return null;
@@ -115,7 +115,21 @@ async function startOnce(options: AppOptions) {
   };
 }
 
-/** What a program that stays has said: the messages of its log, each after its level. */
+/** Waits until GET answers `wanted` as the balance of `userId`; throws with the last balance found. */
+export async function untilBalance(
+  app: { balance(userId: string): Promise<string | null> },
+  userId: string,
+  wanted: string | null,
+  withinMs = 10_000,
+): Promise<void> {
+  let found: string | null = null;
+  const isThere = async () => (found = await app.balance(userId)) === wanted;
+  await until(isThere, withinMs).catch((error: Error) => {
+    throw new Error(`${userId} has ${found}, expected ${wanted}: ${error.message}`);
+  });
+}
+
+/** The messages of a program's log, each after its level. */
 export function messages(stderr: string): string[] {
   const lines = stderr.split("\n").filter((line) => line !== "");
   return lines.map((line) => {
@@ -125,8 +139,8 @@ export function messages(stderr: string): string[] {
 }
 
 /**
- * Asks until the answer is neither `undefined`, `null` nor `false`; throws after `withinMs`. Without
- * `everyMs` the pauses grow: what takes long is asked seldom.
+ * Calls `ask` until it returns something other than `undefined`, `null` and `false`, and returns that;
+ * throws after `withinMs`. Without `everyMs` the pauses grow from 5 to 100 ms.
  */
 export async function until<T>(
   ask: () => T | Promise<T>,

@@ -1,10 +1,10 @@
 /** Random choices that can be repeated, and how much a run tries. */
 
-/** More than 1 in a long run: what takes time is tried more often then. */
+/** Above 1 in a long run, which tries slow things more often. */
 export const FAULT_ROUNDS = Number(process.env["FAULT_ROUNDS"] ?? 1);
 export const IS_LONG = FAULT_ROUNDS > 1;
 
-/** A test with random choices: its seed is said when it fails, and `TEST_SEED` repeats it. */
+/** A test with random choices. When it fails it prints its seed; `TEST_SEED` repeats the same choices. */
 export function seeded(body: (random: () => number) => Promise<void>) {
   return async () => {
     const seed = Number(process.env["TEST_SEED"] ?? Math.floor(Math.random() * 2 ** 32));
