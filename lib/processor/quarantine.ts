@@ -46,12 +46,8 @@ export async function listQuarantine({ database, print }: Reconciliation): Promi
 }
 
 /** Posts the lines that are valid by now; returns how many remain. `paths` are journals. */
-export async function retryQuarantine({
-  database,
-  paths,
-  print,
-  say,
-}: Reconciliation): Promise<number> {
+export async function retryQuarantine(run: Reconciliation): Promise<number> {
+  const { database, paths, print, say } = run;
   await noteEventTypes(database, getEventTypes());
   return withRecountLock(database, say, async (sql) => {
     const journals = await openJournals(sql, paths);

@@ -184,15 +184,15 @@ class Counter {
   /** Counts a range. `readTo` is told how far it has been read. */
   async add(
     range: Range,
-    lines: AsyncIterable<Lines[]>,
+    groups: AsyncIterable<Lines[]>,
     readTo: (to: number) => void = () => {},
   ): Promise<void> {
     const exclusions = await openExclusions(this.sql, range);
-    for await (const group of lines) {
-      for (const { bytes, from, to } of group) {
-        await exclusions.load(to);
+    for await (const group of groups) {
+      for (const lines of group) {
+        await exclusions.load(lines.to);
         if (this.sums.size >= MAX_USERS) await this.flush();
-        this.count(range.key, bytes, from, exclusions);
+        this.count(range.key, lines, exclusions);
       }
       readTo(group.at(-1)?.to ?? range.from);
     }
@@ -200,8 +200,7 @@ class Counter {
     await this.flush();
   }
 
-  /** Counts lines, the first of which begins at `from` of its source. */
-  private count(key: string, bytes: Uint8Array, from: number, exclusions: Exclusions): void {
+  private count(key: string, { bytes, from }: Lines, exclusions: Exclusions): void {
     const { counted, scanner, sums } = this;
     eachEvent(
       bytes,

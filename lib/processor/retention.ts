@@ -31,7 +31,7 @@ export async function retain(
   let failure = "";
   while (!stop.aborted) {
     try {
-      for (const path of await deleteOldSegments(retention))
+      for (const path of await deleteSegments(retention))
         say(`deleted ${path}: posted, and older than ${keepDays} days`);
       failure = "";
     } catch (error) {
@@ -43,12 +43,8 @@ export async function retain(
   }
 }
 
-/** Deletes the segments that may be deleted now; returns their paths. */
-export async function deleteOldSegments({
-  database,
-  path,
-  keepDays,
-}: Retention): Promise<string[]> {
+/** Deletes the segments that may be deleted now; returns their paths. Throws CannotProceed or Unavailable. */
+export async function deleteSegments({ database, path, keepDays }: Retention): Promise<string[]> {
   const journal = await openJournalReader(path);
   if (!journal) return [];
   const posted = await readPosted(database, journal.id);

@@ -15,12 +15,6 @@ import {
 } from "../ledger/reconcile.ts";
 import { recount, type Reconciliation } from "./recount.ts";
 
-/** What was found. `isCertain`: every line counts today as it did when it was posted. */
-interface Comparison {
-  differing: number;
-  isCertain: boolean;
-}
-
 /** Returns how many balances differ from what the sources at `paths` hold. */
 export async function verify(run: Reconciliation): Promise<number> {
   const { database, say } = run;
@@ -46,8 +40,14 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
   });
 }
 
-/** Names each user that differs. `correctDifferences` can then correct them. */
-async function compare(sql: Sql, { paths, print }: Reconciliation): Promise<Comparison> {
+/**
+ * Names each user that differs; `correctDifferences` can then correct them. `isCertain`: every line counts
+ * today as it did when it was posted.
+ */
+async function compare(
+  sql: Sql,
+  { paths, print }: Reconciliation,
+): Promise<{ differing: number; isCertain: boolean }> {
   const found = await sql.begin("isolation level repeatable read", async (tx) => {
     const recounted = await recount(tx, paths);
     const others = await listOtherTypes(tx, getEventTypes());

@@ -11,7 +11,7 @@ import { openJournalReader } from "../../lib/journal/reader.ts";
 import { listSegmentFiles } from "../../lib/journal/segments.ts";
 import { retryQuarantine } from "../../lib/processor/quarantine.ts";
 import { snapshotUpTo } from "../../lib/processor/recount.ts";
-import { deleteOldSegments } from "../../lib/processor/retention.ts";
+import { deleteSegments } from "../../lib/processor/retention.ts";
 import { Sums } from "../../lib/event/sums.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
 import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
@@ -34,7 +34,7 @@ async function openLedger() {
     async deleteSegments(keepDays: number) {
       const ledger = openDatabase(() => database.url, "test", 1);
       const path = join(dataDir, "eventsPost.jsonl");
-      return deleteOldSegments({ database: ledger, path, keepDays }).finally(() => ledger.close());
+      return deleteSegments({ database: ledger, path, keepDays }).finally(() => ledger.close());
     },
     async [Symbol.asyncDispose]() {
       await sql[Symbol.asyncDispose]();

@@ -91,7 +91,9 @@ test("another sign changes nothing that is posted, and a rebuild with it asks fo
   }
   const refused = await ledger.tool(["--rebuild"], other);
   expect(refused.code).toBe(2);
-  expect(refused.stdout).toContain("EVENT_TYPES differs from what events were posted as (refund:-)");
+  expect(refused.stdout).toContain(
+    "EVENT_TYPES differs from what events were posted as (refund:-)",
+  );
   expect(refused.stderr).toContain("nothing was changed: add --yes");
   expect(await balances(ledger.url)).toEqual({ ann: "8" });
   expect((await ledger.tool(["--rebuild", "--yes"], other)).code).toBe(0);
