@@ -92,7 +92,7 @@ function connect(url: string, name: string, max: number): Sql {
   return postgres(url, {
     max,
     connect_timeout: 5,
-    // Not where there is one: what `alone` holds (its lock, temporary tables) is of that connection.
+    // Not where there is one: what `withRecountLock` holds (its lock, temporary tables) is of that connection.
     idle_timeout: max > 1 ? 60 : 0,
     max_lifetime: null,
     backoff: () => 0.1,

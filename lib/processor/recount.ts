@@ -1,274 +1,268 @@
 /**
- * Counting again: what the ledger should hold is what its sources hold, up to their checkpoints,
- * without what did not count (`uncounted`, `quarantine`). Nothing that posting has worked out is
- * relied upon but these: the journals and the files are read from their first byte, or from where
- * the snapshot of their removed segments ends.
+ * Recounting: the ledger should hold what its sources hold up to their checkpoints, without what did not
+ * count (the tables `uncounted` and `quarantine`). A recount relies on nothing else that posting has
+ * computed: it reads journals and files from their first byte, or from the end of the snapshot of their
+ * removed segments.
  */
 import { basename } from "node:path";
 
-import { type Database, CannotProceed, type Statements } from "../ledger/database.ts";
+import { decodeEvent, getEventTypes, InvalidEvent, openScanner } from "../event/event.ts";
+import { matchGenerations } from "../event/generations.ts";
+import { eachEvent, type Read, readBlocks, readFile } from "../event/lines.ts";
+import { Sums } from "../event/sums.ts";
+import { isLost } from "../journal/format.ts";
+import { type JournalReader, openJournalReader } from "../journal/reader.ts";
+import { parseSourceMark } from "../journal/source-mark.ts";
+import { type Checkpoint, journalKey, parseKey } from "../ledger/checkpoints.ts";
+import { CannotProceed, type Database, type Statements } from "../ledger/database.ts";
 import {
-  addToSnapshot,
-  aloneNow,
-  type LeftOut,
+  type Exclusions,
+  extendSnapshot,
   listLineEnds,
   listOtherTypes,
   listRecountable,
-  openLeftOut,
+  openExclusions,
   openTally,
-  readRemoved,
+  readSnapshotEnd,
   type Tally,
+  tryWithRecountLock,
 } from "../ledger/reconcile.ts";
-import { decodeEvent, getEventTypes, openScanner, InvalidEvent } from "../event/event.ts";
-import { isLost } from "../journal/format.ts";
-import { type JournalReader, openJournalReader } from "../journal/reader.ts";
-import { type Checkpoint, journalKey, parseKey } from "../ledger/checkpoints.ts";
-import { matchGenerations } from "../event/generations.ts";
-import { eachEvent, readBlocks, readFile } from "../event/lines.ts";
+import { showProgress } from "../progress.ts";
 import { linesOf } from "./batches.ts";
-import { parseSourceMark } from "../journal/source-mark.ts";
-import { Sums } from "../event/sums.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
-/** So many users are summed up in memory before they go to the tally. */
+/** This many users are summed in memory before they go to the tally. */
 const MAX_USERS = 50_000;
 
-/** Called as bytes are read: how many of how many, and the events in them. */
-export type Passed = (bytes: number, totalBytes: number, events: number) => void;
+/** What the tools work with that compare a ledger with its sources. */
+export interface Reconciliation {
+  database: Database;
+  /** Journals (their active files) and event files. */
+  paths: string[];
+  print(line: string): void;
+  say(line: string): void;
+}
 
 export interface Recounted {
+  tally: Tally;
   events: number;
-  /** Lines in the place of what a repair has taken out: what was posted of it nobody can count again. */
+  /** Lines that stand for what a repair took out. What was posted of it cannot be recounted. */
   lost: number;
-  /** Lines that have counted and are no events by today's rules: how many, and the first of them. */
-  strange: number;
-  first: { source: string; position: number; reason: string } | null;
+  /** Lines that have counted and are not events by today's rules: how many, and the first of them. */
+  invalid: number;
+  firstInvalid: { key: string; position: number; reason: string } | null;
 }
 
-/** A source of the ledger that is there to be read again, up to its checkpoint. */
-interface Found {
-  checkpoint: Checkpoint;
-  journal?: JournalReader;
-  file?: Bun.BunFile;
+/** A source of the ledger that can be read again, up to its checkpoint. */
+type Source = { checkpoint: Checkpoint } & ({ journal: JournalReader } | { file: Bun.BunFile });
+
+/** The part of a source that is recounted: positions of a journal, or offsets in a file. */
+interface Range {
+  key: string;
+  from: number;
+  to: number;
+}
+
+/** Lines of a source: the first begins at `from`, the next ones at `to`. */
+interface Lines {
+  bytes: Uint8Array;
+  from: number;
+  to: number;
 }
 
 /**
- * Adds up in `tally` what the sources of the ledger hold, as `sql` sees their checkpoints. `paths` are
- * journals and files, among which all of them must be, whole: otherwise throws CannotProceed, which says
- * what is missing, a line each.
+ * Recounts the sources of the ledger, up to their checkpoints as `sql` sees them, and shows the progress.
+ * Throws CannotProceed, with a line for each source that is not whole among `paths`.
  */
-export async function recount(
-  sql: Statements,
-  paths: string[],
-  tally: Tally,
-  passed: Passed,
-): Promise<Recounted> {
-  const found = await find(await listRecountable(sql), paths);
-  const totalBytes = found.reduce((sum, { checkpoint }) => sum + checkpoint.position, 0);
-  const recounted: Recounted = { events: 0, lost: 0, strange: 0, first: null };
-  let bytes = 0;
-  for (const { checkpoint, journal, file } of found) {
-    const { key: source, position } = checkpoint;
-    const from = journal ? await readRemoved(sql, source) : 0;
-    await tally.addSnapshot(sql, source);
-    const count = openCount(
-      sql,
-      tally,
-      source,
-      recounted,
-      await openLeftOut(sql, source, from, position),
-    );
-    const tell = (at: number) => passed(bytes + at, totalBytes, recounted.events);
-    if (journal) await countJournal(journal, from, position, count, tell);
-    if (file) await countFile(file, await listLineEnds(sql, source, 0), position, count, tell);
-    await count.end();
-    bytes += position;
+export async function recount(sql: Statements, paths: string[]): Promise<Recounted> {
+  const sources = await locateSources(await listRecountable(sql), paths);
+  const totalBytes = sources.reduce((sum, { checkpoint }) => sum + checkpoint.position, 0);
+  const progress = showProgress("recounting", totalBytes, 0);
+  const counter = new Counter(sql, await openTally(sql));
+  let doneBytes = 0;
+  try {
+    for (const source of sources) {
+      const { key, position: to } = source.checkpoint;
+      const range = { key, from: await readSnapshotEnd(sql, key), to };
+      await counter.counted.tally.addSnapshot(key);
+      const lines =
+        "journal" in source
+          ? readJournal(source.journal, range)
+          : readPostedFile(source.file, [...(await listLineEnds(sql, key)), to]);
+      await counter.add(range, lines, (readTo) =>
+        progress.update(doneBytes + readTo, counter.counted.events),
+      );
+      doneBytes += to;
+    }
+  } finally {
+    progress.stop();
   }
-  return recounted;
+  return counter.counted;
 }
 
 /**
- * Makes the journal's bytes before `position`, all of them posted, part of its snapshot, so that they
- * need not be kept. `false`: another recount is at work, try again later.
+ * Adds the journal's bytes before `position`, all of them posted, to its snapshot, so that they need not
+ * be kept. Returns false if another recount holds the lock: try again later. Throws CannotProceed if they
+ * would not count today as they were posted: without them, nobody could find out how they were.
  */
 export async function snapshotUpTo(
   database: Database,
   journal: JournalReader,
   position: number,
 ): Promise<boolean> {
-  const source = journalKey(journal.id);
-  const taken = await aloneNow(database, async (sql) => {
-    await sql`insert into removed (source, position) values (${source}, 0) on conflict do nothing`;
-    const from = await readRemoved(sql, source);
-    if (from >= position) return true;
-    // What is let go of could not be told any more from what has counted.
+  const key = journalKey(journal.id);
+  const isDone = await tryWithRecountLock(database, async (sql) => {
+    const range = { key, from: await readSnapshotEnd(sql, key), to: position };
+    if (range.from >= position) return true;
     const others = await listOtherTypes(sql, getEventTypes());
     if (others.length > 0)
       throw new CannotProceed(
-        `events were posted as ${others.join(", ")}, which is not what EVENT_TYPES says today: put it back, or see processor.ts --rebuild`,
+        `EVENT_TYPES differs from what events were posted as (${others.join(", ")}): restore it, or run processor.ts --rebuild --yes`,
       );
-    const tally = await openTally(sql);
-    const recounted: Recounted = { events: 0, lost: 0, strange: 0, first: null };
-    const leftOut = await openLeftOut(sql, source, from, position);
-    const count = openCount(sql, tally, source, recounted, leftOut);
-    await countJournal(journal, from, position, count, () => {});
-    await count.end();
-    const { first } = recounted;
-    if (first)
+    const counter = new Counter(sql, await openTally(sql));
+    await counter.add(range, readJournal(journal, range));
+    const { tally, firstInvalid } = counter.counted;
+    if (firstInvalid)
       throw new CannotProceed(
-        `position ${first.position} of ${source} has counted, but is no event now (${first.reason}): its file is kept`,
+        `the line at position ${firstInvalid.position} of ${key} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
       );
-    await addToSnapshot(sql, tally, source, position);
+    await extendSnapshot(sql, tally, { key, position });
     return true;
   });
-  return taken ?? false;
+  return isDone ?? false;
 }
 
-/** Where each checkpoint's source is. */
-async function find(checkpoints: Checkpoint[], paths: string[]): Promise<Found[]> {
-  const found = new Map<string, Found>();
-  const lacks: string[] = [];
+/** Finds the source of each checkpoint among `paths`. Throws CannotProceed for those that are missing. */
+async function locateSources(checkpoints: Checkpoint[], paths: string[]): Promise<Source[]> {
+  const found = new Map<string, Source>();
   for (const path of paths) {
     const journal = await openJournalReader(path);
-    if (!journal) {
-      for (const one of await matchFile(path, checkpoints)) found.set(one.checkpoint.key, one);
-      continue;
-    }
-    const checkpoint = checkpoints.find(({ key }) => key === journalKey(journal.id));
-    if (checkpoint) found.set(checkpoint.key, { checkpoint, journal });
+    const checkpoint = checkpoints.find(({ key }) => journal && key === journalKey(journal.id));
+    if (journal && checkpoint) found.set(checkpoint.key, { checkpoint, journal });
+    if (!journal)
+      for (const source of await matchFile(path, checkpoints))
+        found.set(source.checkpoint.key, source);
   }
-  for (const { key, position } of checkpoints) {
-    if (found.has(key)) continue;
-    const { kind, name } = parseKey(key);
-    lacks.push(
-      kind === "journal"
-        ? `journal ${name} has been posted, and is not here: give the path of its eventsPost.jsonl`
-        : `a file ${name} has been posted, and its first ${position} bytes are not here: give its path`,
-    );
-  }
-  if (lacks.length > 0) throw new CannotProceed(lacks.join("\n"));
+  const missing = checkpoints.filter(({ key }) => !found.has(key));
+  if (missing.length > 0) throw new CannotProceed(missing.map(describeMissing).join("\n"));
   return [...found.values()];
 }
 
-/** The checkpoints of files of this name whose posted bytes are those that `path` begins with. */
-async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Found[]> {
+function describeMissing({ key, position }: Checkpoint): string {
+  const { kind, name } = parseKey(key);
+  return kind === "journal"
+    ? `missing: journal ${name}, which has been posted; add the path of its eventsPost.jsonl`
+    : `missing: the first ${position} bytes of file ${name}, which have been posted; add its path`;
+}
+
+/** The checkpoints of files of this name whose posted bytes are those that the file at `path` begins with. */
+async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Source[]> {
   const file = Bun.file(path);
   if (!(await file.exists())) return [];
   const generations = checkpoints.flatMap((checkpoint) => {
-    const parsed = parseKey(checkpoint.key);
-    const isNamed = parsed.kind === "file" && parsed.name === basename(path);
+    const { kind, name } = parseKey(checkpoint.key);
+    const isNamed = kind === "file" && name === basename(path);
     return isNamed ? [{ checkpoint, offset: checkpoint.position, digest: checkpoint.digest }] : [];
   });
   const matches = await matchGenerations(readFile(file), file.size, generations);
   return matches.map(({ generation: { checkpoint } }) => ({ checkpoint, file }));
 }
 
-/** Takes lines in order of their positions. */
-interface Count {
-  /** To be awaited before lines that begin before `position` are added. */
-  upTo(position: number): Promise<void>;
-  /** Lines whose first byte is at `position` of the source. */
-  add(lines: Uint8Array, position: number): void;
-  end(): Promise<void>;
+/** Counts lines of any number of sources into one tally. */
+class Counter {
+  readonly counted: Recounted;
+  private sums = new Sums();
+  private readonly scanner = openScanner();
+
+  constructor(
+    private readonly sql: Statements,
+    tally: Tally,
+  ) {
+    this.counted = { tally, events: 0, lost: 0, invalid: 0, firstInvalid: null };
+  }
+
+  /** Counts a range. `readTo` is told how far it has been read. */
+  async add(
+    range: Range,
+    groups: AsyncIterable<Lines[]>,
+    readTo: (to: number) => void = () => {},
+  ): Promise<void> {
+    const exclusions = await openExclusions(this.sql, range);
+    for await (const group of groups) {
+      for (const lines of group) {
+        await exclusions.load(lines.to);
+        if (this.sums.size >= MAX_USERS) await this.flush();
+        this.count(range.key, lines, exclusions);
+      }
+      readTo(group.at(-1)?.to ?? range.from);
+    }
+    await exclusions.close();
+    await this.flush();
+  }
+
+  private count(key: string, { bytes, from }: Lines, exclusions: Exclusions): void {
+    const { counted, scanner, sums } = this;
+    eachEvent(
+      bytes,
+      scanner,
+      (index) => {
+        if (exclusions.has(from + index)) return;
+        const { userFrom, userTo, hash, sign, whole, billionths } = scanner;
+        counted.events++;
+        if (sign === 0) return;
+        sums.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
+      },
+      (line, index) => {
+        if (parseSourceMark(line) || exclusions.has(from + index)) return;
+        const decoded = decodeEvent(line);
+        if (!(decoded instanceof InvalidEvent)) {
+          counted.events++;
+          if (decoded.sign !== 0) sums.addTo(decoded.userId, decoded.amount);
+        } else if (isLost(line)) counted.lost++;
+        else {
+          counted.invalid++;
+          counted.firstInvalid ??= { key, position: from + index, reason: decoded.reason };
+        }
+      },
+    );
+  }
+
+  private async flush(): Promise<void> {
+    const { sums } = this;
+    this.sums = new Sums();
+    await this.counted.tally.add(sums);
+  }
 }
 
-function openCount(
-  sql: Statements,
-  tally: Tally,
-  source: string,
-  recounted: Recounted,
-  leftOut: LeftOut,
-): Count {
-  const scanner = openScanner();
-  let sums = new Sums();
-  const flush = async () => {
-    const full = sums;
-    sums = new Sums();
-    await tally.add(sql, full);
-  };
-  return {
-    async upTo(position) {
-      await leftOut.load(position);
-      if (sums.size >= MAX_USERS) await flush();
-    },
-    add(lines, position) {
-      eachEvent(
-        lines,
-        scanner,
-        (at) => {
-          if (leftOut.has(position + at)) return;
-          const { userFrom, userTo, hash, sign, whole, billionths } = scanner;
-          recounted.events++;
-          if (sign === 0) return;
-          sums.add(lines, userFrom, userTo, hash, sign * whole, sign * billionths);
-        },
-        (line, at) => {
-          if (parseSourceMark(line) || leftOut.has(position + at)) return;
-          const decoded = decodeEvent(line);
-          if (decoded instanceof InvalidEvent && isLost(line)) recounted.lost++;
-          else if (decoded instanceof InvalidEvent) {
-            recounted.strange++;
-            recounted.first ??= { source, position: position + at, reason: decoded.reason };
-          } else {
-            recounted.events++;
-            if (decoded.sign !== 0) sums.addTo(decoded.userId, decoded.amount);
-          }
-        },
-      );
-    },
-    async end() {
-      await flush();
-      await leftOut.close();
-    },
-  };
-}
-
-async function countJournal(
-  journal: JournalReader,
-  from: number,
-  to: number,
-  count: Count,
-  tell: (at: number) => void,
-): Promise<void> {
+/** The lines of a journal, a read at a time. Throws CannotProceed where it does not hold the range whole. */
+async function* readJournal(journal: JournalReader, { from, to }: Range): AsyncGenerator<Lines[]> {
   if (journal.start > from)
     throw new CannotProceed(
-      `journal ${journal.id} is needed from position ${from} on, and what is here begins at ${journal.start}: put its segments back`,
+      `journal ${journal.id} begins at position ${journal.start}, but is needed from ${from}: restore its older segments`,
     );
   for (let position = from; position < to;) {
     const frames = await journal.read(position).catch((error: Error) => {
       throw new CannotProceed(error.message);
     });
-    if (frames.length === 0)
+    const lines = frames
+      .filter((frame) => frame.from < to)
+      .map(({ payload, to }) => ({ bytes: payload, from: to - payload.length, to }));
+    if (lines.length === 0)
       throw new CannotProceed(
-        `journal ${journal.id} has been posted up to ${to}, and what is here ends at ${position}`,
+        `journal ${journal.id} ends at position ${position}, but has been posted up to ${to}: restore the rest`,
       );
-    for (const { payload, to: end } of frames) {
-      if (position >= to) break;
-      position = end;
-      await count.upTo(end);
-      count.add(payload, end - payload.length);
-    }
-    tell(position);
+    yield lines;
+    position = lines.at(-1)?.to ?? to;
   }
 }
 
-/** `lineEnds`: where lines were taken that had no newline then. */
-async function countFile(
-  file: Bun.BunFile,
-  lineEnds: number[],
-  to: number,
-  count: Count,
-  tell: (at: number) => void,
-): Promise<void> {
-  let from = 0;
-  for (const end of [...lineEnds, to]) {
-    const read = (at: number, wanted: number) => file.slice(at, Math.min(wanted, end)).bytes();
-    for await (const block of readBlocks(read, from, BLOCK_BYTES)) {
-      await count.upTo(block.to);
-      const lines = linesOf(block);
-      count.add(lines.bytes, lines.from);
-      tell(block.to);
-    }
-    from = end;
+/** The lines of a file, a block at a time. Each of `ends` also ends a line: it was the end when it was posted. */
+async function* readPostedFile(file: Bun.BunFile, ends: number[]): AsyncGenerator<Lines[]> {
+  let offset = 0;
+  for (const end of ends) {
+    const read: Read = (from, to) => file.slice(from, Math.min(to, end)).bytes();
+    for await (const block of readBlocks(read, offset, BLOCK_BYTES))
+      yield [{ ...linesOf(block), to: block.to }];
+    offset = end;
   }
 }

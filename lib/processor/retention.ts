@@ -1,54 +1,56 @@
 /**
- * Lets go of segments that are old enough and wholly posted, oldest first, and of nothing else. What a
- * segment has made of each balance becomes part of the journal's snapshot before its file goes: a
- * removal that dies in between leaves a file that the next one removes.
+ * Deletes segments that are old enough and wholly posted, oldest first. What a segment contributed to
+ * each balance becomes part of the journal's snapshot before the file is deleted. If the process dies
+ * between the two, the file remains, and the next run deletes it.
  */
 import { dirname } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 
-import type { Database } from "../ledger/database.ts";
 import { disk } from "../journal/disk.ts";
 import { openJournalReader } from "../journal/reader.ts";
 import { listSegmentFiles, openSegment } from "../journal/segments.ts";
 import { readPosted } from "../ledger/checkpoints.ts";
+import type { Database } from "../ledger/database.ts";
 import { snapshotUpTo } from "./recount.ts";
 
-const LOOK_EVERY_MS = 2_000;
+const POLL_MS = 2_000;
 const DAY_MS = 24 * 3600 * 1000;
 
-/** Looks now and then, until told to stop, whether segments of the journal `path` may go. */
-export async function retain(options: {
+interface Retention {
   database: Database;
   /** The journal's active file. */
   path: string;
   keepDays: number;
-  stop: AbortSignal;
-  say(line: string): void;
-}): Promise<void> {
-  const { database, path, keepDays, stop, say } = options;
-  let trouble = "";
+}
+
+/** Deletes old segments again and again until `stop` is aborted. Says what it deletes, and each new failure. */
+export async function retain(
+  retention: Retention & { stop: AbortSignal; say(line: string): void },
+): Promise<void> {
+  const { keepDays, stop, say } = retention;
+  let failure = "";
   while (!stop.aborted) {
     try {
-      for (const removed of await removeOld(database, path, keepDays))
-        say(`removed ${removed}: posted, and older than ${keepDays} days`);
-      trouble = "";
+      for (const path of await deleteSegments(retention))
+        say(`deleted ${path}: posted, and older than ${keepDays} days`);
+      failure = "";
     } catch (error) {
       const { message } = error as Error;
-      if (message !== trouble) say(`old segments are kept for now; ${message}`);
-      trouble = message;
+      if (message !== failure) say(`old segments are kept for now; ${message}`);
+      failure = message;
     }
-    await sleep(LOOK_EVERY_MS, undefined, { signal: stop }).catch(() => {}); // told to stop
+    await sleep(POLL_MS, undefined, { signal: stop }).catch(() => {}); // aborted
   }
 }
 
-/** Removes what may go; returns its paths. */
-async function removeOld(database: Database, path: string, keepDays: number): Promise<string[]> {
+/** Deletes the segments that may be deleted now; returns their paths. Throws CannotProceed or Unavailable. */
+export async function deleteSegments({ database, path, keepDays }: Retention): Promise<string[]> {
   const journal = await openJournalReader(path);
   if (!journal) return [];
   const posted = await readPosted(database, journal.id);
-  const removed: string[] = [];
+  const deleted: string[] = [];
   const files = await listSegmentFiles(path, disk);
-  // While no file has its name (a rotation that died) the last one alone knows which journal it is.
+  // If a rotation died before it made the active file, only the last segment identifies the journal.
   if ((await disk.size(path)) === 0) files.pop();
   for (const file of files) {
     const segment = await openSegment(file, disk);
@@ -57,8 +59,8 @@ async function removeOld(database: Database, path: string, keepDays: number): Pr
     if (ageMs < keepDays * DAY_MS) break;
     if (!(await snapshotUpTo(database, journal, segment.to))) break;
     await disk.remove(segment.path);
-    removed.push(segment.path);
+    deleted.push(segment.path);
   }
-  if (removed.length > 0) await disk.syncDirectory(dirname(path));
-  return removed;
+  if (deleted.length > 0) await disk.syncDirectory(dirname(path));
+  return deleted;
 }

@@ -41,7 +41,7 @@ test("on a terminal a bar shows how far it is, and the work is done as without o
   await until(async () => (await server.balance("user999")) === `${EVENTS / 1_000}`);
 
   const verified = await onTerminal(env, "processor.ts", "--verify");
-  const equal = expect.stringContaining("1000 balances are what was sent");
+  const equal = expect.stringContaining("1000 balances match their sources");
   expect(verified).toEqual({ code: 0, said: equal });
 
   const posted = await onTerminal(env, "processor.ts", file);

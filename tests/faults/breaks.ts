@@ -336,7 +336,7 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the removal from quarantine when a line is posted",
-    "delete from quarantine where source = ${source} and position = ${position} returning 1",
+    "delete from quarantine where source = ${key} and position = ${position} returning 1",
     "select 1",
     "server/event-types",
     "processor/verify",

@@ -236,7 +236,7 @@ async function dieAtEach(random: () => number) {
   expect(await balances(database.url)).toEqual(sender.balances());
   const tool = { env: { DATA_DIR: app.dataDir, DATABASE_URL: database.url } };
   const verified = await run("processor.ts", { ...tool, args: ["--verify"] });
-  expect(verified.stdout, verified.stderr).toEndWith("balances are what was sent\n");
+  expect(verified.stdout, verified.stderr).toEndWith("balances match their sources\n");
 }
 
 test(

@@ -107,7 +107,7 @@ test("a ledger of 0.1.0 has the balances of its events under the schema of today
   expect(fixtures.wanted.size).toBe(49);
   expect(await fixtures.found()).toEqual(fixtures.wanted);
   const { code, stdout, stderr } = await fixtures.verify();
-  expect(stdout, stderr).toBe("49 balances are what was sent\n");
+  expect(stdout, stderr).toBe("49 balances match their sources\n");
   expect(code).toBe(0);
 });
 

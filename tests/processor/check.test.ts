@@ -194,8 +194,8 @@ test("what was damaged after it had been posted stops the start; mended, everyth
   // What was lost can be counted by nobody again: it is told, and not taken away unasked.
   const verified = await run("processor.ts", { args: ["--verify"], env });
   expect(verified.code).toBe(1);
-  expect(verified.stdout).toContain('user "u": balance 46, wanted 37; off by 9');
-  expect(verified.stdout).toContain("1 ranges of a journal are lost");
+  expect(verified.stdout).toContain('user "u": balance 46, expected 37; off by 9');
+  expect(verified.stdout).toContain("ranges of a journal marked as lost by --repair: 1");
   const rebuilt = await run("processor.ts", { args: ["--rebuild"], env });
   expect(rebuilt.code).toBe(2);
   expect(await balances(database.url)).toEqual({ u: "46" });

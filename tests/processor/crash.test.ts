@@ -211,7 +211,7 @@ test("SIGTERM stops the private Postgres too; kill -9 leaves it to be found agai
   writeFileSync(file, event("ben", 2));
   for (const [args, said] of [
     [[file], "posted 1 events"],
-    [["--verify", file], "2 balances are what was sent"],
+    [["--verify", file], "2 balances match their sources"],
   ] as const) {
     const { code, stdout } = await run("processor.ts", {
       args: [...args],

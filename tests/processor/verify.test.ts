@@ -1,16 +1,17 @@
-/** The ledger counted again from its sources: whatever was posted, found equal; whatever was changed, found. */
+/** Reconciling: what was posted matches its sources, and what was changed behind their back is found. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
 
 import { openDatabase } from "../../lib/ledger/database.ts";
-import { alone, aloneNow, openTally } from "../../lib/ledger/reconcile.ts";
+import { openTally, tryWithRecountLock, withRecountLock } from "../../lib/ledger/reconcile.ts";
 import { disk } from "../../lib/journal/disk.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { openJournalReader } from "../../lib/journal/reader.ts";
 import { listSegmentFiles } from "../../lib/journal/segments.ts";
 import { retryQuarantine } from "../../lib/processor/quarantine.ts";
 import { snapshotUpTo } from "../../lib/processor/recount.ts";
+import { deleteSegments } from "../../lib/processor/retention.ts";
 import { Sums } from "../../lib/event/sums.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
 import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
@@ -20,7 +21,7 @@ setDefaultTimeout(180_000);
 
 const quiet = () => {};
 
-/** A database, a folder, and the tools on both. */
+/** A database, a folder, and the tools that work on both. */
 async function openLedger() {
   const database = await testDatabase();
   const dir = tempDir();
@@ -30,6 +31,11 @@ async function openLedger() {
   return {
     ...{ dir, env, sql, dataDir, url: database.url },
     tool: (...args: string[]) => run("processor.ts", { args, env }),
+    async deleteSegments(keepDays: number) {
+      const ledger = openDatabase(() => database.url, "test", 1);
+      const path = join(dataDir, "eventsPost.jsonl");
+      return deleteSegments({ database: ledger, path, keepDays }).finally(() => ledger.close());
+    },
     async [Symbol.asyncDispose]() {
       await sql[Symbol.asyncDispose]();
       await database.drop();
@@ -43,7 +49,7 @@ const event = (userId: string, value: number, more: object = {}) =>
 const file = (path: string, lines: string[]) => Bun.write(path, `${lines.join("\n")}\n`);
 
 test(
-  "repeated ids, rivals, bad lines, sources and files, over two servers: what is counted again is equal",
+  "a recount matches: repeated and conflicting ids, bad lines, sources and files, over two servers",
   seeded(async (random) => {
     await using ledger = await openLedger();
     using other = tempDir();
@@ -59,11 +65,11 @@ test(
       const app = { databaseUrl: ledger.url, env: { JOURNAL_SEGMENT_BYTES: "4000" } };
       await using one = await startApp({ ...app, dataDir: ledger.dataDir });
       await using two = await startApp({ ...app, dataDir: other.path });
-      // With four rounds it does not always notice that the note of events that came before is missing.
+      // Four rounds did not always notice when the note of repeated events was missing.
       for (let round = 0; round < 8; round++) {
         const body = lines(30).join("\n");
         await Promise.all([one.postLines(body), pick(2) ? two.postLines(body) : null]);
-        // The same source goes on now here, now there, and some of it is taken by both.
+        // The source continues on either server, and some of it is stored by both.
         await file(path, moved.slice(0, 35 * (round + 1)));
         const to = [[one], [two], [one, two]][pick(3)]!;
         await Promise.all(
@@ -91,10 +97,10 @@ test(
     ];
     const before = await balances(ledger.url);
     const { code, stdout, stderr } = await ledger.tool("--verify", ...sources);
-    expect(stdout, stderr).toBe(`${Object.keys(before).length} balances are what was sent\n`);
+    expect(stdout, stderr).toBe(`${Object.keys(before).length} balances match their sources\n`);
     expect(code).toBe(0);
 
-    // The claims of ids are not needed for it: they are forgotten after ID_DAYS.
+    // The recount does not need the claims of ids, which are deleted after ID_DAYS.
     await ledger.sql`truncate event_ids`;
     await ledger.sql`update users_revenue set revenue = revenue * 2 where user_id < 'u2'`;
     await ledger.sql`delete from users_revenue where user_id = 'u3'`;
@@ -104,7 +110,7 @@ test(
   }),
 );
 
-test("a source that is missing is named, and nothing is compared or changed", async () => {
+test("--verify and --rebuild name a missing source, and compare and change nothing", async () => {
   await using ledger = await openLedger();
   using other = tempDir();
   const path = ledger.dir.file("a.jsonl");
@@ -119,10 +125,10 @@ test("a source that is missing is named, and nothing is compared or changed", as
   for (const tool of ["--verify", "--rebuild"]) {
     const { code, stderr } = await ledger.tool(tool);
     expect(code).toBe(2);
-    expect(stderr).toContain("a file a.jsonl has been posted, and its first");
-    expect(stderr).toContain("give the path of its eventsPost.jsonl");
+    expect(stderr).toContain("bytes of file a.jsonl, which have been posted; add its path");
+    expect(stderr).toContain("which has been posted; add the path of its eventsPost.jsonl");
   }
-  // A file of that name with other bytes is not it.
+  // A file of that name with other bytes is another file.
   await file(ledger.dir.file("x/a.jsonl"), [event("ann", 2)]);
   const { code } = await ledger.tool(
     "--rebuild",
@@ -135,7 +141,7 @@ test("a source that is missing is named, and nothing is compared or changed", as
   expect(await balances(ledger.url)).toEqual({ ann: "1", bob: "1" });
 });
 
-test("a tally that is summed up now and then has the same sums", async () => {
+test("a tally that is summed now and then keeps the same sums", async () => {
   await using ledger = await openLedger();
   const database = openDatabase(() => ledger.url, "test", 1);
   const sums = await database.use(
@@ -145,18 +151,18 @@ test("a tally that is summed up now and then has the same sums", async () => {
         for (let round = 1; round <= 20; round++) {
           const changes = new Sums();
           for (let user = 0; user < 10; user++) changes.addTo(`u${user}`, BigInt(user * round));
-          await tally.add(tx, changes);
+          await tally.add(changes);
         }
-        return tx`select user_id as user, (revenue * 1e9)::int as sum from (${tally.sums(tx)}) t order by 1`;
+        return tx`select user_id as user, (revenue * 1e9)::int as sum from (${tally.sums()}) t order by 1`;
       }),
     30_000,
   );
   await database.close();
-  const wanted = Array.from({ length: 10 }, (_, user) => ({ user: `u${user}`, sum: 210 * user }));
-  expect([...sums]).toEqual(wanted);
+  const expected = Array.from({ length: 10 }, (_, user) => ({ user: `u${user}`, sum: 210 * user }));
+  expect([...sums]).toEqual(expected);
 });
 
-test("0.01 in one of 100,000 balances is found, and mended while others read", async () => {
+test("--verify finds 0.01 in one of 100,000 balances, and --rebuild corrects it in one step for readers", async () => {
   await using ledger = await openLedger();
   const path = ledger.dir.file("a.jsonl");
   await file(
@@ -168,7 +174,7 @@ test("0.01 in one of 100,000 balances is found, and mended while others read", a
   const found = await ledger.tool("--verify", path);
   expect(found.code).toBe(1);
   expect(found.stdout).toBe(
-    'user "user777": balance 1.26, wanted 1.25; off by 0.01\n1 of 100000 balances differ from what was sent\n',
+    'user "user777": balance 1.26, expected 1.25; off by 0.01\n1 of 100000 balances differ from their sources\n',
   );
 
   await ledger.sql`update users_revenue set revenue = revenue + 0.01`;
@@ -190,7 +196,7 @@ test("0.01 in one of 100,000 balances is found, and mended while others read", a
   expect((await ledger.tool("--verify", path)).code).toBe(0);
 });
 
-test("while events are posted nothing seems to differ, and a rebuild takes nothing from them", async () => {
+test("while events are posted, --verify finds no difference and --rebuild loses none of them", async () => {
   await using ledger = await openLedger();
   await using server = await startApp({
     ...{ dataDir: ledger.dataDir, databaseUrl: ledger.url },
@@ -208,11 +214,11 @@ test("while events are posted nothing seems to differ, and a rebuild takes nothi
   await until(async () => (await server.balance("u1")) !== null, 30_000);
   for (let i = 0; i < 2; i++) {
     const verified = await ledger.tool("--verify");
-    expect(verified.stdout).toEndWith("balances are what was sent\n");
+    expect(verified.stdout).toEndWith("balances match their sources\n");
     await ledger.sql`update users_revenue set revenue = revenue + 100 where user_id = 'u1'`;
     const both = await Promise.all([ledger.tool("--rebuild"), ledger.tool("--rebuild")]);
     expect(both.map(({ code }) => code)).toEqual([0, 0]);
-    expect(both.map(({ stdout }) => stdout).join("")).toContain("1 balances were corrected");
+    expect(both.map(({ stdout }) => stdout).join("")).toContain("balances corrected: 1");
   }
   done = true;
   await sending;
@@ -220,7 +226,7 @@ test("while events are posted nothing seems to differ, and a rebuild takes nothi
   expect(new Set(Object.values(await balances(ledger.url)))).toEqual(new Set([`${sent}`]));
 });
 
-test("segments go when they are old and posted, never before, and what is counted again is equal still", async () => {
+test("segments are deleted once old and posted, never before, and a recount still matches", async () => {
   await using ledger = await openLedger();
   const segments = () =>
     readdirSync(ledger.dataDir).filter((name) => /^eventsPost\.\d+\.jsonl$/.test(name));
@@ -237,15 +243,15 @@ test("segments go when they are old and posted, never before, and what is counte
   const before = segments();
   expect(before.length).toBeGreaterThan(4);
   {
-    await using server = await startApp({ ...app, env: { ...env, JOURNAL_KEEP_DAYS: "1" } });
+    await using server = await startApp({ ...app, env });
     await until(async () => (await server.balance("x")) === "10");
-    await Bun.sleep(2_500); // longer than it takes to look again
-    expect(segments()).toEqual(before); // posted, but not old
+    expect(await ledger.deleteSegments(1)).toEqual([]); // posted, but not old
+    expect(segments()).toEqual(before);
   }
   {
     await using server = await startApp({ ...app, env: { ...env, JOURNAL_KEEP_DAYS: "0" } });
     await until(() => segments().length === 0);
-    expect((await ledger.tool("--verify")).stdout).toEndWith("balances are what was sent\n");
+    expect((await ledger.tool("--verify")).stdout).toEndWith("balances match their sources\n");
     await server.post(event("x", 1));
     await until(async () => (await server.balance("x")) === "11");
   }
@@ -257,24 +263,26 @@ test("segments go when they are old and posted, never before, and what is counte
   expect((await ledger.tool("--check")).code).toBe(0);
 });
 
-test("no segment goes that is not wholly posted", async () => {
+test("a segment that is not wholly posted is never deleted", async () => {
   await using ledger = await openLedger();
   const app = { dataDir: ledger.dataDir, databaseUrl: ledger.url };
-  const env = { JOURNAL_SEGMENT_BYTES: "500", JOURNAL_KEEP_DAYS: "0" };
+  const env = { JOURNAL_SEGMENT_BYTES: "500" };
   await using server = await startApp({ ...app, env });
   await server.post(event("ann", 1));
   await until(async () => (await server.balance("ann")) === "1");
   await ledger.sql.begin(async (tx) => {
     await tx`lock table users_revenue in exclusive mode`;
     for (let i = 0; i < 30; i++) await server.post(event("ann", 1));
-    await Bun.sleep(2_500); // longer than it takes to look again
-    const segments = readdirSync(ledger.dataDir).filter((name) => /\.\d+\.jsonl$/.test(name));
-    expect(segments.length).toBeGreaterThan(4);
+    const segments = () => readdirSync(ledger.dataDir).filter((name) => /\.\d+\.jsonl$/.test(name));
+    const before = segments();
+    const deleted = await ledger.deleteSegments(0);
+    expect(segments()).toHaveLength(before.length - deleted.length);
+    expect(segments().length).toBeGreaterThan(4);
   });
   await until(async () => (await server.balance("ann").catch(() => null)) === "31", 30_000);
 });
 
-test("a line whose id is free again leaves the quarantine, once; the others stay, with the reason", async () => {
+test("a line whose id is free again leaves the quarantine once; the others remain, with their reasons", async () => {
   await using ledger = await openLedger();
   await using server = await startApp({ dataDir: ledger.dataDir, databaseUrl: ledger.url });
   await server.post(event("ann", 1, { id: "a" }));
@@ -289,40 +297,42 @@ test("a line whose id is free again leaves the quarantine, once; the others stay
   expect(listed.code).toBe(1);
   expect(listed.stdout).toContain("its id belongs to another event, which came first");
   expect(listed.stdout).toContain('not JSON: "bad"');
-  expect(listed.stdout).toEndWith("3 lines are in quarantine\n");
+  expect(listed.stdout).toEndWith("lines in quarantine: 3\n");
 
   const stayed = await ledger.tool("--quarantine=retry");
-  expect(stayed.stdout).toEndWith("0 lines were posted, 3 stay in quarantine\n");
+  expect(stayed.stdout).toEndWith("lines posted: 0; remaining in quarantine: 3\n");
   await ledger.sql`delete from event_ids where id = 'a'`;
   const [again, once] = await Promise.all([
     ledger.tool("--quarantine=retry"),
     ledger.tool("--quarantine=retry"),
   ]);
-  const posted = [again, once].map(({ stdout }) => /(\d) lines were posted/.exec(stdout)?.[1]);
+  const posted = [again, once].map(({ stdout }) => /lines posted: (\d)/.exec(stdout)?.[1]);
   expect(posted.toSorted()).toEqual(["0", "1"]);
   expect(again.code).toBe(1);
   expect(await balances(ledger.url)).toEqual({ ann: "1", bob: "5" });
-  expect((await ledger.tool("--verify", path)).stdout).toEndWith("2 balances are what was sent\n");
+  expect((await ledger.tool("--verify", path)).stdout).toEndWith(
+    "2 balances match their sources\n",
+  );
 });
 
-test("an event of a file whose id belonged to another is posted once that is free", async () => {
+test("an event of a file whose id belonged to another is posted by a retry after the id is free", async () => {
   await using ledger = await openLedger();
   const path = ledger.dir.file("a.jsonl");
   await file(path, [event("ann", 1, { id: "x" }), event("ann", 2.5, { id: "x" })]);
   expect((await ledger.tool(path)).code).toBe(1);
   await ledger.sql`delete from event_ids`;
-  expect((await ledger.tool("--quarantine=retry", path)).stdout).toStartWith("1 lines were posted");
+  expect((await ledger.tool("--quarantine=retry", path)).stdout).toStartWith("lines posted: 1");
   expect(await balances(ledger.url)).toEqual({ ann: "3.5" });
 });
 
-test("what a tool holds it holds until it is done, however long it asks for nothing", async () => {
+test("a tool keeps its lock and its temporary tables while its connection is idle", async () => {
   await using ledger = await openLedger();
   const open = () => openDatabase(() => `${ledger.url}?idle_timeout=1&max_lifetime=1`, "tool", 1);
   const [one, two] = [open(), open()];
-  const taken = await alone(one, quiet, async (sql) => {
+  const taken = await withRecountLock(one, quiet, async (sql) => {
     await sql`create temp table kept ()`;
-    await Bun.sleep(2_500);
-    const other = await aloneNow(two, async () => true);
+    await Bun.sleep(2_500); // the driver would close it after 1 s
+    const other = await tryWithRecountLock(two, async () => true);
     await sql`select from kept`;
     return other;
   });
@@ -330,7 +340,7 @@ test("what a tool holds it holds until it is done, however long it asks for noth
   await Promise.all([one.close(), two.close()]);
 });
 
-test("a retry reads nothing of segments that are about to go", async () => {
+test("a retry reads nothing of segments that are about to be deleted", async () => {
   await using ledger = await openLedger();
   const journal = await openJournal(ledger.dataDir, quiet, disk, 200);
   for (let i = 0; i < 5; i++) await journal.append(Buffer.from(`${event(`user${i}`, 1)}\nbad\n`));
@@ -347,12 +357,15 @@ test("a retry reads nothing of segments that are about to go", async () => {
   // It waits for a recount, and in this time they go.
   const waiting = Promise.withResolvers<void>();
   const recounting = Promise.withResolvers<void>();
-  const recount = alone(database, quiet, () => recounting.promise);
+  const recount = withRecountLock(database, quiet, () => recounting.promise);
   const tool = openDatabase(() => ledger.url, "tool", 1);
   await until(
     async () => (await ledger.sql`select from pg_locks where locktype = 'advisory'`).length > 0,
   );
-  const retrying = retryQuarantine(tool, [path], quiet, () => waiting.resolve());
+  const retrying = retryQuarantine({
+    ...{ database: tool, paths: [path], print: quiet },
+    say: () => waiting.resolve(),
+  });
   await waiting.promise;
   for (const { path } of segments.slice(0, 2)) rmSync(path);
   recounting.resolve();
@@ -361,13 +374,13 @@ test("a retry reads nothing of segments that are about to go", async () => {
   await Promise.all([tool.close(), database.close()]);
 });
 
-test("SIGINT and SIGTERM end a tool at once", async () => {
+test("SIGINT and SIGTERM end a tool that waits", async () => {
   await using ledger = await openLedger();
   const journal = await openJournal(ledger.dataDir, quiet);
   await journal.close();
   const database = openDatabase(() => ledger.url, "test", 1);
   const done = Promise.withResolvers<void>();
-  const recount = alone(database, quiet, () => done.promise);
+  const recount = withRecountLock(database, quiet, () => done.promise);
   await until(
     async () => (await ledger.sql`select from pg_locks where locktype = 'advisory'`).length > 0,
   );
@@ -382,7 +395,7 @@ test("SIGINT and SIGTERM end a tool at once", async () => {
   await database.close();
 });
 
-test("options that do not go together are wrong use", async () => {
+test("options that exclude each other are invalid use", async () => {
   for (const args of [["--verify", "--check"], ["--yes"], ["--quarantine=all"], ["--verify=x"]]) {
     const { code, stderr } = await run("processor.ts", { args });
     expect(code, args.join(" ")).toBe(2);
