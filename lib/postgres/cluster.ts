@@ -1,181 +1,184 @@
 /**
- * The private Postgres: one for each DATA_DIR, shared by every process that uses that DATA_DIR. The
- * first to come starts it, and it stops when the last has gone (lib/postgres/watcher.ts).
+ * The embedded Postgres: one for each DATA_DIR, shared by every process that uses that DATA_DIR.
+ * The first user starts it, and it stops after the last one (watcher.ts).
  *
- * What a user finds, holding `start.lock`, and does (`ensure`):
+ * A user opens its end of `users`, holds `start.lock`, and repeats this until it has joined:
  *
- *     postmaster.pid says   and                        so
- *     ready                 someone reads `users`      join: hold `users` open
- *     ready                 nobody does                it is about to stop; if it stays, watch it
- *     starting, stopping                               wait
- *     nothing, or the pid of something else            start it
+ *     state       postmaster.pid     `users`      action
+ *     ready       ready              is read      join
+ *     unwatched   ready              is not read  wait: it is about to stop. If it stays, watch it
+ *     starting    starting           any          wait, however long a recovery takes
+ *     stopping    stopping           any          wait; after 15 s, kill it
+ *     hidden      none that is ours  is read      give up: another container runs it
+ *     absent      none that is ours  is not read  start it
  *
- * Each user looks again twice a second: a Postgres that was killed is back within two seconds.
+ * Every user checks twice a second, so a killed Postgres is back within two seconds.
  */
 import { closeSync, readFileSync } from "node:fs";
 import { join, resolve } from "node:path";
-import { giveAway, type DataDir, makeCluster, openDataDir } from "./data-dir.ts";
+import { setTimeout as delay } from "node:timers/promises";
 import { waitForLock } from "../lock.ts";
-import { type Failure, look, type Postmaster, start, trimLog } from "./postmaster.ts";
-import { hasUsers, isWatched, makeUsers, openUsers, spawnWatcher } from "./watcher.ts";
+import { chownTo, createCluster, type DataDir, openDataDir } from "./data-dir.ts";
+import { type Launch, observe, startPostmaster, type State, trimLog } from "./postmaster.ts";
+import { hasUsers, openWriteEnd, spawnWatcher } from "./watcher.ts";
 
-const READY_MS = 60_000;
-const LOCKED_MS = 3600_000; // whoever holds it may wait for a recovery
-const STOP_MS = 15_000; // the watcher asks for 8 s, then demands
-const RETRY_MS = 3_000;
-const LONELY_MS = 300;
-const LOOK_EVERY_MS = 500;
-const PAUSE_MS = 2_000;
-const LEAVE_MS = 3_000;
+const MAX_WAIT_MS = 60_000;
+const MAX_STOP_MS = 15_000; // the watcher requests a stop for 8 s, then forces it
+const MAX_RETRY_MS = 3_000;
+const MAX_HIDDEN_MS = 1_500;
+const MAX_UNWATCHED_MS = 300;
+const MAX_LEAVE_MS = 3_000;
+const CHECK_EVERY_MS = 500;
+const POLL_MS = 20;
 
 export interface Cluster {
-  /** Where Postgres is now; another port is possible after each restart. */
+  /** The current URL. A restart may change the port. */
   url(): string;
-  /** Leaves. Whoever leaves last gets its answer when Postgres has stopped, after 3 s at most. */
+  /** Leaves. For the last user, waits until Postgres has stopped, at most 3 s. */
   close(): Promise<void>;
 }
 
-/** The private Postgres cannot run: one line with the reason and the way out. */
+/** The embedded Postgres cannot run. The message is one line with the reason and the remedy. */
 export class ClusterError extends Error {
-  constructor(dir: string, cause: unknown) {
-    const why = (cause instanceof Error ? cause.message : String(cause)).trim();
-    super(
-      `cannot run a private Postgres in ${dir}: ${why.replace(/\s*\n\s*/g, "; ")}; ` +
-        "mend that, or set DATABASE_URL to a Postgres of yours",
-      { cause },
-    );
+  constructor(path: string, cause: unknown) {
+    const reason = (cause as Error).message.trim().replace(/\s*\n\s*/g, "; ");
+    const remedy = "fix that, or set DATABASE_URL to another Postgres";
+    super(`cannot run the embedded Postgres in ${path}: ${reason}; ${remedy}`, { cause });
   }
 }
 
 /**
- * Where the ledger is: at `databaseUrl`, or in the private Postgres of `dataDir`, which some thread of
- * this process has open. To be asked anew each time, since a restart of that may change the port.
+ * Where the ledger is: `databaseUrl`, or the embedded Postgres of `dataDir`, which some thread of
+ * this process must have open. Call it for every connection: a restart may change the port.
  */
 export function ledgerUrl(dataDir: string, databaseUrl: string | null): () => string {
   return () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
 }
 
-/** Throws when there never was one in `dir`. */
-function clusterUrl(dir: string): string {
-  const read = (name: string) => readFileSync(join(dir, name), "utf8").trim();
+/** Throws if no Postgres has ever run in `path`. */
+function clusterUrl(path: string): string {
+  const read = (name: string) => readFileSync(join(path, name), "utf8").trim();
   return `postgres://daybook:${read("password")}@127.0.0.1:${read("port")}/postgres`;
 }
 
-/**
- * Starts or joins the private Postgres in `dir` (DATA_DIR/postgres). `say` gets a line for what a
- * person should know: a cluster is made, Postgres had to be started again. Throws ClusterError.
- */
-export async function openCluster(dir: string, say: (line: string) => void): Promise<Cluster> {
-  const closing = new AbortController();
-  let home: DataDir;
-  let users: number | null = null;
-  let current: Postmaster | null = null;
-  let isFailing = false;
-  let timer: Timer;
-  let looking: Promise<void> | null = null;
-  try {
-    home = await openDataDir(resolve(dir));
-    current = await ensure();
-  } catch (error) {
-    hold(null);
-    throw new ClusterError(resolve(dir), error);
-  }
-  lookLater(LOOK_EVERY_MS);
+/** This process as a user of the cluster. */
+interface User {
+  dataDir: DataDir;
+  log: (line: string) => void;
+  signal: AbortSignal;
+  /** Our end of `users`: while it is open, the watcher keeps Postgres running. */
+  writeEnd: number | null;
+  /** The postmaster that we joined last. */
+  pid: number | null;
+}
 
+/**
+ * Starts or joins the embedded Postgres in `path` (DATA_DIR/postgres). `log` receives a line for
+ * what an operator should know: a cluster is created, Postgres was restarted. Throws ClusterError.
+ */
+export async function openCluster(path: string, log: (line: string) => void): Promise<Cluster> {
+  const closing = new AbortController();
+  let user: User | null = null;
+  try {
+    const dataDir = await openDataDir(resolve(path));
+    user = { dataDir, log, signal: closing.signal, writeEnd: null, pid: null };
+    await ensureRunning(user);
+  } catch (error) {
+    if (user) setWriteEnd(user, null);
+    throw new ClusterError(resolve(path), error);
+  }
+  const { dataDir } = user;
+  const monitoring = monitor(user);
   return {
-    url: () => clusterUrl(home.dir),
+    url: () => clusterUrl(dataDir.path),
     async close() {
       closing.abort();
-      clearTimeout(timer);
-      await looking;
-      hold(null);
-      const until = Date.now() + LEAVE_MS;
-      while (Date.now() < until && !hasUsers(home) && look(home) !== null) await Bun.sleep(10);
+      await monitoring;
+      setWriteEnd(user, null);
+      const deadline = Date.now() + MAX_LEAVE_MS;
+      while (Date.now() < deadline && !hasUsers(dataDir) && observe(dataDir).pid !== 0)
+        await Bun.sleep(POLL_MS);
     },
   };
+}
 
-  function hold(fd: number | null) {
-    if (users !== null) closeSync(users);
-    users = fd;
-  }
+function setWriteEnd(user: User, fd: number | null): void {
+  if (user.writeEnd !== null) closeSync(user.writeEnd);
+  user.writeEnd = fd;
+}
 
-  function lookLater(ms: number) {
-    timer = setTimeout(() => (looking = lookAgain()), ms);
-    timer.unref();
-  }
-
-  async function lookAgain() {
+/** Keeps Postgres running until `user.signal` aborts. Logs only the first of several failures. */
+async function monitor(user: User): Promise<void> {
+  let isFailing = false;
+  const options = { ref: false, signal: user.signal };
+  while (await delay(CHECK_EVERY_MS, true, options).catch(() => false)) {
     try {
-      if (current && isUp(current.pid)) {
-        trimLog(home);
-      } else {
-        const next = await ensure();
-        if (isFailing || next.pid !== current?.pid)
-          say(`private Postgres was gone and is back on port ${next.port}`);
-        current = next;
-      }
+      const before = user.pid;
+      await ensureRunning(user);
+      if (isFailing || user.pid !== before) user.log("the embedded Postgres is running again");
       isFailing = false;
     } catch (error) {
-      if (!isFailing && !closing.signal.aborted) say(new ClusterError(home.dir, error).message);
+      if (!isFailing && !user.signal.aborted)
+        user.log(new ClusterError(user.dataDir.path, error).message);
       isFailing = true;
     }
-    if (!closing.signal.aborted) lookLater(isFailing ? PAUSE_MS : LOOK_EVERY_MS);
   }
+}
 
-  function isUp(pid: number): boolean {
-    const found = look(home);
-    return found?.pid === pid && found.status === "ready" && isWatched(home);
+/** Returns once we use a Postgres that is ready and watched, and throws once `user.signal` aborts. */
+async function ensureRunning(user: User): Promise<void> {
+  const { dataDir, signal } = user;
+  trimLog(dataDir);
+  const { state, pid } = observe(dataDir);
+  if (state === "ready" && pid === user.pid) return;
+  const path = join(dataDir.path, "start.lock");
+  const lock = await waitForLock(path, signal, POLL_MS);
+  try {
+    signal.throwIfAborted();
+    chownTo(dataDir.runAs, path);
+    await createCluster(dataDir, user.log);
+    setWriteEnd(user, openWriteEnd(dataDir));
+    // If the last user left just before, its watcher stops reading within this time.
+    await Bun.sleep(10);
+    user.pid = await startOrJoin(user);
+  } finally {
+    lock?.release();
   }
+}
 
-  /** Comes back when Postgres is ready and watched, and we hold our end of `users`. */
-  async function ensure(): Promise<Postmaster> {
-    const path = join(home.dir, "start.lock");
-    const over = AbortSignal.any([closing.signal, AbortSignal.timeout(LOCKED_MS)]);
-    const lock = await waitForLock(path, over, 20);
-    if (lock === null) throw new Error(`${path} is held by a process that does not come to an end`);
-    try {
-      giveAway(path, home.runAs);
-      makeUsers(home);
-      await makeCluster(home, say);
-      return await startOrJoin();
-    } finally {
-      lock.release();
+/** Returns the pid of the postmaster. Requires `start.lock` and an open `writeEnd`. */
+async function startOrJoin({ dataDir, signal, pid: lastPid }: User): Promise<number> {
+  let deadline = Date.now() + MAX_WAIT_MS;
+  let launch: Launch | null = null;
+  const firstSeen: Partial<Record<State, number>> = {};
+  for (; ; await Bun.sleep(POLL_MS)) {
+    signal.throwIfAborted();
+    if (Date.now() > deadline)
+      throw new Error(`it was not ready within 60 s; see ${dataDir.path}/postgres.log`);
+    const { state, pid } = observe(dataDir);
+    const ms = Date.now() - (firstSeen[pid === 0 ? "absent" : state] ??= Date.now());
+    if (launch?.hasFailed(ms < MAX_RETRY_MS)) launch = null;
+    switch (state) {
+      case "ready":
+        return pid;
+      case "unwatched":
+        if (ms > MAX_UNWATCHED_MS) spawnWatcher(dataDir, "watch", `${pid}`);
+        break;
+      case "starting":
+        deadline = Date.now() + MAX_WAIT_MS;
+        break;
+      case "stopping":
+        if (ms > MAX_STOP_MS) process.kill(pid, "SIGKILL");
+        break;
+      case "hidden":
+        // Ours has not written its postmaster.pid yet, or a dead one's watcher is about to end.
+        if (launch || ms < MAX_HIDDEN_MS) break;
+        // If we have seen its Postgres, what still reads is the remnant of a killed watcher.
+        if (lastPid !== null) launch = startPostmaster(dataDir);
+        else if (ms > MAX_RETRY_MS) throw new Error("another container runs it");
+        break;
+      case "absent":
+        launch ??= startPostmaster(dataDir);
     }
-  }
-
-  async function startOrJoin(): Promise<Postmaster> {
-    let untilMs = Date.now() + READY_MS;
-    const firstAt: Record<string, number> = {};
-    const msSince = (what: string) => Date.now() - (firstAt[what] ??= Date.now());
-    let failure: Failure | null = null;
-    for (; !closing.signal.aborted && Date.now() < untilMs; await Bun.sleep(20)) {
-      const found = look(home);
-      // Recovery after a crash takes its time; whoever gives it up makes the next one begin anew.
-      if (found?.status === "starting") untilMs = Date.now() + READY_MS;
-      if (found?.status === "ready") {
-        const fd = openUsers(home);
-        if (fd !== null) {
-          hold(fd);
-          // The last user may have left just before: give the watcher the time to say so.
-          await Bun.sleep(10);
-          if (isUp(found.pid)) return found;
-        } else if (msSince("lonely") > LONELY_MS) spawnWatcher(home, hold, "watch", `${found.pid}`);
-      } else if (found?.status === "stopping") {
-        if (msSince("stopping") > STOP_MS) process.kill(found.pid, "SIGKILL");
-      } else if (found === null && failure === null) {
-        const goneMs = msSince("gone");
-        // Somebody watches a Postgres whose pid we cannot see: never start a second one, unless we
-        // have seen the first. Then what reads on is the half that is left of a killed watcher.
-        if (!isWatched(home) || (current && goneMs > RETRY_MS / 2)) failure = start(home, hold);
-        else if (goneMs > RETRY_MS)
-          throw new Error("a Postgres that cannot be seen from here uses it (another container?)");
-      } else if (found === null) {
-        const failed = failure?.();
-        if (!failed) continue;
-        if (!failed.mayPass || msSince("gone") > RETRY_MS) throw new Error(failed.why);
-        failure = null;
-      }
-    }
-    throw new Error(`Postgres was not ready within ${READY_MS / 1000} s; see ${home.log}`);
   }
 }

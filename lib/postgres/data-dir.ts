@@ -1,122 +1,113 @@
 /**
- * The folder of the private Postgres, DATA_DIR/postgres (mode 700, owned by the user that Postgres
- * runs as), and what is made in it once:
+ * The folder of the embedded Postgres, DATA_DIR/postgres (mode 0700, owned by the user that runs
+ * Postgres):
  *
- *     cluster/      the data; there only once initdb is through (before that `making-…`)
- *     password      of the user `daybook`, made at random        port   the last one used
- *     start.lock    held while somebody looks, then joins or starts (lib/lock.ts)
- *     users         a FIFO that each user holds open for writing, as long as it lives
- *     postgres.log  what Postgres says of itself; emptied when it grows
+ *     cluster/      the data; exists only after initdb has succeeded (until then `making-…`)
+ *     password      of the user `daybook`, random
+ *     port          the last one used
+ *     start.lock    held while a process joins or starts Postgres (lib/lock.ts)
+ *     users         a FIFO that every user holds open for writing (watcher.ts)
+ *     postgres.log  what Postgres logs; emptied when it grows too large
  *
- * Postgres refuses to be root; under root it runs as another user, which needs to pass no
- * directory on the way here: the child changes to the cluster's folder while still root, and from
- * then on calls it /proc/self/cwd (measured: no capability needed).
+ * Postgres refuses to run as root. Under root it runs as another user, which may not be able to pass
+ * the directories above this folder. So a child changes to the cluster's folder while it is still
+ * root, and calls it /proc/self/cwd from then on (measured: no capability needed).
  */
 import { randomBytes } from "node:crypto";
-import { chmodSync, chownSync, closeSync, existsSync, fsyncSync, mkdirSync } from "node:fs";
-import { mkdtempSync, openSync, readdirSync, readFileSync, renameSync, rmSync } from "node:fs";
-import { statSync, writeFileSync } from "node:fs";
-import { dirname, join } from "node:path";
-import { nativeFolder, postgresEnv, type RunAs } from "./binaries.ts";
+import * as fs from "node:fs";
+import { join } from "node:path";
+import { nativeFolder, type RunAs, runAsSelf } from "./binaries.ts";
 
-const INITDB_MS = 120_000;
+const MAX_INITDB_MS = 120_000;
 
 export interface DataDir {
-  dir: string;
-  cluster: string;
-  users: string;
-  log: string;
-  /** Where `bin/postgres` is, and whom it runs as. */
+  path: string;
+  /** The folder that contains `bin/postgres`. */
   native: string;
   runAs: RunAs;
 }
 
-/** Makes the folder `dir` (a whole path) unless it is there. Throws a plain Error. */
-export async function openDataDir(dir: string): Promise<DataDir> {
-  if (process.platform === "win32") throw new Error("there is none for Windows");
-  const runAs = makeFolder(dir);
-  const native = await nativeFolder(runAs);
-  const [cluster, users, log] = [`${dir}/cluster`, `${dir}/users`, `${dir}/postgres.log`];
-  return { dir, cluster, users, log, native, runAs };
+/** Creates the folder `path` (absolute) unless it exists. Throws an Error with the reason. */
+export async function openDataDir(path: string): Promise<DataDir> {
+  if (process.platform === "win32") throw new Error("Windows is not supported");
+  const runAs = createFolder(path);
+  return { path, native: await nativeFolder(runAs), runAs };
 }
 
-/** Answers whom the folder belongs to, and so whom Postgres runs as. */
-function makeFolder(dir: string): RunAs {
-  mkdirSync(dirname(dir), { recursive: true });
-  mkdirSync(dir, { recursive: true, mode: 0o700 });
+/** Returns the owner of the folder, who also runs Postgres. */
+function createFolder(path: string): RunAs {
+  fs.mkdirSync(path, { recursive: true });
   const self = process.getuid?.();
-  const { uid, gid } = statSync(dir);
+  const { uid, gid } = fs.statSync(path);
   if (self !== 0 && uid !== self)
-    throw new Error(`it belongs to uid ${uid}, and this is uid ${self}`);
-  chmodSync(dir, 0o700);
-  if (self !== 0) return {};
-  const runAs = uid === 0 ? ordinaryUser() : { uid, gid };
-  giveAway(dir, runAs);
+    throw new Error(`the folder belongs to uid ${uid}, but this process runs as uid ${self}`);
+  fs.chmodSync(path, 0o700);
+  if (self !== 0) return runAsSelf;
+  const runAs = { ...runAsSelf, ...(uid === 0 ? ordinaryUser() : { uid, gid }) };
+  chownTo(runAs, path);
   return runAs;
 }
 
-/** initdb wants a user that has a line in /etc/passwd. */
-function ordinaryUser(): RunAs {
-  const lines = readFileSync("/etc/passwd", "utf8").split("\n");
+/** initdb requires a user that has a line in /etc/passwd. */
+function ordinaryUser(): { uid: number; gid: number } {
+  const lines = fs.readFileSync("/etc/passwd", "utf8").split("\n");
   for (const name of ["postgres", "_postgres", "nobody"]) {
     const [, , uid, gid] = lines.find((line) => line.startsWith(`${name}:`))?.split(":") ?? [];
     if (Number(uid) > 0) return { uid: Number(uid), gid: Number(gid) };
   }
-  throw new Error("Postgres refuses to be root, and there is no user postgres or nobody");
+  throw new Error("Postgres refuses to run as root, and there is no user postgres or nobody");
 }
 
-/** What root has made belongs to whom Postgres runs as, so that that user can be the next to run. */
-export function giveAway(path: string, runAs: RunAs): void {
-  if ("uid" in runAs) chownSync(path, runAs.uid, runAs.gid);
+/** Hands root's file to the user that runs Postgres, who may later run this program itself. */
+export function chownTo({ uid, gid }: RunAs, path: string): void {
+  if (uid !== undefined && gid !== undefined) fs.chownSync(path, uid, gid);
 }
 
-/** The folder that a child is in, by a name that it can use whoever it is. */
-export function fromWithin(dir: string): string {
+/** The path of `dir` for a child that works in it, valid whatever the child's user may enter. */
+export function pathFromInside(dir: string): string {
   return process.platform === "linux" ? "/proc/self/cwd" : dir;
 }
 
 /**
- * Runs initdb unless it was through before; one that died half-way left only a `making-…`. To be
- * called by one process at a time. Throws an Error with what initdb says.
+ * Runs initdb unless it has succeeded before; an interrupted one leaves only a `making-…`. Requires
+ * `start.lock`. Throws an Error with initdb's message.
  */
-export async function makeCluster(home: DataDir, say: (line: string) => void): Promise<void> {
-  for (const name of readdirSync(home.dir))
-    if (name.startsWith("making-")) rmSync(join(home.dir, name), { recursive: true, force: true });
-  if (existsSync(join(home.cluster, "PG_VERSION"))) {
-    if (existsSync(join(home.dir, "password"))) return;
-    throw new Error("its file `password` is missing: restore it");
+export async function createCluster(dataDir: DataDir, log: (line: string) => void) {
+  const { path, runAs } = dataDir;
+  for (const name of fs.readdirSync(path))
+    if (name.startsWith("making-")) fs.rmSync(join(path, name), { recursive: true, force: true });
+  const password = join(path, "password");
+  if (fs.existsSync(join(path, "cluster", "PG_VERSION"))) {
+    if (fs.existsSync(password)) return;
+    throw new Error("its file `password` is missing; restore it");
   }
-  say(`making a private Postgres in ${home.dir}`);
-  const password = join(home.dir, "password");
-  writeFileSync(password, `${randomBytes(24).toString("hex")}\n`, { mode: 0o600 });
-  giveAway(password, home.runAs);
-  const making = mkdtempSync(join(home.dir, "making-"));
-  giveAway(making, home.runAs);
-  const here = fromWithin(making);
-  const command = [join(home.native, "bin", "initdb"), "-D", here, `--pwfile=${here}/../password`];
-  command.push(..."-U daybook -E UTF8 --locale=C --auth=scram-sha-256".split(" "));
-  if (process.platform === "linux") command.push("--sync-method=syncfs"); // one call, not a thousand
-  const initdb = Bun.spawn(command, {
-    ...home.runAs,
-    cwd: making,
-    env: postgresEnv,
-    stdio: ["ignore", "ignore", "pipe"],
-    timeout: INITDB_MS,
-  });
-  const said = await new Response(initdb.stderr).text();
-  if ((await initdb.exited) !== 0) {
-    rmSync(making, { recursive: true, force: true });
-    throw new Error(firstReason(said) || "initdb failed and did not say why");
-  }
-  renameSync(making, home.cluster);
-  const fd = openSync(home.dir, "r");
-  fsyncSync(fd);
-  closeSync(fd);
+  log(`creating an embedded Postgres in ${path}`);
+  fs.writeFileSync(password, `${randomBytes(24).toString("hex")}\n`, { mode: 0o600 });
+  const making = fs.mkdtempSync(join(path, "making-"));
+  for (const created of [password, making]) chownTo(runAs, created);
+  await initdb(dataDir, making);
+  fs.renameSync(making, join(path, "cluster"));
+  const fd = fs.openSync(path, "r");
+  fs.fsyncSync(fd);
+  fs.closeSync(fd);
 }
 
-/** The first line that tells why, without its time and pid; what follows it is only what followed. */
-export function firstReason(said: string): string {
-  const lines = said.trim().split("\n");
-  const why = lines.find((line) => /error:|FATAL|PANIC|could not/.test(line)) ?? lines.at(-1) ?? "";
-  return why.replace(/^\d{4}-.*?\] /, "");
+/** Leaves `dir` behind when it fails: the next createCluster removes it. */
+async function initdb({ native, runAs }: DataDir, dir: string): Promise<void> {
+  const here = pathFromInside(dir);
+  const command = [join(native, "bin", "initdb"), "-D", here, `--pwfile=${here}/../password`];
+  command.push(..."-U daybook -E UTF8 --locale=C --auth=scram-sha-256".split(" "));
+  if (process.platform === "linux") command.push("--sync-method=syncfs"); // 1 call, not 1,000
+  const options = { ...runAs, cwd: dir, stderr: "pipe", timeout: MAX_INITDB_MS } as const;
+  const child = Bun.spawn(command, options);
+  const output = await new Response(child.stderr).text();
+  if ((await child.exited) !== 0)
+    throw new Error(firstReason(output) || "initdb failed without a message");
+}
+
+/** The first line that gives a reason, without time and pid. The lines after it only follow. */
+export function firstReason(output: string): string {
+  const lines = output.trim().split("\n");
+  const reason = lines.find((line) => /error:|FATAL|PANIC|could not/.test(line)) ?? lines.at(-1);
+  return (reason ?? "").replace(/^\d{4}-.*?\] /, "");
 }

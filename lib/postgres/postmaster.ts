@@ -1,15 +1,15 @@
 /**
- * The first process of the private Postgres: whether it lives, how it starts, why it ended. A pid
- * counts only if its command line names this cluster: pids are used again, in a container at once.
+ * The postmaster, the first process of the embedded Postgres: whether it runs, how it starts, why it
+ * failed. A pid counts only if its command line names this cluster, because pids are reused, and in
+ * a restarted container immediately.
  */
 import { lstatSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
-import { firstReason, fromWithin, giveAway, type DataDir } from "./data-dir.ts";
-import { type Hold, spawnWatcher } from "./watcher.ts";
+import { chownTo, type DataDir, firstReason, pathFromInside } from "./data-dir.ts";
+import { isWatched, spawnWatcher } from "./watcher.ts";
 
-const LOG_MAX_BYTES = 4 * 1024 * 1024;
+const MAX_LOG_BYTES = 4 * 1024 * 1024;
 
-/** Robust rather than fast where a small private instance has the choice. */
+/** Where a small instance has the choice, robust rather than fast. */
 const SETTINGS = [
   "listen_addresses=127.0.0.1",
   "unix_socket_directories=",
@@ -18,100 +18,105 @@ const SETTINGS = [
   "wal_level=minimal",
   "max_wal_senders=0",
   "io_method=sync", // no worker processes
-  "huge_pages=off", // asking for them can be deadly under a container's limit
-  "dynamic_shared_memory_type=mmap", // /dev/shm is 64 MB in a container, and outlives a kill -9
+  "huge_pages=off", // requesting them can get Postgres killed under a container's memory limit
+  "dynamic_shared_memory_type=mmap", // /dev/shm has 64 MB in a container, and outlives a kill -9
   "log_checkpoints=off",
-  "log_min_error_statement=panic", // statements hold people's data
+  "log_min_error_statement=panic", // statements contain people's data
 ];
 
-export interface Postmaster {
-  pid: number;
-  port: number;
-  /** Its own word: `starting`, `ready`, `stopping`. */
-  status: string;
+/** See the table in cluster.ts. */
+export type State = "ready" | "unwatched" | "starting" | "stopping" | "hidden" | "absent";
+
+/** A start of Postgres. */
+export interface Launch {
+  /** Throws the reason if Postgres has ended, and a retry cannot succeed or `mayRetry` is false. */
+  hasFailed(mayRetry: boolean): boolean;
 }
 
-/** Why a start failed, and whether the next may go better; `null` while Postgres runs. */
-export type Failure = () => { why: string; mayPass: boolean } | null;
-
-/** The Postgres of this cluster as `postmaster.pid` has it, or `null` when none is alive. */
-export function look(home: DataDir): Postmaster | null {
-  const lines = textOf(join(home.cluster, "postmaster.pid")).split("\n");
+/** The state of this cluster's Postgres, and its pid: 0 if it is not in sight. */
+export function observe(dataDir: DataDir): { state: State; pid: number } {
+  const lines = textOf(`${dataDir.path}/cluster/postmaster.pid`).split("\n");
   const pid = Number(lines[0]);
-  if (!(pid > 1) || !commandLine(pid).includes(nameOf(home))) return null;
-  return { pid, port: Number(lines[3]), status: lines[7]?.trim() || "starting" };
+  const isRead = isWatched(dataDir);
+  if (!(pid > 1) || !commandLine(pid).includes(clusterName(dataDir)))
+    return { state: isRead ? "hidden" : "absent", pid: 0 };
+  const status = lines[7]?.trim() || "starting"; // Postgres' own words
+  return { state: status === "ready" && !isRead ? "unwatched" : (status as State), pid };
 }
 
-/** Starts Postgres under a watcher, which reads what `hold` gets; answers before it is ready. */
-export function start(home: DataDir, hold: Hold): Failure {
-  const logFrom = trimLog(home);
-  const pidFile = join(home.cluster, "postmaster.pid");
-  const stale = parseInt(textOf(pidFile));
-  // Postgres itself sees that a pid is dead, and then checks its shared memory by this file; only
-  // one that lives on as something else would stop it.
-  if (stale > 0 && commandLine(stale) !== "") rmSync(pidFile, { force: true });
+/** Starts Postgres under a watcher, and returns before it is ready. */
+export function startPostmaster(dataDir: DataDir): Launch {
+  const logOffset = trimLog(dataDir);
+  const pidFile = `${dataDir.path}/cluster/postmaster.pid`;
+  const stalePid = parseInt(textOf(pidFile));
+  // Postgres handles the file of a dead pid itself, and uses it to check its shared memory. It
+  // refuses to start only if the pid now belongs to another process.
+  if (stalePid > 0 && commandLine(stalePid) !== "") rmSync(pidFile, { force: true });
 
-  const portFile = join(home.dir, "port");
-  const before = Number(textOf(portFile));
-  const port = freePort(before);
-  if (port !== before) writeFileSync(portFile, `${port}\n`, { mode: 0o600 });
-  giveAway(portFile, home.runAs);
+  const portFile = `${dataDir.path}/port`;
+  const port = freePort(Number(textOf(portFile)));
+  writeFileSync(portFile, `${port}\n`, { mode: 0o600 });
+  chownTo(dataDir.runAs, portFile);
 
-  const options = [`port=${port}`, nameOf(home), ...SETTINGS].flatMap((line) => ["-c", line]);
-  const command = [join(home.native, "bin", "postgres"), "-D", fromWithin(home.cluster)];
-  const watcher = spawnWatcher(home, hold, "start", ...command, ...options);
-  return () => {
-    if (watcher.exitCode === null && watcher.signalCode === null) return null;
-    const said = textOf(home.log, logFrom);
-    // The children of a killed Postgres keep its shared memory until they notice; a port that was
-    // free may be taken by now.
-    const mayPass = /still in use|already in use|lock file .* already exists/i.test(said);
-    return { why: firstReason(said) || `Postgres ended, and ${home.log} says nothing`, mayPass };
+  const settings = [`port=${port}`, clusterName(dataDir), ...SETTINGS];
+  const command = [
+    `${dataDir.native}/bin/postgres`,
+    "-D",
+    pathFromInside(`${dataDir.path}/cluster`),
+  ];
+  for (const setting of settings) command.push("-c", setting);
+  const watcher = spawnWatcher(dataDir, "start", ...command);
+  const hasFailed = (mayRetry: boolean) => {
+    if (watcher.exitCode === null && watcher.signalCode === null) return false;
+    const log = textOf(`${dataDir.path}/postgres.log`, logOffset);
+    // The children of a killed Postgres keep its shared memory until they notice, and a port that
+    // was free may be in use by now.
+    if (mayRetry && /still in use|already in use|lock file .* already exists/i.test(log))
+      return true;
+    throw new Error(firstReason(log) || "Postgres ended without a message");
   };
+  return { hasFailed };
 }
 
-/** Empties the log when it has grown; answers how many bytes are in it. */
-export function trimLog({ log }: DataDir): number {
+/** Empties the log once it exceeds MAX_LOG_BYTES. Returns its size in bytes. */
+export function trimLog({ path }: DataDir): number {
+  const log = `${path}/postgres.log`;
   const bytes = lstatSync(log, { throwIfNoEntry: false })?.size ?? 0;
-  if (bytes <= LOG_MAX_BYTES) return bytes;
+  if (bytes <= MAX_LOG_BYTES) return bytes;
   truncateSync(log);
   return 0;
 }
 
-/** What the command line of this cluster's Postgres holds, and of no other. */
-function nameOf(home: DataDir): string {
-  return `cluster_name=daybook-${lstatSync(home.cluster, { bigint: true }).ino}.`;
+/** A setting that appears in the command line of this cluster's Postgres and of no other. */
+function clusterName({ path }: DataDir): string {
+  return `cluster_name=daybook-${lstatSync(`${path}/cluster`, { bigint: true }).ino}.`;
 }
 
-/** Empty when there is no such process, or only what is left of it until its parent looks. */
+/** Empty for a process that does not exist, or that has ended and is not reaped yet. */
 function commandLine(pid: number): string {
-  if (process.platform !== "linux")
-    return Bun.spawnSync(["ps", "-ww", "-o", "command=", "-p", `${pid}`]).stdout.toString();
-  try {
-    return readFileSync(`/proc/${pid}/cmdline`, "utf8");
-  } catch {
-    return "";
-  }
+  if (process.platform === "linux") return textOf(`/proc/${pid}/cmdline`);
+  return Bun.spawnSync(["ps", "-ww", "-o", "command=", "-p", `${pid}`]).stdout.toString();
 }
 
-/** `wanted` if it is free, else any other; 0 wants none. */
-function freePort(wanted: number): number {
+/** `preferred` if it is free, otherwise any free port. */
+function freePort(preferred: number): number {
   try {
-    const listener = Bun.listen({ hostname: "127.0.0.1", port: wanted, socket: { data() {} } });
+    const listener = Bun.listen({ hostname: "127.0.0.1", port: preferred, socket: { data() {} } });
     listener.stop(true);
     return listener.port;
   } catch (error) {
-    if (wanted === 0) throw error;
+    if (preferred === 0) throw error;
     return freePort(0);
   }
 }
 
-/** The file's text behind `from` bytes; empty when there is no such file. */
-function textOf(path: string, from = 0): string {
+/** The file's text from `offset` on; empty if file or process is gone or another user's. */
+function textOf(path: string, offset = 0): string {
   try {
-    return readFileSync(path).subarray(from).toString();
+    return readFileSync(path).subarray(offset).toString();
   } catch (error) {
-    if ((error as { code?: string }).code === "ENOENT") return "";
+    const { code } = error as { code: string };
+    if (["ENOENT", "ESRCH", "EACCES", "EPERM"].includes(code)) return "";
     throw error;
   }
 }

@@ -1,30 +1,37 @@
 /**
- * The watcher of the private Postgres stops it when the last user has gone, however that died.
+ * The watcher stops the embedded Postgres after its last user has left or died.
  *
- * A user (us) starts the shell script below; the script starts Postgres and reads the FIFO `users`,
- * which each user holds open for writing. The operating system closes what a dead process had open,
- * so the end of that FIFO means that no user is left. Watcher and Postgres have a session of their
- * own: no Ctrl-C and no death of a user reaches them. As the watcher is its parent, Postgres never
- * runs unwatched.
+ * The watcher is the shell script below. It starts Postgres as its child and reads the FIFO `users`,
+ * of which every user holds the write end. The operating system closes whatever a dead process had
+ * open, so end of file on `users` means that no user is left, even after kill -9. Watcher and
+ * Postgres run in a session of their own, so neither Ctrl-C nor the death of a user reaches them.
+ *
+ * A FIFO with a reader also proves that a Postgres runs, even one in another container, whose pid
+ * cannot be seen from here.
+ *
+ * Alternatives that lost: a Bun process as watcher (40 MB); a lock or pid file for each user (needs
+ * polling, and a reused pid keeps Postgres alive for ever); a watching connection inside Postgres
+ * (dies with the backends when one of them crashes).
  */
-import { closeSync, constants, existsSync, openSync, readSync } from "node:fs";
-import { postgresEnv } from "./binaries.ts";
+import { closeSync, constants, existsSync, openSync, readFileSync } from "node:fs";
+import { join } from "node:path";
 import type { DataDir } from "./data-dir.ts";
 
 const { O_RDONLY, O_WRONLY, O_NONBLOCK } = constants;
 
 /**
- * `start COMMAND…` runs Postgres and watches; `watch PID` watches one that runs already. Standard
- * input is `users`. INT is Postgres's fast shutdown; it is repeated because a Postgres that has
- * only just begun does not hear it yet. After `wait` nobody signals a pid that may be another's.
+ * `start COMMAND…` runs Postgres and watches it; `watch PID` watches one that is running. Standard
+ * input is `users`. INT requests Postgres' fast shutdown; it is repeated because a Postgres that is
+ * just starting ignores it. The script exits once `postmaster.pid` names another process, and kills
+ * its reader once Postgres has ended, so it never signals a pid that was reused.
  */
 const SCRIPT = `
 umask 077
-leave() {
+stop_after_last_user() {
   while read -r _; do :; done
   exec </dev/null
   for signal in INT INT INT INT INT INT INT INT QUIT QUIT KILL; do
-    [ -f postmaster.pid ] && read -r now <postmaster.pid && [ "$now" != "$1" ] && exit
+    [ -f postmaster.pid ] && read -r pid <postmaster.pid && [ "$pid" != "$1" ] && exit
     kill -$signal "$1" || exit
     sleep 1 & trap 'kill $!; wait; exit' TERM
     wait
@@ -32,75 +39,65 @@ leave() {
 }
 verb=$1; shift
 exec 2>>../postgres.log
-[ $verb = watch ] && { leave "$1"; exit; }
+[ $verb = watch ] && { stop_after_last_user "$1"; exit; }
 exec 3<&0 </dev/null >&2
 "$@" 3<&- & postgres=$!
-{ exec <&3 3<&- 2>/dev/null; leave $postgres; } & reader=$!
+{ exec <&3 3<&- 2>/dev/null; stop_after_last_user $postgres; } & reader=$!
 exec 3<&-
 wait $postgres
 kill $reader
 wait $reader`;
 
-/** Takes our end of `users` and closes the one before it: there is no moment without one. */
-export type Hold = (users: number) => void;
-
-/** Starts the script above; `hold` has our end of `users` before the script could see the end. */
-export function spawnWatcher(home: DataDir, hold: Hold, ...args: string[]): Bun.Subprocess {
-  // A FIFO opens for writing only when someone reads, and for blocking reads only when someone
-  // writes: so first a reader that does not wait, which makes way for the one that does.
-  const opener = openSync(home.users, O_RDONLY | O_NONBLOCK);
-  hold(openSync(home.users, O_WRONLY | O_NONBLOCK));
-  const reader = openSync(home.users, O_RDONLY);
-  closeSync(opener);
+/** Starts the script above with `args`. The caller must hold a write end of `users`. */
+export function spawnWatcher({ path, runAs }: DataDir, ...args: string[]): Bun.Subprocess {
+  const reader = openSync(join(path, "users"), O_RDONLY); // blocks if nobody holds a write end
   try {
-    const child = Bun.spawn(["sh", "-c", SCRIPT, "daybook-watcher", ...args], {
-      ...home.runAs,
-      cwd: home.cluster,
-      env: postgresEnv,
+    const watcher = Bun.spawn(["sh", "-c", SCRIPT, "daybook-watcher", ...args], {
+      ...runAs,
+      cwd: join(path, "cluster"),
       stdio: [reader, "ignore", "ignore"],
       detached: true,
     });
-    child.unref();
-    return child;
+    watcher.unref();
+    return watcher;
   } finally {
     closeSync(reader);
   }
 }
 
-/** Makes the FIFO unless it is there. To be called by one process at a time. */
-export function makeUsers(home: DataDir): void {
-  if (existsSync(home.users)) return;
-  const options = { ...home.runAs, cwd: home.dir, env: postgresEnv };
-  const made = Bun.spawnSync(["mkfifo", "-m", "600", "users"], options);
-  if (!made.success) throw new Error(made.stderr.toString() || "mkfifo failed");
+/** Opens a write end of `users`, and creates the FIFO first if necessary. Requires `start.lock`. */
+export function openWriteEnd({ path, runAs }: DataDir): number {
+  const users = join(path, "users");
+  if (!existsSync(users)) {
+    const mkfifo = Bun.spawnSync(["mkfifo", "-m", "600", "users"], { ...runAs, cwd: path });
+    if (!mkfifo.success) throw new Error(mkfifo.stderr.toString() || "mkfifo failed");
+  }
+  // Opening for writing fails while nobody reads, so be that reader for a moment.
+  const reader = openSync(users, O_RDONLY | O_NONBLOCK);
+  try {
+    return openSync(users, O_WRONLY);
+  } finally {
+    closeSync(reader);
+  }
 }
 
-/** A descriptor of `users` for writing, or `null` when nobody reads it: no watcher lives. */
-export function openUsers(home: DataDir): number | null {
+/** Whether a watcher reads `users`, of whichever Postgres. */
+export function isWatched({ path }: DataDir): boolean {
   try {
-    return openSync(home.users, O_WRONLY | O_NONBLOCK);
+    closeSync(openSync(join(path, "users"), O_WRONLY | O_NONBLOCK));
+    return true;
   } catch (error) {
-    if (["ENXIO", "ENOENT"].includes((error as { code: string }).code)) return null;
+    if (["ENXIO", "ENOENT"].includes((error as { code: string }).code)) return false;
     throw error;
   }
 }
 
-/** Whether a watcher lives, of whichever Postgres. */
-export function isWatched(home: DataDir): boolean {
-  const fd = openUsers(home);
-  if (fd !== null) closeSync(fd);
-  return fd !== null;
-}
-
-/** Whether any user is left. Nobody writes to `users`: reading gives its end, or "nothing yet". */
-export function hasUsers(home: DataDir): boolean {
-  if (!existsSync(home.users)) return false;
-  const fd = openSync(home.users, O_RDONLY | O_NONBLOCK);
+/** Whether a user is left. Nobody writes to `users`, so a read finds its end, or EAGAIN. */
+export function hasUsers({ path }: DataDir): boolean {
   try {
-    return readSync(fd, new Uint8Array(1)) > 0;
+    readFileSync(join(path, "users"), { flag: O_RDONLY | O_NONBLOCK });
+    return false;
   } catch (error) {
     return (error as { code?: string }).code === "EAGAIN";
-  } finally {
-    closeSync(fd);
   }
 }
