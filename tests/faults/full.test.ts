@@ -132,6 +132,6 @@ test.concurrent.if(mounted !== null)(
     }
     rmSync(ballast);
     await until(async () => (await send()) === 201, 30_000);
-    expect(server.stderr.text()).not.toContain("Postgres was gone");
+    expect(server.stderr.text()).not.toContain("Postgres is running again");
   },
 );

