@@ -6,10 +6,10 @@
  *
  *     state       postmaster.pid     `users`      action
  *     ready       ready              is read      join
- *     unwatched   ready              is not read  wait: it is about to stop. If it stays, watch it
+ *     unwatched   ready              is not read  wait: it is stopping; if it stays, watch it
  *     starting    starting           any          wait, however long a recovery takes
  *     stopping    stopping           any          wait; after 15 s, kill it
- *     hidden      none that is ours  is read      give up: another container runs it
+ *     hidden      none that is ours  is read      wait, then give up: another container runs it
  *     absent      none that is ours  is not read  start it
  *
  * Every user checks twice a second, so a killed Postgres is back within two seconds.
@@ -148,16 +148,15 @@ async function ensureRunning(user: User): Promise<void> {
 
 /** Returns the pid of the postmaster. Requires `start.lock` and an open `writeEnd`. */
 async function startOrJoin({ dataDir, signal, pid: lastPid }: User): Promise<number> {
-  let deadline = Date.now() + MAX_WAIT_MS;
   let launch: Launch | null = null;
   const firstSeen: Partial<Record<State, number>> = {};
   for (; ; await Bun.sleep(POLL_MS)) {
     signal.throwIfAborted();
-    if (Date.now() > deadline)
-      throw new Error(`it was not ready within 60 s; see ${dataDir.path}/postgres.log`);
     const { state, pid } = observe(dataDir);
     const ms = Date.now() - (firstSeen[pid === 0 ? "absent" : state] ??= Date.now());
     if (launch?.hasFailed(ms < MAX_RETRY_MS)) launch = null;
+    if (ms > MAX_WAIT_MS && state !== "starting")
+      throw new Error(`still ${state} after 60 s; see ${dataDir.path}/postgres.log`);
     switch (state) {
       case "ready":
         return pid;
@@ -165,8 +164,7 @@ async function startOrJoin({ dataDir, signal, pid: lastPid }: User): Promise<num
         if (ms > MAX_UNWATCHED_MS) spawnWatcher(dataDir, "watch", `${pid}`);
         break;
       case "starting":
-        deadline = Date.now() + MAX_WAIT_MS;
-        break;
+        break; // a start that is given up makes the next one recover from the beginning
       case "stopping":
         if (ms > MAX_STOP_MS) process.kill(pid, "SIGKILL");
         break;
@@ -175,7 +173,8 @@ async function startOrJoin({ dataDir, signal, pid: lastPid }: User): Promise<num
         if (launch || ms < MAX_HIDDEN_MS) break;
         // If we have seen its Postgres, what still reads is the remnant of a killed watcher.
         if (lastPid !== null) launch = startPostmaster(dataDir);
-        else if (ms > MAX_RETRY_MS) throw new Error("another container runs it");
+        else if (ms > MAX_RETRY_MS)
+          throw new Error("an invisible process uses it, probably in another container");
         break;
       case "absent":
         launch ??= startPostmaster(dataDir);
