@@ -2,7 +2,7 @@
  * The embedded Postgres: one for each DATA_DIR, shared by every process that uses that DATA_DIR.
  * The first user starts it, and it stops after the last one (watcher.ts).
  *
- * A user opens its end of `users`, holds `start.lock`, and repeats this until it has joined:
+ * A user holds `start.lock`, opens its end of `users`, and repeats this until it has joined:
  *
  *     state       postmaster.pid     `users`      action
  *     ready       ready              is read      join
