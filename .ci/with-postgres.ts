@@ -1,4 +1,4 @@
-/** Runs a command with a Postgres of its own at DATABASE_URL, as a team's would be. */
+/** Runs a command with DATABASE_URL set to a Postgres that is started for it, like a team's own. */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";

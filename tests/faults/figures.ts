@@ -1,4 +1,4 @@
-/** What the faults amount to, for the table of the long run: told as one line when a file is done. */
+/** Counts what a test file tried. The long run (run.ts) reads the counts from a line on stdout. */
 import { afterAll } from "bun:test";
 
 const figures: Record<string, number> = {};

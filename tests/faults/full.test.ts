@@ -1,18 +1,19 @@
 /**
- * A disk that is really full: a small file system of its own where this user may mount one, else a
- * limit on the size of files. 507, reads go on, and writing goes on by itself once there is room.
+ * Disks that are really full: a small file system where this user may mount one, else a limit on the size
+ * of files.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { mkdirSync, rmSync, statfsSync, writeFileSync } from "node:fs";
 
+import { event, line } from "../support/events.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
-import { spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { run, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
 
 setDefaultTimeout(120_000);
 
 const MIB = 1024 * 1024;
 
-/** A folder on a disk of `mib` MiB, or `null` where this user may mount none. */
+/** A folder on a disk of `mib` MiB; `null` where this user may not mount one. */
 function mount(mib: number) {
   const dir = tempDir();
   const path = dir.file("small");
@@ -27,7 +28,7 @@ function mount(mib: number) {
   return null;
 }
 
-/** A folder with about a megabyte of room, and how more comes to be. */
+/** A folder with about 1 MiB of free space, which `makeRoom` enlarges. */
 function openSmallDisk() {
   const mounted = mount(2);
   const dir = mounted ?? tempDir();
@@ -47,24 +48,23 @@ function openSmallDisk() {
   };
 }
 
-// Both wait more than they do.
+// Concurrent, because both mostly wait.
 test.concurrent(
-  "a full disk: 507, nothing of it acknowledged, reads go on, and with room so does writing",
+  "a full disk is answered with 507 and acknowledges nothing; reads continue, and writing resumes with free space",
   async () => {
     await using database = await testDatabase();
     using disk = openSmallDisk();
-    // The last rotation has not the room for the next file's header.
+    // A rotation may then find no space for the header of the next file.
     await using server = await startApp({
       dataDir: disk.path,
       databaseUrl: database.url,
       env: { JOURNAL_SEGMENT_BYTES: "300000" },
     });
     disk.limit(server.pid, "200000:");
-    const wanted = { ann: 0 };
+    let accepted = 0;
     const send = async () => {
-      const note = "n".repeat(20_000);
-      const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1, note });
-      if (status === 201) wanted.ann++;
+      const { status } = await server.post(event("ann", 1, { note: "n".repeat(20_000) }));
+      if (status === 201) accepted++;
       return status;
     };
     const statuses = new Set<number>();
@@ -74,7 +74,7 @@ test.concurrent(
     }, 60_000);
     expect([...statuses]).toEqual([201, 507]);
 
-    await until(async () => (await server.balance("ann")) === `${wanted.ann}`, 30_000);
+    await untilBalance(server, "ann", `${accepted}`, 30_000);
     expect((await fetch(`${server.url}/healthz`)).status).toBe(200);
     const ready = await fetch(`${server.url}/readyz`);
     expect(ready.status).toBe(503);
@@ -83,17 +83,17 @@ test.concurrent(
     disk.makeRoom(server.pid);
     await until(async () => (await send()) === 201, 30_000);
     await until(async () => (await fetch(`${server.url}/readyz`)).status === 200, 30_000);
-    await until(async () => (await server.balance("ann")) === `${wanted.ann}`, 30_000);
+    await untilBalance(server, "ann", `${accepted}`, 30_000);
     server.kill("SIGTERM");
     expect(await server.exit()).toBe(0);
 
-    // And all of it is on the disk for the next one.
+    // The next start finds everything that was accepted.
     await using again = await startApp({ dataDir: disk.path, databaseUrl: database.url });
-    await again.post({ userId: "ann", name: "add_revenue", value: 1 });
-    await until(async () => (await again.balance("ann")) === `${wanted.ann + 1}`, 30_000);
-    expect(await balances(database.url)).toEqual({ ann: `${wanted.ann + 1}` });
-    await using check = spawn("processor.ts", { args: ["--check"], env: { DATA_DIR: disk.path } });
-    expect(await check.exit(), `${disk.kind}: ${check.stdout.text()}`).toBe(0);
+    await again.post(event("ann"));
+    await untilBalance(again, "ann", `${accepted + 1}`, 30_000);
+    expect(await balances(database.url)).toEqual({ ann: `${accepted + 1}` });
+    const check = await run("processor.ts", { args: ["--check"], env: { DATA_DIR: disk.path } });
+    expect(check.code, `${disk.kind}: ${check.stdout}`).toBe(0);
   },
 );
 
@@ -101,21 +101,20 @@ const mounted = mount(1);
 mounted?.[Symbol.dispose]();
 
 test.concurrent.if(mounted !== null)(
-  "a disk that fills up under the private Postgres: all that was taken is posted, and reads go on",
+  "on a disk that fills up, the embedded Postgres posts everything that was accepted, and reads continue",
   async () => {
     using disk = mount(400);
-    if (!disk) throw new Error("cannot mount once more");
+    if (!disk) throw new Error("cannot mount a second disk");
     await using server = await startApp({ dataDir: disk.path });
     const ballast = `${disk.path}/ballast`;
     const { bavail, bsize } = statfsSync(disk.path);
     writeFileSync(ballast, Buffer.alloc(bavail * bsize - 60 * MIB));
     const read = (user: string, after = "") => fetch(`${server.url}/userEvents/${user}${after}`);
     let sent = 0;
-    /** 2,000 users more, the last of whom is read at once. */
+    /** Sends events of 2,000 new users, and waits for the balance of the last one. */
     const send = async () => {
       const users = Array.from({ length: 2_000 }, (_, i) => `${sent}.${i}.${"u".repeat(60)}`);
-      const lines = users.map((userId) => `{"userId":"${userId}","name":"add_revenue","value":1}`);
-      const answer = await server.postLines(lines.join("\n"));
+      const answer = await server.postLines(users.map((user) => line(user)).join(""));
       if (answer.status !== 201) return answer.status;
       const { position } = (await answer.json()) as { position: string };
       const { status } = await read(users.at(-1) as string, `?after=${position}`);

@@ -1,8 +1,8 @@
 /**
- * What nobody should send: requests, journals and files from a grammar, and mutated. Nothing of it may
- * end the program, hang it, be answered with 500, or change what was good.
+ * Input that nobody should send: requests, journals and files generated from a grammar, then mutated. None
+ * of it may end the program, hang it, cause a 500, or change what was good.
  *
- * FAULT_CASES=N tries so many, from FAULT_SEED_FIRST on; FAULT_SEED=N tries that one.
+ * FAULT_CASES=N tries N seeds, beginning with FAULT_SEED_FIRST; FAULT_SEED=N tries only that one.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { connect } from "node:net";
@@ -12,8 +12,9 @@ import { checkJournal } from "../../lib/journal/check.ts";
 import { encodeFrame, encodeJournalHeader, JournalDamage } from "../../lib/journal/format.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { openJournalReader } from "../../lib/journal/reader.ts";
-import { testDatabase } from "../support/postgres.ts";
-import { run, SECRET, startApp, tempDir, until } from "../support/programs.ts";
+import { event, line } from "../support/events.ts";
+import { openLedger } from "../support/ledger.ts";
+import { SECRET, type startApp, untilBalance } from "../support/programs.ts";
 import { count } from "./figures.ts";
 import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
 
@@ -34,7 +35,7 @@ const VALUES = [
   ...['"98"', "true", "[]", "{}", "01", "1.", ".5", "NaN", "12345678901234567.89", "-1E+2", ""],
 ];
 
-/** An event, more or less. */
+/** An event, or almost one. */
 function eventOf(random: Random): string {
   const field = () =>
     one(random, [
@@ -51,7 +52,7 @@ function eventOf(random: Random): string {
   return `{${fields.join(one(random, [",", ", ", ",\n", ""]))}}`;
 }
 
-/** The same bytes with some of them changed, left out, doubled or cut. */
+/** The same bytes with some of them inserted, removed, repeated or cut off. */
 function mutated(bytes: Buffer, random: Random): Buffer {
   let changed = bytes;
   for (let times = Math.floor(random() * 4); times > 0 && changed.length > 0; times--) {
@@ -131,7 +132,7 @@ function requestOf(url: string, random: Random): Request {
 }
 
 /** The server's resident memory, in MB. */
-async function memoryOf(pid: number): Promise<number> {
+async function memoryMb(pid: number): Promise<number> {
   const status = await Bun.file(`/proc/${pid}/status`)
     .text()
     .catch(() => "");
@@ -141,12 +142,11 @@ async function memoryOf(pid: number): Promise<number> {
 test(
   "no request ends the server, hangs it, or is answered with 500",
   async () => {
-    await using database = await testDatabase();
-    using dir = tempDir();
-    await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
+    await using ledger = await openLedger();
+    await using server = await ledger.start();
     const cases = Math.floor(CASES * 0.6);
     let next = FIRST;
-    let memory = 0;
+    let earlyMb = 0;
     const lane = async () => {
       while (next < FIRST + cases) {
         const seed = next++;
@@ -154,28 +154,26 @@ test(
           throw new Error(`FAULT_SEED=${seed}: ${error}`);
         });
         const text = await response.text();
-        const told = `FAULT_SEED=${seed}: ${response.status} ${text.slice(0, 300)}`;
-        if (response.status >= 500 && response.status !== 503) throw new Error(told);
+        const answer = `FAULT_SEED=${seed}: ${response.status} ${text.slice(0, 300)}`;
+        if (response.status >= 500 && response.status !== 503) throw new Error(answer);
         if (response.status >= 400 && text !== "") {
-          expect(response.headers.get("content-type"), told).toBe("application/problem+json");
-          expect(JSON.parse(text).status, told).toBe(response.status);
+          expect(response.headers.get("content-type"), answer).toBe("application/problem+json");
+          expect(JSON.parse(text).status, answer).toBe(response.status);
         }
-        if (seed === FIRST + Math.floor(cases / 10)) memory = await memoryOf(server.pid);
+        if (seed === FIRST + Math.floor(cases / 10)) earlyMb = await memoryMb(server.pid);
       }
     };
     await Promise.all(Array.from({ length: 16 }, lane));
     count("fuzz cases", cases);
-    const after = await memoryOf(server.pid);
-    if (CASES >= 50_000) expect(after).toBeLessThan(memory + 150);
+    if (CASES >= 50_000) expect(await memoryMb(server.pid)).toBeLessThan(earlyMb + 150);
     await expectAlive(server);
   },
   60_000 + CASES * 20,
 );
 
 test("no bytes on the socket end the server", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
-  await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
+  await using ledger = await openLedger();
+  await using server = await ledger.start();
   const { port } = new URL(server.url);
   const cases = Math.floor(CASES * 0.1);
   let next = FIRST;
@@ -190,7 +188,7 @@ test("no bytes on the socket end the server", async () => {
         "X: y",
       ]);
       const head = `POST /liveEvents HTTP/1.1\r\nHost: a\r\nAuthorization: ${SECRET}\r\nContent-Type: application/x-ndjson\r\n${framing}\r\n\r\n`;
-      await talk(Number(port), mutated(Buffer.concat([Buffer.from(head), body]), random));
+      await sendBytes(Number(port), mutated(Buffer.concat([Buffer.from(head), body]), random));
     }
   };
   await Promise.all(Array.from({ length: 16 }, lane));
@@ -198,8 +196,8 @@ test("no bytes on the socket end the server", async () => {
   await expectAlive(server);
 });
 
-/** Sends bytes, waits a little for an answer, and goes away. */
-function talk(port: number, bytes: Buffer): Promise<void> {
+/** Sends bytes, waits up to 30 ms for an answer, and closes the connection. */
+function sendBytes(port: number, bytes: Buffer): Promise<void> {
   return new Promise((resolve) => {
     const socket = connect(port, "127.0.0.1", () => socket.write(bytes));
     const done = () => {
@@ -215,12 +213,11 @@ function talk(port: number, bytes: Buffer): Promise<void> {
 async function expectAlive(server: Awaited<ReturnType<typeof startApp>>) {
   expect(server.child.exitCode).toBeNull();
   expect(server.stderr.text()).not.toContain("fault:");
-  const { status } = await server.post({ userId: "alive", name: "add_revenue", value: 1 });
-  expect(status).toBe(201);
-  await until(async () => (await server.balance("alive")) === "1", 30_000);
+  expect((await server.post(event("alive"))).status).toBe(201);
+  await untilBalance(server, "alive", "1", 30_000);
 }
 
-test("a mutated journal gives its own frames, or is named as damaged; nothing else", async () => {
+test("a mutated journal yields its own frames or is reported as damaged", async () => {
   const cases = Math.floor(CASES * 0.3);
   for (let seed = FIRST; seed < FIRST + cases; seed++) {
     await mutateJournal(seed).catch((error) => {
@@ -266,22 +263,16 @@ async function mutateJournal(seed: number) {
   await reading();
 }
 
-test("a file of mutated lines: what is good is posted, the rest set aside, and nothing stops", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
+test("of a file of mutated lines the good ones are posted and the others quarantined", async () => {
+  await using ledger = await openLedger();
   const random = randomOf(FIRST);
   const parts: Buffer[] = [];
   for (let i = 0; i < CASES / 5; i++) {
     parts.push(mutated(Buffer.from(eventOf(random)), random), Buffer.from("\n"));
-    parts.push(Buffer.from('{"userId":"good","name":"add_revenue","value":1}\n'));
+    parts.push(Buffer.from(line("good")));
   }
-  await Bun.write(dir.file("a.jsonl"), Buffer.concat(parts));
-  const { code, stderr } = await run("processor.ts", {
-    args: [dir.file("a.jsonl")],
-    env: { DATA_DIR: dir.path, DATABASE_URL: database.url },
-  });
+  const { code, stderr } = await ledger.tool([ledger.write("a.jsonl", Buffer.concat(parts))]);
   expect(code, `FAULT_SEED=${FIRST}: ${stderr}`).toBe(1);
-  await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
-  expect(await server.balance("good")).toBe(`${Math.ceil(CASES / 5)}`);
+  expect(await ledger.balances()).toMatchObject({ good: `${Math.ceil(CASES / 5)}` });
   count("fuzz cases", Math.ceil(CASES / 5));
 });

@@ -1,8 +1,12 @@
 /** Random choices that can be repeated, and how much a run tries. */
+import { test } from "bun:test";
 
 /** Above 1 in a long run, which tries slow things more often. */
 export const FAULT_ROUNDS = Number(process.env["FAULT_ROUNDS"] ?? 1);
 export const IS_LONG = FAULT_ROUNDS > 1;
+
+/** A test of the long run. Elsewhere it is absent instead of skipped: a skipped test lacks something. */
+export const longTest = (IS_LONG ? test : () => {}) as typeof test;
 
 /** A test with random choices. When it fails it prints its seed; `TEST_SEED` repeats the same choices. */
 export function seeded(body: (random: () => number) => Promise<void>) {
