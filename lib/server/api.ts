@@ -19,7 +19,7 @@ import { openMemoryBudget } from "./memory.ts";
 import type { Metrics } from "./metrics.ts";
 import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
 import type { PostedWatch } from "./posted.ts";
-import { allowedMethods, Problem, problems, routeFinder, unavailable } from "./problem.ts";
+import { allowedMethods, Problem, problems, routeOf, unavailable } from "./problem.ts";
 import { readSourceHeaders, requireSourceName, sourceHeaders, type Sources } from "./sources.ts";
 import type { Scope } from "./token.ts";
 
@@ -185,7 +185,7 @@ export function createApi(parts: Parts) {
     );
   routes.push(...app.routes);
   // Its type is wrong: it describes a function that returns functions.
-  return app.wrap(observe(log, metrics, routeFinder(routes)) as never);
+  return app.wrap(observe(log, metrics, (path) => routeOf(routes, path)) as never);
 
   async function storeEvent(request: Request) {
     using reservation = budget.admit();
@@ -242,7 +242,8 @@ export function createApi(parts: Parts) {
     const [, journalId = "", position] = /^([0-9a-f-]{36}):(\d{1,15})$/.exec(after) ?? [];
     if (!position)
       throw new Problem(422, "`after` must be a `position` from an answer of this API, whole");
-    if (!(await queried(posted.wait(journalId, Number(position), AFTER_MS))))
+    const waiting = async () => posted.wait(journalId, Number(position), AFTER_MS);
+    if (!(await queried(waiting())))
       throw new Problem(504, `not posted within ${AFTER_MS / 1000} s`, {
         headers: { "retry-after": "1" },
       });

@@ -26,121 +26,80 @@ interface Posting {
   ms: number;
 }
 
-export interface Metrics {
-  answered(method: string, route: string, status: number): void;
-  accepted(events: number): void;
-  /** The journal could not store an event. */
-  failed(): void;
-  rejected(invalid: InvalidEvent): void;
-  posted(posting: Posting): void;
-  scrape(): Promise<{ type: string; text: string }>;
-}
+export type Metrics = ReturnType<typeof openMetrics>;
 
 /** Metrics of a server with this journal. They hear of each of its commits. */
-export function openMetrics(journal: Journal, posted: PostedWatch): Metrics {
+export function openMetrics(journal: Journal, posted: PostedWatch) {
   const registry = new Registry();
   const registers = [registry];
   collectDefaultMetrics({ register: registry, eventLoopMonitoringPrecision: 100 });
   for (const { name } of registry.getMetricsAsArray())
     if (OMITTED.test(name)) registry.removeSingleMetric(name);
 
-  const requests = new Map<string, { method: string; route: string; status: string; n: number }>();
-  const rejections = new Map<string, number>();
-  let accepted = 0;
-  let failedMs = Number.NEGATIVE_INFINITY;
+  const counter = (name: string, help: string) =>
+    new Counter({ name: `daybook_${name}_total`, help, registers });
+  const histogram = (name: string, help: string, buckets: number[]) =>
+    new Histogram({ name: `daybook_${name}`, help, buckets, registers });
 
-  new Counter({
-    name: "daybook_http_requests_total",
-    help: "Requests answered, by route and status.",
-    labelNames: ["method", "route", "status"],
-    registers,
-    collect() {
-      this.reset();
-      for (const { n, ...labels } of requests.values()) this.inc(labels, n);
-    },
-  });
-  new Counter({
-    name: "daybook_events_accepted_total",
-    help: "Events synced to disk and acknowledged.",
-    registers,
-    collect() {
-      this.reset();
-      this.inc(accepted);
-    },
-  });
-  new Counter({
-    name: "daybook_events_rejected_total",
-    help: "Lines rejected, by the first thing that is wrong with them.",
-    labelNames: ["reason"],
-    registers,
-    collect() {
-      this.reset();
-      for (const [reason, n] of rejections) this.inc({ reason }, n);
-    },
-  });
-  const quarantined = new Counter({
-    name: "daybook_events_quarantined_total",
-    help: "Lines that this process quarantined while posting.",
-    registers,
-  });
-  const duplicates = new Counter({
-    name: "daybook_events_duplicate_total",
-    help: "Events that this process did not count, because they had been posted before.",
-    registers,
-  });
-  const postedEvents = new Counter({
-    name: "daybook_events_posted_total",
-    help: "Events that this process posted to the ledger, duplicates included.",
-    registers,
-  });
-  const users = new Counter({
-    name: "daybook_posting_users_total",
-    help: "Balances that postings of this process changed.",
-    registers,
-  });
-  const postingSeconds = new Histogram({
-    name: "daybook_posting_duration_seconds",
-    help: "Duration of a posting transaction.",
-    buckets: [0.005, 0.02, 0.1, 0.5, 2, 10],
-    registers,
-  });
-  const syncSeconds = new Histogram({
-    name: "daybook_journal_sync_duration_seconds",
-    help: "Duration of the sync of a journal frame.",
-    buckets: [0.0001, 0.0005, 0.002, 0.01, 0.05, 0.25, 1],
-    registers,
-  });
-  const frameBytes = new Histogram({
-    name: "daybook_journal_frame_bytes",
-    help: "Bytes of a journal frame, written and synced together.",
-    buckets: [256, 4_096, 65_536, 1_048_576, 16_777_216],
-    registers,
-  });
-  const frameAppends = new Histogram({
-    name: "daybook_journal_frame_requests",
-    help: "Requests that shared one sync of the journal.",
-    buckets: [1, 4, 16, 64, 256],
-    registers,
-  });
-  gauge("daybook_journal_bytes", "Bytes ever written to the journal.", journal.end);
-  gauge(
-    "daybook_journal_writable",
-    "0 after an event could not be stored, until one is, or 10 minutes passed.",
-    () => Number(journal.trouble() === null && performance.now() - failedMs > NOT_WRITABLE_MS),
+  const accepted = counter("events_accepted", "Events synced to disk and acknowledged.");
+  const quarantined = counter(
+    "events_quarantined",
+    "Lines that this process quarantined while posting.",
   );
-  gauge("daybook_database_up", "1 if the database answered the last query, else 0.", () =>
+  const duplicates = counter(
+    "events_duplicate",
+    "Events that this process did not count, because they had been posted before.",
+  );
+  const postedEvents = counter(
+    "events_posted",
+    "Events that this process posted to the ledger, duplicates included.",
+  );
+  const users = counter("posting_users", "Balances that postings of this process changed.");
+  const postingSeconds = histogram(
+    "posting_duration_seconds",
+    "Duration of a posting transaction.",
+    [0.005, 0.02, 0.1, 0.5, 2, 10],
+  );
+  const syncSeconds = histogram(
+    "journal_sync_duration_seconds",
+    "Duration of the sync of a journal frame.",
+    [0.0001, 0.0005, 0.002, 0.01, 0.05, 0.25, 1],
+  );
+  const frameBytes = histogram(
+    "journal_frame_bytes",
+    "Bytes of a journal frame, written and synced together.",
+    [256, 4_096, 65_536, 1_048_576, 16_777_216],
+  );
+  const frameAppends = histogram(
+    "journal_frame_requests",
+    "Requests that shared one sync of the journal.",
+    [1, 4, 16, 64, 256],
+  );
+  const requests = counted("http_requests", "Requests answered, by route and status.", [
+    "method",
+    "route",
+    "status",
+  ]);
+  const rejections = counted(
+    "events_rejected",
+    "Lines rejected, by the first thing that is wrong with them.",
+    ["reason"],
+  );
+  let failedMs = Number.NEGATIVE_INFINITY;
+  const isWritable = () =>
+    journal.trouble() === null && performance.now() - failedMs > NOT_WRITABLE_MS;
+  gauge("journal_bytes", "Bytes ever written to the journal.", journal.end);
+  gauge(
+    "journal_writable",
+    "0 after an event could not be stored, until one is, or 10 minutes passed.",
+    () => Number(isWritable()),
+  );
+  gauge("database_up", "1 if the database answered the last query, else 0.", () =>
     Number(posted.isAnswering()),
   );
-  gauge(
-    "daybook_posting_lag_bytes",
-    "Bytes of the journal that are not posted.",
-    () => posted.lag().bytes,
-  );
-  gauge(
-    "daybook_posting_lag_seconds",
-    "Age of the oldest event that is not posted.",
-    () => posted.lag().seconds,
-  );
+  const lag = posted.lag;
+  gauge("posting_lag_bytes", "Bytes of the journal that are not posted.", () => lag().bytes);
+  gauge("posting_lag_seconds", "Age of the oldest event that is not posted.", () => lag().seconds);
 
   journal.onCommit(({ syncMs, bytes, appends }) => {
     failedMs = Number.NEGATIVE_INFINITY;
@@ -150,26 +109,19 @@ export function openMetrics(journal: Journal, posted: PostedWatch): Metrics {
   });
 
   return {
-    answered(method, route, status) {
-      const key = `${method} ${route} ${status}`;
-      const known = requests.get(key);
-      if (known) known.n++;
-      else if (METHODS.has(method)) requests.set(key, { method, route, status: `${status}`, n: 1 });
-      else this.answered(OTHER, route, status);
-    },
-    accepted(events) {
-      accepted += events;
-    },
+    answered: (method: string, route: string, status: number) =>
+      requests(METHODS.has(method) ? method : OTHER, route, `${status}`),
+    accepted: (events: number) => accepted.inc(events),
+    /** The journal could not store an event. */
     failed() {
       failedMs = performance.now();
     },
-    rejected({ kind, faults }) {
+    rejected({ kind, faults }: InvalidEvent) {
       const path = faults[0]?.path ?? "";
       // Any other path holds a sender's or a schema's words.
-      const reason = path === "" ? kind : FIELDS.has(path) ? path.slice(1) : "schema";
-      rejections.set(reason, (rejections.get(reason) ?? 0) + 1);
+      rejections(path === "" ? kind : FIELDS.has(path) ? path.slice(1) : "schema");
     },
-    posted(posting) {
+    posted(posting: Posting) {
       postedEvents.inc(posting.events);
       quarantined.inc(posting.quarantined);
       duplicates.inc(posting.duplicates);
@@ -183,13 +135,32 @@ export function openMetrics(journal: Journal, posted: PostedWatch): Metrics {
   };
 
   function gauge(name: string, help: string, read: () => number): void {
-    new Gauge({
-      name,
+    const collect = function (this: Gauge) {
+      this.set(read());
+    };
+    new Gauge({ name: `daybook_${name}`, help, registers, collect });
+  }
+
+  /** A counter with labels that costs a request no more than a number in a Map. */
+  function counted(name: string, help: string, labelNames: string[]) {
+    const counts = new Map<string, number>();
+    new Counter({
+      name: `daybook_${name}_total`,
       help,
+      labelNames,
       registers,
       collect() {
-        this.set(read());
+        this.reset();
+        for (const [key, count] of counts)
+          this.inc(
+            Object.fromEntries(key.split(" ").map((value, i) => [labelNames[i], value])),
+            count,
+          );
       },
     });
+    return (...labels: string[]) => {
+      const key = labels.join(" ");
+      counts.set(key, (counts.get(key) ?? 0) + 1);
+    };
   }
 }

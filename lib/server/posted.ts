@@ -24,27 +24,7 @@ export interface Lag {
   seconds: number;
 }
 
-export interface PostedWatch {
-  /** Settles once the database has been asked for the first time, whether or not it answered. */
-  readonly asked: Promise<void>;
-  /**
-   * Settles once the database has answered, or after `close`. Rejects with JournalBehind when the
-   * journal ends before what the ledger has posted of it.
-   */
-  readonly compared: Promise<void>;
-  /** What is known now, without asking the database. */
-  lag(): Lag;
-  /** Whether the database answered the last time it was asked. */
-  isAnswering(): boolean;
-  /** Asks the ledger. Throws Unavailable. */
-  refresh(): Promise<Lag>;
-  /**
-   * Returns `true` once `journalId` is posted up to `position`, `false` after `withinMs`. Throws
-   * Unavailable when the database does not answer or too many wait.
-   */
-  wait(journalId: string, position: number, withinMs: number): Promise<boolean>;
-  close(): void;
-}
+export type PostedWatch = ReturnType<typeof watchPosted>;
 
 interface Waiter {
   key: string;
@@ -54,7 +34,7 @@ interface Waiter {
   reject(error: unknown): void;
 }
 
-export function watchPosted(journal: Journal, database: Database): PostedWatch {
+export function watchPosted(journal: Journal, database: Database) {
   const { path } = journal;
   const ownKey = journalKey(journal.id);
   const comparison = Promise.withResolvers<void>();
@@ -70,28 +50,37 @@ export function watchPosted(journal: Journal, database: Database): PostedWatch {
   let readMs = Number.NEGATIVE_INFINITY;
   let isClosed = false;
   let timer: Timer;
-  const asked = pollOnce().then(
-    () => {},
-    () => {},
-  );
+  const asked = Promise.allSettled([pollOnce()]);
   pollLater();
   journal.onCommit(({ from, atMs }) => {
     oldest ??= { position: from, atMs };
   });
 
   return {
+    /** Settles once the database has been asked for the first time, whether or not it answered. */
     asked,
+    /**
+     * Settles once the database has answered, or after `close`. Rejects with JournalBehind when the
+     * journal ends before what the ledger has posted of it.
+     */
     compared: comparison.promise,
+    /** What is known now, without asking the database. */
     lag,
+    /** Whether the database answered the last time it was asked. */
     isAnswering: () => isAnswering,
+    /** Asks the ledger. Throws Unavailable. */
     refresh: pollOnce,
-    wait(journalId, position, withinMs) {
-      return new Promise((resolve, reject) => {
-        if (waiters.length >= MAX_WAITERS) throw new Unavailable("too many requests wait", true);
-        const untilMs = performance.now() + withinMs;
-        waiters.push({ key: journalKey(journalId), position, untilMs, resolve, reject });
-        if (!isServing) serveWaiters();
-      });
+    /**
+     * Returns `true` once `journalId` is posted up to `position`, `false` after `withinMs`. Throws
+     * Unavailable when the database does not answer or too many wait.
+     */
+    wait(journalId: string, position: number, withinMs: number): Promise<boolean> {
+      if (waiters.length >= MAX_WAITERS) throw new Unavailable("too many requests wait", true);
+      const { promise, resolve, reject } = Promise.withResolvers<boolean>();
+      const untilMs = performance.now() + withinMs;
+      waiters.push({ key: journalKey(journalId), position, untilMs, resolve, reject });
+      if (!isServing) serveWaiters();
+      return promise;
     },
     close() {
       isClosed = true;

@@ -92,24 +92,16 @@ export function allowedMethods(routes: readonly Route[], path: string): string[]
   return [...new Set(methods.includes("GET") ? [...methods, "HEAD"] : methods)];
 }
 
-/** Maps a path to the pattern of its route, or to `other`: few values, whatever is requested. */
-export function routeFinder(routes: readonly Route[]): (path: string) => string {
-  const plain = new Set(routes.filter(({ path }) => !path.includes(":")).map(({ path }) => path));
-  const patterns = routes.filter(({ path }) => path.includes(":"));
-  return (path) => {
-    if (plain.has(path)) return path;
-    return patterns.find((route) => fits(route.path, path))?.path ?? "other";
-  };
+/** The pattern of the route of `path`, or `other`: few values, whatever is requested. */
+export function routeOf(routes: readonly Route[], path: string): string {
+  return routes.find((route) => fits(route.path, path))?.path ?? "other";
 }
 
 function fits(route: string, path: string): boolean {
-  if (!route.includes(":")) return route === path;
-  const segments = path.split("/");
-  const parts = route.split("/");
-  return (
-    parts.length === segments.length &&
-    parts.every((part, i) => (part.startsWith(":") ? segments[i] !== "" : part === segments[i]))
-  );
+  const parameter = route.indexOf(":");
+  if (parameter < 0) return route === path;
+  // Every parameter is the last segment of its route.
+  return path.startsWith(route.slice(0, parameter)) && /^[^/]+$/.test(path.slice(parameter));
 }
 
 function respond({ status, detail, more: { errors, headers, lines } }: Problem): Response {

@@ -95,7 +95,7 @@ test("SIGHUP under load: new connections meet the new certificate, and serving g
 
   await Bun.write(folder.file("cert.pem"), "no certificate");
   app.kill("SIGHUP");
-  await until(() => app.stderr.text().includes("the old certificate stays: TLS_CERT"));
+  await until(() => app.stderr.text().includes("the old certificate stays in use: TLS_CERT"));
   expect(await nameOf(port)).toBe("third");
   app.kill("SIGTERM");
   expect(await app.exit()).toBe(0);
@@ -118,6 +118,6 @@ test("a certificate that cannot be used, or a port in use, ends the start with o
   const half = await run("app.ts", { env: alone });
   expect([half.code, half.stderr]).toEqual([
     2,
-    "TLS_KEY: found none, wanted one, as the other is set\n",
+    "TLS_KEY is not set: set both TLS_CERT and TLS_KEY\n",
   ]);
 });
