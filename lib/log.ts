@@ -30,29 +30,26 @@ function readable(line: string): string {
 }
 
 /** Tells the log when something stops working, and when it works again. */
-export interface Health {
-  /** Logs each reason once, and counts the failures. */
-  failing(reason: string): void;
-  /** After a failure, logs how many there were and for how long. */
-  recovered(): void;
-}
+export type Health = ReturnType<typeof watchHealth>;
 
 /** Reasons logged in one period of trouble: some hold numbers and so never repeat. */
 const MAX_REASONS = 10;
 
 /** `recovery` is the message once it works again. */
-export function watchHealth(log: Log, level: "warn" | "error", recovery: string): Health {
+export function watchHealth(log: Log, level: "warn" | "error", recovery: string) {
   let failures = 0;
   let sinceMs = 0;
   const logged = new Set<string>();
   return {
-    failing(reason) {
+    /** Logs each reason once, and counts the failures. */
+    failing(reason: string): void {
       if (failures++ === 0) sinceMs = performance.now();
       if (logged.has(reason) || logged.size >= MAX_REASONS) return;
       logged.add(reason);
       log[level](reason);
     },
-    recovered() {
+    /** After a failure, logs how many there were and for how long. */
+    recovered(): void {
       if (failures === 0) return;
       const seconds = Math.round((performance.now() - sinceMs) / 100) / 10;
       log.info({ failures, seconds }, recovery);

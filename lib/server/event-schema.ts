@@ -19,15 +19,10 @@ const MAX_FAULTS = 10;
 /** A path may hold the sender's own words. */
 const MAX_PATH_LENGTH = 256;
 
-export interface EventSchema {
-  /** The schema itself, for the API's description. */
-  readonly document: object;
-  /** What is wrong with the event line, or `null`. */
-  check(line: Uint8Array): InvalidEvent | null;
-}
+export type EventSchema = ReturnType<typeof openEventSchema>;
 
 /** Reads the schema at `path`. Throws InvalidSetting with one line that says what is wrong with it. */
-export function openEventSchema(path: string): EventSchema {
+export function openEventSchema(path: string) {
   let document: object;
   try {
     document = JSON.parse(readFileSync(path, "utf8"));
@@ -50,8 +45,10 @@ export function openEventSchema(path: string): EventSchema {
     );
   }
   return {
+    /** The schema itself, for the API's description. */
     document,
-    check(line) {
+    /** What is wrong with the event line, or `null`. */
+    check(line: Uint8Array): InvalidEvent | null {
       const event = JSON.parse(Buffer.from(line).toString());
       if (validateFirst(event)) return null;
       const validate = line.length > MAX_ALL_FAULTS_BYTES ? validateFirst : validateAll;

@@ -30,14 +30,7 @@ interface App {
   listen(options: Bun.Serve.Options<unknown>): unknown;
 }
 
-export interface Listener {
-  /** `http://HOST:PORT` */
-  readonly origin: string;
-  /** Reads the certificate again. Throws, and keeps the old one in use, where the new one is invalid. */
-  renewCertificate(): void;
-  /** Stops accepting, and lets requests in progress finish. */
-  finish(): Promise<void>;
-}
+export type Listener = ReturnType<typeof listen>;
 
 /**
  * For Elysia's `wrap`: gives each request an id, counts its answer, and logs it at level `debug`. It is
@@ -68,7 +61,7 @@ export function observe(log: Log, metrics: Metrics, routeOf: (path: string) => s
 }
 
 /** Serves `app` at `address`. Throws one line that names what is wrong with the address or the files. */
-export function listen(app: App, address: Address): Listener {
+export function listen(app: App, address: Address) {
   const { hostname, tls } = address;
   const certificate = tls && readCertificate(tls);
   if (certificate) refuseToShare(address);
@@ -78,8 +71,10 @@ export function listen(app: App, address: Address): Listener {
   const host = hostname.includes(":") ? `[${hostname}]` : hostname;
 
   return {
+    /** `http://HOST:PORT` */
     origin: `${tls ? "https" : "http"}://${host}:${port}`,
-    renewCertificate() {
+    /** Reads the certificate again. Throws, and keeps the old one in use, where the new one is invalid. */
+    renewCertificate(): void {
       // Bun's `reload` ignores a new certificate. So a second server listens beside the first, which
       // then stops: it answers what it has begun and closes idle connections. A sender that uses one
       // of these at that moment has to retry.
@@ -88,7 +83,8 @@ export function listen(app: App, address: Address): Listener {
       draining.add(old);
       old.stop().then(() => draining.delete(old));
     },
-    async finish() {
+    /** Stops accepting, and lets requests in progress finish. */
+    async finish(): Promise<void> {
       const servers = [server, ...draining];
       const stopped = Promise.all(servers.map((each) => each.stop()));
       await Promise.race([stopped, Bun.sleep(FINISH_MS)]);

@@ -18,23 +18,13 @@ const GARBAGE_BYTES = 16 * 1024 * 1024;
 const REQUEST_BYTES = 4096;
 
 /** What one request holds; `using` releases it. */
-export interface Reservation {
-  /** Reserves so many bytes more. Throws the 503 when the budget is used up. */
-  reserve(bytes: number): void;
-  /** The same for a part of a large body, which leaves the share of small requests alone. */
-  reserveLarge(bytes: number): void;
-  [Symbol.dispose](): void;
-}
+export type Reservation = ReturnType<ReturnType<typeof openMemoryBudget>["admit"]>;
 
-export interface MemoryBudget {
-  /** Admits a request. Throws the 503 when there are too many. */
-  admit(): Reservation;
-}
-
-export function openMemoryBudget(budgetBytes = MAX_REQUESTS_BYTES): MemoryBudget {
+export function openMemoryBudget(budgetBytes = MAX_REQUESTS_BYTES) {
   let usedBytes = 0;
   let garbageBytes = 0;
   return {
+    /** Admits a request. Throws the 503 when there are too many. */
     admit() {
       let heldBytes = 0;
       const reserve = (bytes: number, limitBytes: number) => {
@@ -45,8 +35,10 @@ export function openMemoryBudget(budgetBytes = MAX_REQUESTS_BYTES): MemoryBudget
       };
       reserve(REQUEST_BYTES, budgetBytes);
       return {
-        reserve: (bytes) => reserve(bytes, budgetBytes),
-        reserveLarge: (bytes) => reserve(bytes, budgetBytes - SMALL_REQUESTS_BYTES),
+        /** Reserves so many bytes more. Throws the 503 when the budget is used up. */
+        reserve: (bytes: number) => reserve(bytes, budgetBytes),
+        /** The same for a part of a large body, which leaves the share of small requests alone. */
+        reserveLarge: (bytes: number) => reserve(bytes, budgetBytes - SMALL_REQUESTS_BYTES),
         [Symbol.dispose]() {
           usedBytes -= heldBytes;
           // Small requests are collected in time: at 50,000 a second, forced collections for them

@@ -38,17 +38,9 @@ export const NOTHING_STORED: SourceState = {
   digest: new Bun.CryptoHasher("sha256").digest("hex"),
 };
 
-export interface Sources {
-  /** How much of `name` is stored, as far as this server and the ledger know; `null`: never seen. */
-  state(name: string): Promise<SourceState | null>;
-  /**
-   * Stores the bytes from `mark.from` to `mark.to`, whose good event lines are `lines`, and returns the
-   * position once they are synced; or the source's state, when it is not at `mark.from`.
-   */
-  store(mark: SourceMark, lines: Uint8Array): Promise<{ position: number } | SourceState>;
-}
+export type Sources = ReturnType<typeof openSources>;
 
-export function openSources(journal: Journal, database: Database): Sources {
+export function openSources(journal: Journal, database: Database) {
   const { path } = journal;
   const known = new Map<string, SourceState>();
   const queues = new Map<string, Promise<unknown>>();
@@ -57,12 +49,17 @@ export function openSources(journal: Journal, database: Database): Sources {
   const readAllOnce = sharedAttempt(readAll);
 
   return {
-    async state(name) {
+    /** How much of `name` is stored, as far as this server and the ledger know; `null`: never seen. */
+    async state(name: string): Promise<SourceState | null> {
       if (marks === "unread") await readTailOnce();
       const posted = await readPostedState(name);
       return furthest(posted, known.get(name) ?? null);
     },
-    store(mark, lines) {
+    /**
+     * Stores the bytes from `mark.from` to `mark.to`, whose good event lines are `lines`, and returns the
+     * position once they are synced; or the source's state, when it is not at `mark.from`.
+     */
+    store(mark: SourceMark, lines: Uint8Array): Promise<{ position: number } | SourceState> {
       const storing = (queues.get(mark.name) ?? Promise.resolve()).then(() => store(mark, lines));
       const settled = storing
         .catch(() => {})

@@ -12,10 +12,7 @@ const MAX_ADDRESSES = 10_000;
 /** Waiting requests hold connections and memory. */
 const MAX_WAITING = 1_000;
 
-export interface Throttle {
-  /** Returns when a failure of `address` may be answered; `false` when too many wait already. */
-  failed(address: string): Promise<boolean>;
-}
+export type Throttle = ReturnType<typeof openThrottle>;
 
 /** Milliseconds, and a wait of so many: a test passes its own. */
 export interface Clock {
@@ -25,13 +22,14 @@ export interface Clock {
 
 const systemClock: Clock = { now: () => performance.now(), sleep: Bun.sleep };
 
-export function openThrottle({ now, sleep }: Clock = systemClock): Throttle {
+export function openThrottle({ now, sleep }: Clock = systemClock) {
   /** By address, the time by which the pace allows for all its failures so far. */
   const allowedMs = new Map<string, number>();
   let waiting = 0;
 
   return {
-    async failed(address) {
+    /** Returns when a failure of `address` may be answered; `false` when too many wait already. */
+    async failed(address: string): Promise<boolean> {
       const nowMs = now();
       const earliestMs = nowMs - FREE_FAILURES * FAILURE_MS;
       const dueMs = Math.max(allowedMs.get(address) ?? earliestMs, earliestMs) + FAILURE_MS;
