@@ -17,7 +17,7 @@ export type Fragment = postgres.PendingQuery<postgres.Row[]>;
 const STATEMENT_TIMEOUT_MS = 10_000;
 
 /**
- * The database did not do it. `isTransient`: the same may succeed later (it is away, restarts, is
+ * The database did not do it. `passing`: the same may succeed later (it is away, restarts, is
  * busy); otherwise it refuses, and a person must look. The message is one line without a secret.
  */
 export class Unavailable extends Error {
@@ -113,23 +113,26 @@ async function applySchema(sql: Sql): Promise<void> {
 }
 
 /** SQLSTATE classes of what passes: connection, rollback, resources, locks, intervention, system. */
-const TRANSIENT = /^(08|40|53|55|57|58)|^XX000$/;
+const PASSING = /^(08|40|53|55|57|58)|^XX000$/;
 
 function describe(error: unknown): Unavailable {
   if (error instanceof Unavailable) return error;
   const { message, code } = error as { message?: string; code?: string };
   const sqlState = error instanceof postgres.PostgresError ? (code ?? "") : null;
   const text = (message || code || String(error)).split("\n")[0] as string;
-  return new Unavailable(text, sqlState === null || TRANSIENT.test(sqlState));
+  return new Unavailable(text, sqlState === null || PASSING.test(sqlState));
 }
 
-/** One number of each, as Postgres writes an array. */
-export function numbers<T>(all: readonly T[], pick: (one: T) => number): string {
-  return `{${all.map(pick).join()}}`;
-}
-
-/** Text as Postgres writes an array: one parameter, whatever the number of elements. */
-export function arrayLiteral(texts: Iterable<string | null>): string {
+/** Texts or numbers as Postgres writes an array: one parameter, whatever the number of elements. */
+export function arrayLiteral(elements: Iterable<string | number | null>): string {
   const quote = (text: string) => `"${text.replace(/["\\]/g, "\\$&")}"`;
-  return `{${Array.from(texts, (text) => (text === null ? "null" : quote(text))).join()}}`;
+  return `{${Array.from(elements, (one) => (typeof one === "string" ? quote(one) : `${one}`)).join()}}`;
+}
+
+/** An array for each of the named columns of `rows`. */
+export function columns<Name extends string>(
+  rows: readonly Record<Name, string | number | null>[],
+  ...names: Name[]
+): string[] {
+  return names.map((name) => arrayLiteral(rows.map((row) => row[name])));
 }

@@ -91,7 +91,7 @@ export async function openJournalBatches(
       if (position === start) return null;
       for (const [source, { to }] of fold.sources) if (posted.has(source)) posted.set(source, to);
       await syncUpTo(position);
-      return fold.batch(key, start, position, digest);
+      return fold.batch({ key, from: start, to: position, digest });
     },
     async [Symbol.asyncDispose]() {},
   };
@@ -177,7 +177,8 @@ export async function openFileBatches(
           offset = block.to;
         }
         if (offset === start) return null;
-        return fold.batch(key, start, offset, hash.copy().digest("hex"));
+        const digest = hash.copy().digest("hex");
+        return fold.batch({ key, from: start, to: offset, digest });
       },
       [Symbol.asyncDispose]: () => handle.close(),
     };

@@ -17,9 +17,9 @@ import { sentKey } from "../ledger/checkpoints.ts";
 import {
   type Batch,
   type Claim,
+  type Move,
   type Quarantined,
   SAME_ID,
-  type SourceMove,
   type Uncounted,
 } from "../ledger/ledger.ts";
 
@@ -68,7 +68,7 @@ export class Fold {
   /** What does not count, whatever the ledger says; neighbours share a range. */
   readonly uncounted: Uncounted[] = [];
   /** The sources that move, by their checkpoint keys. */
-  readonly sources = new Map<string, SourceMove>();
+  readonly sources = new Map<string, Move>();
   events = 0;
   /** Events that were posted before, as far as the fold can tell. */
   private duplicates = 0;
@@ -159,12 +159,21 @@ export class Fold {
     this.uncountedRun = this.run;
   }
 
-  /** The batch to post for bytes `from` to `to` of the journal or file with this checkpoint key. */
-  batch(key: string, from: number, to: number, digest: string | null): Batch {
-    const { changes, claims, conflicts, quarantined, uncounted, sources, events, duplicates } =
-      this;
-    const content = { changes, claims, conflicts, quarantined, uncounted, sources };
-    return { key, from, to, digest, ...content, events, duplicates };
+  /** The batch to post together with this move of its checkpoint. */
+  batch(move: Move): Batch {
+    const { changes, claims, conflicts, quarantined, uncounted, sources } = this;
+    const { events, duplicates } = this;
+    return {
+      ...move,
+      changes,
+      claims,
+      conflicts,
+      quarantined,
+      uncounted,
+      sources,
+      events,
+      duplicates,
+    };
   }
 
   /** Adds the event that the scanner found at index `at` of `bytes`. */
@@ -192,8 +201,9 @@ export class Fold {
   }
 
   private claim(from: number, to: number, change: Change & { id: string }): void {
-    const { id, userId, amount } = change;
+    const { id, userId } = change;
     const event = identityOf(change);
+    const amount = formatAmount(change.amount);
     const claim = { id, userId, amount, event, from, to, run: this.run };
     const first = this.claims.get(id);
     this.events++;

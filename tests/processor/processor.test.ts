@@ -73,7 +73,7 @@ test("a torn last line is left, said so, and posted once it is complete", async 
   const torn = await ledger.post(file);
   expect(torn.code).toBe(0);
   expect(torn.stderr).toBe(
-    `${file}: the last line (20 bytes) has no newline and is no event yet: left for the next run\n`,
+    `${file}: the last line (20 bytes) has no newline and is not a whole event: left for the next run\n`,
   );
   expect(await ledger.balances()).toEqual({ ann: "1" });
 
