@@ -114,9 +114,9 @@ export async function noteEventTypes(database: Database, types: ReadonlyMap<stri
 export function post(database: Database, batch: Batch, timeoutMs: number): Promise<Outcome> {
   const posting = async (tx: Transaction): Promise<Outcome> => {
     await tx`select set_config('statement_timeout', ${`${timeoutMs}`}, true)`;
-    const [checkpoint] = await tx<{ position: string }[]>`
-      select position from checkpoints where source = ${batch.key} for update`;
-    if (Number(checkpoint?.position) !== batch.from) return { state: "elsewhere" };
+    const [checkpoint] = await tx<{ position: number }[]>`
+      select position::float8 from checkpoints where source = ${batch.key} for update`;
+    if (checkpoint?.position !== batch.from) return { state: "elsewhere" };
     const posted = await lockSources(tx, batch.sources);
     if (posted) return { state: "ahead", posted };
     const { disputed, repeated } = await move(tx, batch);
@@ -137,10 +137,10 @@ async function lockSources(
     insert into checkpoints (source, position)
     select key, 0 from unnest(${keys}::text::text[]) as key
     on conflict do nothing`;
-  const rows = await tx<{ key: string; position: string }[]>`
-    select source as key, position from checkpoints
+  const rows = await tx<{ key: string; position: number }[]>`
+    select source as key, position::float8 from checkpoints
     where source = any(${keys}::text::text[]) order by source for update`;
-  const posted = new Map(rows.map(({ key, position }) => [key, Number(position)]));
+  const posted = new Map(rows.map(({ key, position }) => [key, position]));
   for (const { key, from } of sources.values()) if (posted.get(key) !== from) return posted;
   return null;
 }

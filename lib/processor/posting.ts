@@ -55,9 +55,7 @@ type Attempt =
   | { state: "failed"; error: Error; isTransient: boolean };
 
 /** What is posted: the journal, or a file. */
-interface Posting {
-  database: Database;
-  stop: AbortSignal;
+interface Posting extends Context {
   limit: BatchLimit;
   /** Where sources are that are further than the journal expects, by checkpoint key. */
   ahead: ReadonlyMap<string, number>;
@@ -76,15 +74,15 @@ interface Posting {
 /** Posts the journal as it grows, until it is stopped. Waits for whatever is wrong to end. */
 export async function follow(
   { DATA_DIR, ID_DAYS }: Pick<SettingsOf<"processor">, "DATA_DIR" | "ID_DAYS">,
-  { database, stop, report }: Context,
+  context: Context,
 ): Promise<void> {
+  const { database, stop, report } = context;
   const path = join(DATA_DIR, JOURNAL_FILE);
   const directory = watchDirectory(DATA_DIR);
   stop.addEventListener("abort", directory.close);
   let trouble = "";
   const posting: Posting = {
-    database,
-    stop,
+    ...context,
     limit: new BatchLimit(),
     ahead: new Map(),
     sent: null,
@@ -113,12 +111,12 @@ export async function follow(
 }
 
 /** Posts what is in a file or journal and not posted yet. Throws what keeps it from being posted. */
-export async function postFile(path: string, { database, stop, report }: Context): Promise<void> {
+export async function postFile(path: string, context: Context): Promise<void> {
+  const { stop, report } = context;
   let deadlineMs = performance.now() + FILE_PATIENCE_MS;
   let pauseMs = FIRST_PAUSE_MS;
   const posting: Posting = {
-    database,
-    stop,
+    ...context,
     limit: new BatchLimit(),
     ahead: new Map(),
     sent: null,

@@ -42,7 +42,7 @@ async function endLongStatements(sql: ReturnType<typeof connectTest>, ms: number
   const rows = await sql`
     select pg_terminate_backend(pid) from pg_stat_activity
     where datname = current_database() and application_name = 'daybook processor'
-      and state = 'active' and query like '%insert into users_revenue%'
+      and state = 'active' and query like 'with move as%'
       and clock_timestamp() - query_start > make_interval(secs => ${ms / 1000})`;
   return rows.length;
 }
