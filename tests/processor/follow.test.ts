@@ -5,7 +5,7 @@ import { encodeFrame, encodeJournalHeader } from "../../lib/journal/format.ts";
 import { connectTest, testDatabase } from "../support/postgres.ts";
 import { spawn, tempDir, until } from "../support/programs.ts";
 
-test("a backlog gets through although no statement may take longer than 100 ms", async () => {
+test("a backlog is posted although every statement of more than 100 ms is terminated", async () => {
   await using db = await testDatabase();
   await using sql = connectTest(db.url);
   await sql.file(`${import.meta.dir}/../../schema.sql`);
@@ -47,7 +47,7 @@ async function endLongStatements(sql: ReturnType<typeof connectTest>, ms: number
   return rows.length;
 }
 
-test("a journal that takes the place of another is followed from its beginning", async () => {
+test("a journal that replaces another is followed from its beginning", async () => {
   await using db = await testDatabase();
   await using sql = connectTest(db.url);
   using dir = tempDir();

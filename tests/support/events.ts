@@ -1,14 +1,30 @@
-/** Files of events with known balances, and their rejected lines. */
+/** Events as text, files of events with known balances, and their rejected lines. */
 import { readFileSync, writeFileSync } from "node:fs";
 
-/** A bad line of a file: its number, the byte it begins at, and what it says. */
+/** An event as JSON. A `value` that is text is written as it is: `"0.10"` keeps its zero. */
+export function event(userId: string, value: number | string = 1, more: object = {}): string {
+  const { name = "add_revenue", ...fields } = more as { name?: string };
+  const rest = JSON.stringify(fields).slice(1, -1);
+  const user = JSON.stringify(userId);
+  return `{"userId":${user},"name":"${name}","value":${value}${rest && `,${rest}`}}`;
+}
+
+/** An event as a line of a file or of a body. */
+export function line(userId: string, value: number | string = 1, more: object = {}): string {
+  return `${event(userId, value, more)}\n`;
+}
+
+/** A bad line of a file: its number, the offset of its first byte, and its text. */
 interface BadLine {
   line: number;
   at: number;
   text: string;
 }
 
-/** Writes a file of `lines` events, one in a hundred of them bad, and says what must come of it. */
+/**
+ * Writes a file of `lines` events, one in a hundred of them bad. Returns the good and the bad lines, and
+ * the balances that the good ones add up to.
+ */
 export function writeEvents(path: string, lines: number, random: () => number) {
   const cents = new Map<string, number>();
   const good: string[] = [];
@@ -33,12 +49,12 @@ export function writeEvents(path: string, lines: number, random: () => number) {
     at += text.length + 1;
   }
   writeFileSync(path, parts.join(""));
-  // `value` has no more digits than a double is exact for.
+  // A double is exact for as many digits as `value` has.
   const balances = Object.fromEntries([...cents].map(([user, sum]) => [user, `${sum / 100}`]));
   return { good, bad, balances };
 }
 
-/** FILE.rejected.jsonl, without the reasons. */
+/** The lines of FILE.rejected.jsonl, without the reasons. */
 export function readRejected(file: string): BadLine[] {
   const lines = readFileSync(`${file}.rejected.jsonl`, "utf8").trimEnd().split("\n");
   return lines.map((record) => {
@@ -47,7 +63,7 @@ export function readRejected(file: string): BadLine[] {
   });
 }
 
-/** Bad lines that FILE.rejected.jsonl lacks, has once too often, or should not have. */
+/** How FILE.rejected.jsonl differs from the bad lines: missing, listed twice, or not bad at all. */
 export function rejectedFaults(file: string, bad: readonly BadLine[]): string[] {
   const wanted = new Set(bad.map((line) => JSON.stringify(line)));
   const found = new Set<string>();
