@@ -13,7 +13,7 @@
  * rows/s.
  */
 import { arrayLiteral, columns, type Database, type Transaction } from "./database.ts";
-import postFile from "./post.sql" with { type: "text" };
+import postSql from "./post.sql" with { type: "text" };
 import type { Sums } from "../event/sums.ts";
 
 const WRITE_DEADLINE_MS = 15_000;
@@ -23,7 +23,7 @@ const GRACE_MS = 5_000;
 const MAX_PRUNED = 10_000;
 
 /** Without its comments: `pg_stat_activity` shows only the first 1,024 bytes of a statement. */
-const POST_SQL = postFile.replace(/^ *--.*\n/gm, "");
+const STATEMENT = postSql.replace(/^ *--.*\n/gm, "");
 
 /** Why an event with an id is in quarantine, and why one is not counted. The ledger holds these texts. */
 export const OTHER_EVENT = "its id belongs to another event, which came first";
@@ -149,7 +149,7 @@ async function lockSources(
 async function move(tx: Transaction, batch: Batch) {
   const claims = [...batch.claims.values()];
   const [row] = await tx.unsafe<{ disputed: number; repeated: number }[]>(
-    POST_SQL,
+    STATEMENT,
     [
       batch.key,
       ...columns([batch, ...batch.sources.values()], "key", "from", "to", "digest"),
