@@ -2,9 +2,9 @@
  * The way to Postgres: connections that are replaced when they are lost, the schema, and a bound on how
  * long anybody waits.
  */
-import postgres from "postgres";
+import { join } from "node:path";
 
-import schema from "../../schema.sql" with { type: "text" };
+import postgres from "postgres";
 
 export type Sql = postgres.Sql;
 export type Transaction = postgres.TransactionSql;
@@ -48,7 +48,7 @@ export interface Database {
  */
 export function openDatabase(url: () => string, name: string, max: number): Database {
   let sql: Sql | null = null;
-  let applied: Promise<unknown> | null = null;
+  let applied: Promise<void> | null = null;
 
   return {
     async use(work, deadlineMs) {
@@ -56,7 +56,7 @@ export function openDatabase(url: () => string, name: string, max: number): Data
       let tried: Sql | null = null;
       try {
         const used = (tried = sql ??= connect(url(), name, max));
-        applied ??= used.unsafe(schema);
+        applied ??= applySchema(used);
         const deadline = new Promise<never>((_, reject) => {
           const late = () => reject(new Error(`no answer within ${deadlineMs / 1000} s`));
           timer = setTimeout(late, deadlineMs);
@@ -106,6 +106,10 @@ function connect(url: string, name: string, max: number): Sql {
       idle_in_transaction_session_timeout: STATEMENT_TIMEOUT_MS,
     },
   });
+}
+
+async function applySchema(sql: Sql): Promise<void> {
+  await sql.unsafe(await Bun.file(join(import.meta.dir, "..", "..", "schema.sql")).text());
 }
 
 /** SQLSTATE classes that are transient: connection, rollback, resources, locks, intervention, system. */

@@ -170,19 +170,16 @@ test(
 
 const CLIENT_POINTS: Record<string, Alteration> = {
   "before a chunk is sent": {
-    file: "client.ts",
-    find: "const answer = await remote.take(source, piece);",
-    put: `${DIE} const answer = await remote.take(source, piece);`,
+    find: "const answer = await api.send(source, chunk);",
+    put: `${DIE} const answer = await api.send(source, chunk);`,
   },
   "before the rejected lines are written": {
-    file: "client.ts",
-    find: "on.rejected.add(piece, answer.errors);",
-    put: `${DIE} on.rejected.add(piece, answer.errors);`,
+    find: "const stored = (chunk: Chunk, answer: Stored) => {",
+    put: `const stored = (chunk: Chunk, answer: Stored) => { ${DIE}`,
   },
   "half-way through writing them": {
-    file: "lib/client/rejected.ts",
-    find: "if (text && keeps) appendFileSync(path, text);",
-    put: `if (text && keeps) { appendFileSync(path, text.slice(0, text.length / 2)); ${DIE} appendFileSync(path, text.slice(text.length / 2)); }`,
+    find: "if (text && isKept) appendFileSync(path, text);",
+    put: `if (text && isKept) { appendFileSync(path, text.slice(0, text.length / 2)); ${DIE} appendFileSync(path, text.slice(text.length / 2)); }`,
   },
 };
 
