@@ -27,8 +27,10 @@
 -- was free.
 --
 -- Each array is one parameter of text, in Postgres' notation. What is empty ('{}') does nothing. `posted`
--- has one form for batches with ids and one without. The other is switched off by a one-time filter: with
--- the first alone, batches without ids took 13 % longer.
+-- has one form for batches with ids and one without, and a one-time filter switches the other one off:
+-- with the first form alone, batches without ids took 13 % longer. A batch of 100,000 users without ids
+-- takes as long as if the rest of the statement were not there; starting and ending the idle parts costs
+-- 0.2 ms.
 with move as (
   select * from unnest(
     $2::text::text[], $3::text::bigint[], $4::text::bigint[], $5::text::text[]
