@@ -1,14 +1,14 @@
--- The ledger. Can be applied any number of times, by several processes at once: `create table if
--- not exists` alone fails when two do it at the same moment, hence the lock. One statement, so that
--- it is one transaction in any tool. What exists is left alone, so that a role without the right
--- to create tables can start on a schema that somebody else has applied.
+-- The ledger. This file can be applied any number of times, and by several processes at once: `create
+-- table if not exists` alone fails when two run it at the same moment, hence the lock. It is one
+-- statement, so that it is one transaction in any tool. What exists is left unchanged, so that a role
+-- without the right to create tables can use a schema that another role has applied.
 do $$
 begin
   perform pg_advisory_xact_lock(hashtext('daybook schema'));
 
   if to_regclass('users_revenue') is null then
-    -- One row for each user. Half of each page is left free, so that an update finds room beside
-    -- the old row (HOT) and touches no index: 236,000 rows/s against 111,000 in full pages.
+    -- One row for each user. Half of each page stays free, so that an update finds room beside the
+    -- old row (HOT) and touches no index: 236,000 rows/s, against 111,000 in full pages.
     create table users_revenue (
       user_id text collate "C" primary key,
       revenue numeric not null
@@ -16,9 +16,8 @@ begin
   end if;
 
   if to_regclass('checkpoints') is null then
-    -- How far each source has been posted: `journal:<uuid>`; `file:<name>#<generation>`, a file that
-    -- the processor posted; `sent:<name>`, a source that came over HTTP. The last two with the
-    -- SHA-256 of the bytes before the position, the first with the last frame's place and header.
+    -- How far each journal, file and source has been posted. The keys (column `source`) and digests
+    -- are explained in lib/ledger/checkpoints.ts.
     create table checkpoints (
       source text primary key,
       position bigint not null,
@@ -28,8 +27,8 @@ begin
   end if;
 
   if to_regclass('event_types') is null then
-    -- How events of a name have counted, whenever some were posted: 1, -1 or 0. More than one sign of a
-    -- name, or one that is not in force any more, and a recount would not give what was posted.
+    -- How events of each name have counted since they were first posted: 1, -1 or 0. If a name has more
+    -- than one sign, or one that is no longer in force, a recount would not give what was posted.
     create table event_types (
       name text not null,
       sign smallint not null,
@@ -39,8 +38,8 @@ begin
   end if;
 
   if to_regclass('event_ids') is null then
-    -- The ids of events that count, claimed in the statement that adds to the balance. A date, and
-    -- not a time: its index is then ten times as small.
+    -- The ids of events that count, claimed by the statement that adds to the balance. `claimed_on` is
+    -- a date and not a time, which makes its index ten times smaller.
     create table event_ids (
       id text collate "C" primary key,
       event text not null,
@@ -51,9 +50,9 @@ begin
 
   if to_regclass('uncounted') is null then
     -- Bytes of a journal or file whose events did not count: their ids were claimed before, or another
-    -- server had taken the same bytes of their source. What the ledger holds is then what is left
-    -- of its sources without these ranges and without the lines in quarantine: `--verify` folds
-    -- just that. A range without length says where a line without newline was taken to be whole.
+    -- server had stored the same bytes of their source. The ledger holds what its journals and files
+    -- contain without these ranges and without the lines in quarantine: `--verify` folds just that. A
+    -- range without length says where a line without newline was read as whole.
     create table uncounted (
       source text not null,
       from_position bigint not null,
@@ -64,8 +63,8 @@ begin
   end if;
 
   if to_regclass('removed') is null then
-    -- Up to where a journal's old segments need not be kept, and what they had made of each user:
-    -- from there on the journal is enough to recompute the ledger.
+    -- Up to which position a journal's old segments are no longer needed, and what they added to each
+    -- user: from there on the journal is enough to recompute the ledger.
     create table removed (
       source text primary key,
       position bigint not null
@@ -79,8 +78,8 @@ begin
   end if;
 
   if to_regclass('quarantine') is null then
-    -- Lines that did not count. A row goes by `--quarantine=retry` only: by hand, a line that is good
-    -- now would be counted by `--rebuild`.
+    -- Lines that did not count. Only `--quarantine=retry` may delete a row: if it is deleted by hand,
+    -- and its line has become valid, `--rebuild` counts it.
     create table quarantine (
       source text not null,
       position bigint not null,

@@ -1,6 +1,6 @@
 /**
- * Checkpoints: how far each journal, file and source has been posted. A row has a key, a position, and
- * a digest that tells whether what lies there now is still what was posted:
+ * Checkpoints: how far each journal, file and source has been posted. A row has a key, a position, and a
+ * digest that tells whether what is there now is still what was posted:
  *
  *     key                  of                             digest
  *     journal:<id>         a journal                      where its last posted frame begins, and that frame's header
@@ -8,8 +8,8 @@
  *                          `processor.ts FILE` posted
  *     sent:<name>          a source that came over HTTP   the sender's SHA-256 (hex) of the same
  *
- * Keys are made and parsed here and nowhere else. In the tables of the ledger the key is the column
- * `source`.
+ * Keys and digests are made and parsed here and nowhere else. In the tables of the ledger the key is the
+ * column `source`. Positions are read as float8, which is exact: they are below 2^53.
  */
 import { arrayLiteral, type Database } from "./database.ts";
 
@@ -19,12 +19,6 @@ const READ_DEADLINE_MS = 2_000;
 export interface Checkpoint {
   key: string;
   position: number;
-  digest: string | null;
-}
-
-interface Row {
-  key: string;
-  position: string;
   digest: string | null;
 }
 
@@ -59,7 +53,7 @@ export function frameDigest(position: number, header: string): string {
   return `${position} ${header}`;
 }
 
-/** The frame that a journal's checkpoint names, or `null` where it names none. */
+/** The frame that a journal's checkpoint names, or `null` if it names none. */
 export function parseFrameDigest(
   digest: string | null,
 ): { position: number; header: string } | null {
@@ -67,40 +61,40 @@ export function parseFrameDigest(
   return header === undefined ? null : { position: Number(position), header };
 }
 
-/** Up to which position the ledger has posted the journal; 0 when nothing of it. Throws Unavailable. */
+/** The position up to which the ledger has posted the journal; 0 if it has posted nothing. Throws Unavailable. */
 export async function readPosted(database: Database, journalId: string): Promise<number> {
   return (await readCheckpoint(database, journalKey(journalId)))?.position ?? 0;
 }
 
-/** The checkpoint of `key`, created at position 0 where there is none. */
+/** The checkpoint of `key`, created at position 0 if there is none. Throws Unavailable. */
 export async function openCheckpoint(
   database: Database,
   key: string,
   digest: string | null,
 ): Promise<Checkpoint> {
-  const rows = await database.use(
-    (sql) => sql<Row[]>`
+  const [checkpoint] = await database.use(
+    (sql) => sql<Checkpoint[]>`
       with created as (
         insert into checkpoints (source, position, digest)
         values (${key}, 0, ${digest})
-        on conflict do nothing returning source as key, position, digest
+        on conflict do nothing returning source, position, digest
       )
-      select key, position, digest from created union all
+      select source as key, position::float8, digest from created union all
       select source, position, digest from checkpoints where source = ${key}`,
     WRITE_DEADLINE_MS,
   );
-  // No row comes back when another process created it after this statement began: ask again.
-  return rows[0] ? checkpointOf(rows[0]) : openCheckpoint(database, key, digest);
+  // No row comes back if another process created it after this statement began: ask again.
+  return checkpoint ?? openCheckpoint(database, key, digest);
 }
 
-/** The generations of the file `name` that the ledger knows. */
+/** The generations of the file `name` that the ledger knows. Throws Unavailable. */
 export async function listFileCheckpoints(
   database: Database,
   name: string,
 ): Promise<(Checkpoint & { generation: number })[]> {
   const rows = await database.use(
-    (sql) => sql<Row[]>`
-      select source as key, position, digest from checkpoints
+    (sql) => sql<Checkpoint[]>`
+      select source as key, position::float8, digest from checkpoints
       where starts_with(source, ${`file:${name}#`})`,
     WRITE_DEADLINE_MS,
   );
@@ -108,36 +102,31 @@ export async function listFileCheckpoints(
     const parsed = parseKey(row.key);
     // A file may be named `NAME#2`: its keys begin with the same characters.
     const isNamed = parsed.kind === "file" && parsed.name === name;
-    return isNamed ? [{ ...checkpointOf(row), generation: parsed.generation }] : [];
+    return isNamed ? [{ ...row, generation: parsed.generation }] : [];
   });
 }
 
-/** The checkpoint of `key`, or `null` where there is none. */
+/** The checkpoint of `key`, or `null` if there is none. Throws Unavailable. */
 export async function readCheckpoint(database: Database, key: string): Promise<Checkpoint | null> {
   const [checkpoint] = await readCheckpoints(database, [key]);
   return checkpoint ?? null;
 }
 
-/** The checkpoints of `keys`, those that exist. */
-export async function readCheckpoints(database: Database, keys: string[]): Promise<Checkpoint[]> {
-  const rows = await database.use(
-    (sql) => sql<Row[]>`
-      select source as key, position, digest from checkpoints
+/** Those of the checkpoints with these keys that exist. Throws Unavailable. */
+export function readCheckpoints(database: Database, keys: string[]): Promise<Checkpoint[]> {
+  return database.use(
+    (sql) => sql<Checkpoint[]>`
+      select source as key, position::float8, digest from checkpoints
       where source = any(${arrayLiteral(keys)}::text::text[])`,
     READ_DEADLINE_MS,
   );
-  return rows.map(checkpointOf);
 }
 
-/** Clears a checkpoint's digest: the frame that it names no longer exists. */
+/** Clears a checkpoint's digest, because the frame that it names no longer exists. Throws Unavailable. */
 export async function clearDigest(database: Database, { key, digest }: Checkpoint): Promise<void> {
   await database.use(
     (sql) => sql`
       update checkpoints set digest = null where source = ${key} and digest = ${digest}`,
     WRITE_DEADLINE_MS,
   );
-}
-
-function checkpointOf({ key, position, digest }: Row): Checkpoint {
-  return { key, position: Number(position), digest };
 }

@@ -1,6 +1,6 @@
 /**
- * The way to Postgres: connections that are replaced when they are lost, the schema, and a bound
- * on how long anybody waits.
+ * The way to Postgres: connections that are replaced when they are lost, the schema, and a bound on how
+ * long anybody waits.
  */
 import { join } from "node:path";
 
@@ -8,17 +8,17 @@ import postgres from "postgres";
 
 export type Sql = postgres.Sql;
 export type Transaction = postgres.TransactionSql;
-/** Either of both. */
+/** Either of the two. */
 export type Statements = postgres.ISql;
 /** A part of a statement. */
 export type Fragment = postgres.PendingQuery<postgres.Row[]>;
 
-/** Postgres gives up on a statement after this long, and its locks go with it. */
+/** Postgres cancels a statement after this long, and releases its locks. */
 const STATEMENT_TIMEOUT_MS = 10_000;
 
 /**
- * The database did not do it. `isTransient`: the same may succeed later (it is away, restarts, is
- * busy); otherwise it refuses, and a person must look. The message is one line without a secret.
+ * The database could not do it. If `isTransient`, the same may succeed later (it is down, restarts or is
+ * busy). Otherwise it refuses, and a person must look. The message is one line without a secret.
  */
 export class Unavailable extends Error {
   constructor(
@@ -29,26 +29,26 @@ export class Unavailable extends Error {
   }
 }
 
-/** What `work` of `Database.use` throws when it is not the database that is wrong: passed on as it is. */
+/** Thrown by `work` of `Database.use` when the cause is not the database: it is passed on unchanged. */
 export class CannotProceed extends Error {}
 
 export interface Database {
   /**
-   * The result of `work`, which is given connections to a database with the schema in place.
-   * Throws CannotProceed if `work` does, and Unavailable for whatever else goes wrong, at the latest after `deadlineMs`: the driver's
-   * promise for a lost connection may never settle.
+   * The result of `work`, which is given connections to a database that has the schema. Throws
+   * CannotProceed if `work` does, and Unavailable for everything else that fails, after `deadlineMs` at
+   * the latest: the driver's promise for a lost connection may never settle.
    */
   use<T>(work: (sql: Sql) => PromiseLike<T>, deadlineMs: number): Promise<T>;
   close(): Promise<void>;
 }
 
 /**
- * Up to `max` connections to the database at `url`, which is asked for when one is opened: a
- * private Postgres may have moved. They show up in `pg_stat_activity` as `daybook NAME`.
+ * Opens up to `max` connections to a database. `url` is called for each new pool, because an embedded
+ * Postgres may have moved. `pg_stat_activity` shows the connections as `daybook NAME`.
  */
 export function openDatabase(url: () => string, name: string, max: number): Database {
   let sql: Sql | null = null;
-  let schema: Promise<void> | null = null;
+  let applied: Promise<void> | null = null;
 
   return {
     async use(work, deadlineMs) {
@@ -56,20 +56,20 @@ export function openDatabase(url: () => string, name: string, max: number): Data
       let tried: Sql | null = null;
       try {
         const used = (tried = sql ??= connect(url(), name, max));
-        schema ??= applySchema(used);
+        applied ??= applySchema(used);
         const deadline = new Promise<never>((_, reject) => {
           const late = () => reject(new Error(`no answer within ${deadlineMs / 1000} s`));
           timer = setTimeout(late, deadlineMs);
         });
-        const result = schema.then(() => work(used));
-        result.catch(() => {}); // nobody listens any more after the deadline
+        const result = applied.then(() => work(used));
+        result.catch(() => {}); // nobody awaits it after the deadline
         return await Promise.race([result, deadline]);
       } catch (error) {
         if (error instanceof CannotProceed) throw error;
         const unavailable = describe(error);
-        // A refusal says that the connection works; anything else, and it is not trusted again.
+        // A refusal shows that the connection works. After anything else it is not trusted again.
         if (unavailable.isTransient) forget(tried);
-        else if (sql === tried) schema = null;
+        else if (sql === tried) applied = null;
         throw unavailable;
       } finally {
         clearTimeout(timer);
@@ -81,10 +81,10 @@ export function openDatabase(url: () => string, name: string, max: number): Data
     },
   };
 
-  /** Only what failed: the others may have new connections, which work, by now. */
+  /** Drops the pool that failed, and no other: a newer one may work already. */
   function forget(failed: Sql | null) {
     failed?.end({ timeout: 0 }).catch(() => {});
-    if (sql === failed) sql = schema = null;
+    if (sql === failed) sql = applied = null;
   }
 }
 
@@ -92,12 +92,12 @@ function connect(url: string, name: string, max: number): Sql {
   return postgres(url, {
     max,
     connect_timeout: 5,
-    // Not where there is one: what `withRecountLock` holds (its lock, temporary tables) is of that connection.
+    // A single connection stays: what `withRecountLock` holds (its lock, temporary tables) belongs to it.
     idle_timeout: max > 1 ? 60 : 0,
     max_lifetime: null,
     backoff: () => 0.1,
-    // A question that each new connection would ask, and a quarter of what one costs: we have no arrays
-    // but as text.
+    // Without it each new connection first reads the types, which takes a quarter of its set-up. Arrays
+    // are passed as text.
     fetch_types: false,
     onnotice: () => {},
     connection: {
@@ -112,7 +112,7 @@ async function applySchema(sql: Sql): Promise<void> {
   await sql.unsafe(await Bun.file(join(import.meta.dir, "..", "..", "schema.sql")).text());
 }
 
-/** SQLSTATE classes of what passes: connection, rollback, resources, locks, intervention, system. */
+/** SQLSTATE classes that are transient: connection, rollback, resources, locks, intervention, system. */
 const TRANSIENT = /^(08|40|53|55|57|58)|^XX000$/;
 
 function describe(error: unknown): Unavailable {
@@ -123,13 +123,16 @@ function describe(error: unknown): Unavailable {
   return new Unavailable(text, sqlState === null || TRANSIENT.test(sqlState));
 }
 
-/** One number of each, as Postgres writes an array. */
-export function numbers<T>(all: readonly T[], pick: (one: T) => number): string {
-  return `{${all.map(pick).join()}}`;
+/** Texts or numbers as Postgres writes an array: one parameter, whatever the number of elements. */
+export function arrayLiteral(elements: Iterable<string | number | null>): string {
+  const quote = (text: string) => `"${text.replace(/["\\]/g, "\\$&")}"`;
+  return `{${Array.from(elements, (one) => (typeof one === "string" ? quote(one) : `${one}`)).join()}}`;
 }
 
-/** Text as Postgres writes an array: one parameter, whatever the number of elements. */
-export function arrayLiteral(texts: Iterable<string | null>): string {
-  const quote = (text: string) => `"${text.replace(/["\\]/g, "\\$&")}"`;
-  return `{${Array.from(texts, (text) => (text === null ? "null" : quote(text))).join()}}`;
+/** An array for each of the named columns of `rows`. */
+export function columns<Name extends string>(
+  rows: readonly Record<Name, string | number | null>[],
+  ...names: Name[]
+): string[] {
+  return names.map((name) => arrayLiteral(rows.map((row) => row[name])));
 }

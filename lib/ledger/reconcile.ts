@@ -12,7 +12,6 @@ import {
   arrayLiteral,
   type Database,
   type Fragment,
-  numbers,
   type Sql,
   type Statements,
 } from "./database.ts";
@@ -166,7 +165,7 @@ export async function settleTypes(
   types: ReadonlyMap<string, number>,
 ): Promise<void> {
   const names = arrayLiteral(types.keys());
-  const signs = numbers([...types.values()], (sign) => sign);
+  const signs = arrayLiteral(types.values());
   await sql`
     with today as (
       select * from unnest(${names}::text::text[], ${signs}::text::smallint[]) as today (name, sign)

@@ -6,11 +6,18 @@
  * resumes behind them; a file of the same name that begins otherwise is the next generation, and is
  * posted whole.
  */
-import { type FileHandle, open } from "node:fs/promises";
+import { open } from "node:fs/promises";
 import { basename } from "node:path";
 
 import { matchGenerations } from "../event/generations.ts";
-import { type Block, isComplete, readBlocks, readHandle, withoutBom } from "../event/lines.ts";
+import {
+  type Block,
+  isComplete,
+  type Read,
+  readBlocks,
+  readHandle,
+  withoutBom,
+} from "../event/lines.ts";
 import { JournalBehind, JournalDamage } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import {
@@ -69,10 +76,8 @@ export async function openJournalBatches(
     bytes: await journal.end(),
     async next(posting) {
       let isPosting = true;
-      const ready = posting.then(
-        () => (isPosting = false),
-        () => (isPosting = false),
-      );
+      const settled = () => (isPosting = false);
+      const ready = posting.then(settled, settled);
       const fold = new Fold(limit.maxUsers, posted);
       const start = position;
       let digest = "";
@@ -91,7 +96,7 @@ export async function openJournalBatches(
       if (position === start) return null;
       for (const [source, { to }] of fold.sources) if (posted.has(source)) posted.set(source, to);
       await syncUpTo(position);
-      return fold.batch(key, start, position, digest);
+      return fold.batch({ key, from: start, to: position, digest });
     },
     async [Symbol.asyncDispose]() {},
   };
@@ -118,73 +123,66 @@ async function checkCheckpoint(
   journal: JournalReader,
 ): Promise<void> {
   const end = await journal.end();
-  if (position > end)
-    throw new JournalBehind(
-      path,
-      `it ends at position ${end}, but the ledger has posted it up to ${position}`,
-    );
-  if (position < journal.start)
-    throw new JournalDamage(
-      path,
-      0,
-      `the ledger has posted it up to position ${position}, but what is kept begins at ${journal.start}; restore the segments in between`,
-    );
-  const posted = parseFrameDigest(digest);
-  if (!posted) return;
+  const posted = `the ledger has posted it up to position ${position}`;
+  if (position > end) throw new JournalBehind(path, `${posted}, but it ends at ${end}`);
+  if (position < journal.start) {
+    const what = `${posted}, but its oldest segment begins at ${journal.start}`;
+    throw new JournalDamage(path, 0, `${what}; restore the segments in between`);
+  }
+  const last = parseFrameDigest(digest);
+  if (!last) return;
   // An older copy that was restored and has grown since holds other events at these positions.
-  const found = await journal.read(posted.position).catch((error: Error) => error);
+  const found = await journal.read(last.position).catch((error: Error) => error);
   const frame = found instanceof Error ? null : found[0];
-  if (frame?.header === posted.header && frame.to === position) return;
+  if (frame?.header === last.header && frame.to === position) return;
   // Asked only now: what is posted may be deleted at any moment.
-  if (posted.position < ((await openJournalReader(path))?.start ?? 0)) return;
+  if (last.position < ((await openJournalReader(path))?.start ?? 0)) return;
   if (found instanceof Error) throw found;
-  throw new JournalBehind(
-    path,
-    `at position ${posted.position} the ledger has posted another frame: ${posted.header}`,
-  );
+  const what = `the ledger has posted another frame at position ${last.position}: ${last.header}`;
+  throw new JournalBehind(path, what);
 }
 
 /**
- * Batches of the file at `path` from where it was left. The file stays the one that was opened, even if
- * another one takes its name. `leftOver` gets the length of an incomplete last line.
+ * Batches of the file at `path` from its checkpoint on. The file stays the one that was opened, even if
+ * another one takes its name. `leftOver` gets the length of a last line that is not a whole event.
+ * Throws Unavailable.
  */
 export async function openFileBatches(
   { database, path, limit }: BatchSource,
   leftOver: (bytes: number) => void,
 ): Promise<BatchReader> {
-  const handle = await open(path);
-  try {
-    const read = readHandle(handle);
-    const { size } = await handle.stat();
-    const { key, from, hash } = await findGeneration(database, handle, basename(path));
-    const blocks = readBlocks(read, from, BLOCK_BYTES);
-    let offset = from;
-    return {
-      from,
-      bytes: size,
-      async next() {
-        const fold = new Fold(limit.maxUsers);
-        const start = offset;
-        while (!fold.isFull && offset - start < MAX_BATCH_BYTES) {
-          const { value: block } = await blocks.next();
-          if (!block) break;
-          if (!block.whole && !isComplete(block.bytes)) {
-            leftOver(block.to - block.from);
-            break;
-          }
-          addBlock(fold, block);
-          hash.update(block.bytes);
-          offset = block.to;
+  await using opening = new AsyncDisposableStack();
+  const handle = opening.use(await open(path));
+  const { size } = await handle.stat();
+  const read = readHandle(handle);
+  const { key, from, hash } = await findGeneration(database, read, { name: basename(path), size });
+  const blocks = readBlocks(read, from, BLOCK_BYTES);
+  const opened = opening.move();
+  let offset = from;
+
+  return {
+    from,
+    bytes: size,
+    async next() {
+      const fold = new Fold(limit.maxUsers);
+      const start = offset;
+      while (!fold.isFull && offset - start < MAX_BATCH_BYTES) {
+        const { value: block } = await blocks.next();
+        if (!block) break;
+        if (!block.whole && !isComplete(block.bytes)) {
+          leftOver(block.to - block.from);
+          break;
         }
-        if (offset === start) return null;
-        return fold.batch(key, start, offset, hash.copy().digest("hex"));
-      },
-      [Symbol.asyncDispose]: () => handle.close(),
-    };
-  } catch (error) {
-    await handle.close();
-    throw error;
-  }
+        addBlock(fold, block);
+        hash.update(block.bytes);
+        offset = block.to;
+      }
+      if (offset === start) return null;
+      const digest = hash.copy().digest("hex");
+      return fold.batch({ key, from: start, to: offset, digest });
+    },
+    [Symbol.asyncDispose]: () => opened.disposeAsync(),
+  };
 }
 
 function addBlock(fold: Fold, block: Block): void {
@@ -203,22 +201,20 @@ export function linesOf(block: Block): { bytes: Uint8Array; from: number } {
   return { bytes, from: block.from + block.bytes.length - bytes.length };
 }
 
-/** The generation of `name` whose posted bytes the file begins with, or a new one. `hash` is of those bytes. */
+/** The generation of a file whose posted bytes it begins with, or a new one. `hash` is of those bytes. */
 async function findGeneration(
   database: Database,
-  handle: FileHandle,
-  name: string,
+  read: Read,
+  file: { name: string; size: number },
 ): Promise<{ key: string; from: number; hash: Bun.CryptoHasher }> {
-  const known = await listFileCheckpoints(database, name);
+  const known = await listFileCheckpoints(database, file.name);
   const generations = known.map((each) => ({ ...each, offset: each.position }));
-  const { size } = await handle.stat();
-  const match = (await matchGenerations(readHandle(handle), size, generations)).at(-1);
+  const match = (await matchGenerations(read, file.size, generations)).at(-1);
   if (match) return { key: match.generation.key, from: match.generation.offset, hash: match.hash };
 
-  const key = fileKey(name, Math.max(0, ...known.map(({ generation }) => generation)) + 1);
+  const key = fileKey(file.name, Math.max(0, ...known.map(({ generation }) => generation)) + 1);
   const hash = new Bun.CryptoHasher("sha256");
   const { position } = await openCheckpoint(database, key, hash.copy().digest("hex"));
-  if (position === 0) return { key, from: 0, hash };
-  // Another process has opened this generation and posted some of it: are those our bytes?
-  return findGeneration(database, handle, name);
+  // If another process has opened this generation and posted some of it, its bytes are compared.
+  return position > 0 ? findGeneration(database, read, file) : { key, from: 0, hash };
 }

@@ -17,9 +17,9 @@ import { sentKey } from "../ledger/checkpoints.ts";
 import {
   type Batch,
   type Claim,
+  type Move,
   type Quarantined,
   SAME_ID,
-  type SourceMove,
   type Uncounted,
 } from "../ledger/ledger.ts";
 
@@ -57,6 +57,16 @@ export class BatchLimit {
   }
 }
 
+/** The events behind a source mark, as far as they have been seen. */
+interface MarkedEvents {
+  mark: SourceMark;
+  /** What ends here in the source, or before, was posted already. */
+  postedTo: number;
+  /** Where the next event begins in the source, unless the mark says where each ends. */
+  next: number;
+  seen: number;
+}
+
 export class Fold {
   /** By how much each user's balance changes. */
   readonly changes = new Sums();
@@ -68,10 +78,10 @@ export class Fold {
   /** What does not count, whatever the ledger says; neighbours share a range. */
   readonly uncounted: Uncounted[] = [];
   /** The sources that move, by their checkpoint keys. */
-  readonly sources = new Map<string, SourceMove>();
+  readonly sources = new Map<string, Move>();
   events = 0;
   /** Events that were posted before, as far as the fold can tell. */
-  private duplicates = 0;
+  duplicates = 0;
   /** How many of them repeat an event of the same batch. */
   private repeated = 0;
   /** The `run` in which the last of `uncounted` was added. */
@@ -102,24 +112,19 @@ export class Fold {
 
   /** Adds the lines of a frame, the first byte of which is at `position` of the journal. */
   addFrame(payload: Uint8Array, position: number): void {
-    let source: SourceProgress | null = null;
-    /** Whether the event of `length` bytes at index `at` counts. */
-    const counts = (at: number, length: number): boolean => {
-      if (source === null || source.advance(length)) return true;
-      this.duplicates++;
-      this.leaveOut(position + at, position + at + length, "stored by another server before");
-      return false;
-    };
+    let marked: MarkedEvents | null = null;
+    const counts = (index: number, bytes: number) =>
+      !marked || this.counts(marked, position + index, bytes);
     eachEvent(
       payload,
       this.scanner,
-      (at) => {
-        if (counts(at, this.scanner.end - at)) this.addScanned(payload, position + at, at);
+      (index) => {
+        if (counts(index, this.scanner.end - index)) this.addScanned(payload, index, position);
       },
-      (line, at) => {
+      (line, index) => {
         const mark = parseSourceMark(line);
-        if (mark) source = new SourceProgress(mark, this.moveSource(mark));
-        else if (counts(at, line.length)) this.add(line, position + at);
+        if (mark) marked = { mark, postedTo: this.moveSource(mark), next: mark.from, seen: 0 };
+        else if (counts(index, line.length)) this.add(line, position + index);
       },
     );
   }
@@ -129,8 +134,8 @@ export class Fold {
     eachEvent(
       bytes,
       this.scanner,
-      (at) => this.addScanned(bytes, position + at, at),
-      (line, at) => this.add(line, position + at),
+      (index) => this.addScanned(bytes, index, position),
+      (line, index) => this.add(line, position + index),
     );
   }
 
@@ -159,27 +164,35 @@ export class Fold {
     this.uncountedRun = this.run;
   }
 
-  /** The batch to post for bytes `from` to `to` of the journal or file with this checkpoint key. */
-  batch(key: string, from: number, to: number, digest: string | null): Batch {
-    const { changes, claims, conflicts, quarantined, uncounted, sources, events, duplicates } =
-      this;
-    const content = { changes, claims, conflicts, quarantined, uncounted, sources };
-    return { key, from, to, digest, ...content, events, duplicates };
+  /** What is folded, to be posted together with this move of the checkpoint. */
+  batch(move: Move): Batch {
+    return { ...this, ...move };
   }
 
-  /** Adds the event that the scanner found at index `at` of `bytes`. */
-  private addScanned(bytes: Uint8Array, position: number, at: number): void {
+  /** Adds the event that the scanner found at `index` of `bytes`, which begin at `position`. */
+  private addScanned(bytes: Uint8Array, index: number, position: number): void {
     const { userFrom, userTo, hash, idTo, sign, whole, billionths, end } = this.scanner;
-    if (sign === 0) {
-      this.events++;
-      return;
-    }
-    if (idTo > 0) {
+    if (idTo > 0 && sign !== 0) {
       const change = scannedChange(this.scanner, bytes);
-      return this.claim(position, position + end - at, { ...change, id: change.id as string });
+      return this.claim(position + index, position + end, { ...change, id: change.id as string });
     }
-    this.changes.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
+    if (sign !== 0)
+      this.changes.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
     this.events++;
+  }
+
+  /** Whether the next of the marked events counts: not if another server has stored its bytes. */
+  private counts(marked: MarkedEvents, position: number, eventBytes: number): boolean {
+    const { mark, postedTo, next, seen } = marked;
+    if (seen >= mark.events) return true; // it is behind those of the mark
+    // `ends` counts from the mark's own beginning.
+    const end = mark.ends ? mark.from + (mark.ends[seen] ?? 0) : next + eventBytes;
+    marked.next = end + 1;
+    marked.seen++;
+    if (end > postedTo) return true;
+    this.duplicates++;
+    this.leaveOut(position, position + eventBytes, "stored by another server before");
+    return false;
   }
 
   /** Moves a source, and returns how far it was before: what ends there or earlier has counted. */
@@ -192,8 +205,9 @@ export class Fold {
   }
 
   private claim(from: number, to: number, change: Change & { id: string }): void {
-    const { id, userId, amount } = change;
+    const { id, userId } = change;
     const event = identityOf(change);
+    const amount = formatAmount(change.amount);
     const claim = { id, userId, amount, event, from, to, run: this.run };
     const first = this.claims.get(id);
     this.events++;
@@ -215,31 +229,7 @@ export class Fold {
   }
 }
 
-/** Where each event of a source mark ends in its source, and whether that was posted before. */
-class SourceProgress {
-  private end: number;
-  private index = 0;
-
-  constructor(
-    private readonly mark: SourceMark,
-    private readonly postedTo: number,
-  ) {
-    this.end = mark.from;
-  }
-
-  /** Whether the next event, of `length` bytes, counts. Events behind those of the mark do. */
-  advance(length: number): boolean {
-    const { mark } = this;
-    if (this.index >= mark.events) return true;
-    // `ends` counts from the mark's own beginning.
-    const end = mark.ends ? mark.from + (mark.ends[this.index] ?? 0) : this.end + length;
-    this.end = end + 1;
-    this.index++;
-    return end > this.postedTo;
-  }
-}
-
-/** All that makes an event with an id this one and no other. */
+/** The identity of an event with an id: whatever has the same identity is the same event. */
 export function identityOf(change: Change & { id: string }): string {
   const { id, userId, name, sign, amount } = change;
   const value = formatAmount(sign < 0 ? -amount : amount);

@@ -1,12 +1,17 @@
 /**
- * Posting: batch after batch, from the journal as it grows or from a file to its end, through every
- * passing failure. Whatever crashes, the next processor resumes at the checkpoint.
+ * Posting: batch after batch, from the journal as it grows or from a file to its end. Each attempt
+ * begins at the checkpoint, so whatever died before is continued and nothing is repeated:
+ *
+ *     done       everything is posted, or it was stopped
+ *     elsewhere  another processor has moved the checkpoint
+ *     ahead      sources are further than the journal expects: the next attempt knows where they are
+ *     failed     with an error; if it is transient, the next attempt may succeed
  */
 import { join } from "node:path";
 
 import type { SettingsOf } from "../config.ts";
 import { getEventTypes } from "../event/event.ts";
-import { type JournalReader, openJournalReader } from "../journal/reader.ts";
+import { openJournalReader } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
 import {
@@ -17,224 +22,222 @@ import {
   post,
   pruneIds,
 } from "../ledger/ledger.ts";
-import { type DirectoryWatch, watchDirectory } from "../watch.ts";
+import { watchDirectory } from "../watch.ts";
 import { type BatchReader, openFileBatches, openJournalBatches } from "./batches.ts";
 import { BatchLimit } from "./fold.ts";
 import type { Report } from "./supervisor.ts";
 
-/** A file is given up when the database has been unavailable for this long; the journal never is. */
+/** A file fails when the database has been unavailable for this long; the journal waits for ever. */
 const FILE_PATIENCE_MS = 60_000;
-/** Force a collection after every 16 MiB read: buffers look small to the collector, which then waits too long. */
+/**
+ * Force a collection after this many bytes released: buffers look small to the collector, which then
+ * waits too long.
+ */
 const GARBAGE_BYTES = 16 * 1024 * 1024;
-const PRUNE_INTERVAL_MS = 60_000;
-const TRANSIENT_PAUSE_MS = 200;
-const PAUSE_MS = 2_000;
+const PRUNE_EVERY_MS = 60_000;
+const FIRST_PAUSE_MS = 100;
+const MAX_PAUSE_MS = 2_000;
+/** A pause before the next attempt at the journal: after a transient error, and after another. */
+const RETRY_MS = 200;
+const RETRY_ERROR_MS = 2_000;
 
-/** How a run of postings ended. `elsewhere`: another processor moved the checkpoint. `ahead`: as in Outcome. */
-type Ending =
-  | { state: "done" | "elsewhere" }
-  | { state: "ahead"; posted: Map<string, number> }
-  | { state: "failed"; error: unknown };
-
-interface Run {
+export interface Context {
   database: Database;
-  limit: BatchLimit;
+  /** Ends the posting once the batch under way is posted. */
   stop: AbortSignal;
-  open(): Promise<BatchReader>;
-  posted(report: Report): void;
-  /** Hears of a batch before it is known what becomes of it. */
-  sent?(batch: Batch): void;
-  /** Runs between two batches. */
+  report(report: Report): void;
+}
+
+type Posted = Extract<Report, { type: "posted" }>;
+type Attempt =
+  | Exclude<Outcome, { state: "posted" }>
+  | { state: "done" }
+  | { state: "failed"; error: Error; isTransient: boolean };
+
+/** What is posted: the journal, or a file. */
+interface Posting extends Context {
+  limit: BatchLimit;
+  /** Where sources are that are further than the journal expects, by checkpoint key. */
+  ahead: ReadonlyMap<string, number>;
+  /** A batch that was sent to the ledger, and of which it is not known whether it was posted. */
+  sent: Batch | null;
+  /** Opens the batches at the checkpoint; `null` if there is nothing to post yet. */
+  open(): Promise<BatchReader | null>;
+  opened?(batches: BatchReader): void;
+  posted(posted: Posted): void;
+  /** Work to do between two batches. */
   between?(): Promise<void>;
-  /** Waits at the end for more; without it, the end is the end. */
+  /** Waits at the end until there may be more; without it, the end is the end. */
   more?(): Promise<void>;
 }
 
-/** Posts the journal as it grows until `stop`, and waits out every failure. */
+/** Posts the journal as it grows, until it is stopped. Waits for whatever is wrong to end. */
 export async function follow(
-  database: Database,
   { DATA_DIR, ID_DAYS }: Pick<SettingsOf<"processor">, "DATA_DIR" | "ID_DAYS">,
-  stop: AbortSignal,
-  report: (report: Report) => void,
+  context: Context,
 ): Promise<void> {
-  const watch = watchDirectory(DATA_DIR);
-  stop.addEventListener("abort", watch.close);
+  const { database, stop, report } = context;
   const path = join(DATA_DIR, JOURNAL_FILE);
-  const limit = new BatchLimit();
-  let ahead = new Map<string, number>();
+  const directory = watchDirectory(DATA_DIR);
+  stop.addEventListener("abort", directory.close);
   let trouble = "";
-  const run: Run = {
-    ...{ database, limit, stop },
+  const posting: Posting = {
+    ...context,
+    limit: new BatchLimit(),
+    ahead: new Map(),
+    sent: null,
     async open() {
-      const journal = await waitForJournal(path, watch, stop);
-      return journal ? openJournalBatches({ database, path, limit, ahead }, journal) : NO_BATCHES;
+      const journal = await openJournalReader(path);
+      if (!journal) await directory.next();
+      return journal && openJournalBatches({ path, ...posting }, journal);
     },
     posted(posted) {
       if (trouble) report({ type: "say", line: "processor: posting again" });
       trouble = "";
       report(posted);
     },
-    between: idPruner(database, ID_DAYS),
-    more: watch.next,
+    between: pruner(database, ID_DAYS),
+    more: directory.next,
   };
   while (!stop.aborted) {
-    const ending = await attempt(run);
-    ahead = ending.state === "ahead" ? ending.posted : new Map();
-    if (ending.state !== "failed") continue;
-    const { message } = ending.error as Error;
+    const attempted = await attempt(posting);
+    if (attempted.state !== "failed") continue;
+    const { message } = attempted.error;
     if (message !== trouble)
       report({ type: "say", level: "warn", line: `processor: waiting; ${message}` });
     trouble = message;
-    await Bun.sleep(isTransient(ending.error) ? TRANSIENT_PAUSE_MS : PAUSE_MS);
+    await Bun.sleep(attempted.isTransient ? RETRY_MS : RETRY_ERROR_MS);
   }
 }
 
-/** Posts what is in a file and not posted yet. Throws when it gives up. */
-export async function postFile(
-  database: Database,
-  path: string,
-  stop: AbortSignal,
-  report: (report: Report) => void,
-): Promise<void> {
-  const say = (line: string) => report({ type: "say", line: `${path}: ${line}` });
-  const leftOver = (bytes: number) =>
-    say(`the last line (${bytes} bytes) has no newline and is no event yet: left for the next run`);
-  const limit = new BatchLimit();
+/** Posts what is in a file or journal and not posted yet. Throws what keeps it from being posted. */
+export async function postFile(path: string, context: Context): Promise<void> {
+  const { stop, report } = context;
   let deadlineMs = performance.now() + FILE_PATIENCE_MS;
-  let pauseMs = 100;
-  let ahead = new Map<string, number>();
-  let sent = null as Batch | null;
-  const run: Run = {
-    ...{ database, limit, stop },
+  let pauseMs = FIRST_PAUSE_MS;
+  const posting: Posting = {
+    ...context,
+    limit: new BatchLimit(),
+    ahead: new Map(),
+    sent: null,
     async open() {
       const openedMs = performance.now();
-      const source = { database, path, limit, ahead };
       const journal = await openJournalReader(path);
       const batches = journal
-        ? await openJournalBatches(source, journal)
-        : await openFileBatches(source, leftOver);
-      // The posted part of a large file is hashed first; that does not use up the patience.
+        ? await openJournalBatches({ path, ...posting }, journal)
+        : await openFileBatches({ path, ...posting }, leftOver);
+      // A large file that is posted in part is hashed up to there: that uses up no patience.
       deadlineMs += performance.now() - openedMs;
-      // The answer to its COMMIT was lost, but not the COMMIT.
-      if (sent && batches.from === sent.to) {
-        const quarantined = await countQuarantined(database, sent);
-        report(reportOf(sent, { ...sent, quarantined }, 0));
-      }
-      sent = null;
-      report({ type: "opened", file: path, bytes: batches.bytes, from: batches.from });
       return batches;
     },
-    sent: (batch) => (sent = batch),
+    opened: ({ from, bytes }) => report({ type: "opened", file: path, bytes, from }),
     posted(posted) {
-      sent = null;
       deadlineMs = performance.now() + FILE_PATIENCE_MS;
-      pauseMs = 100;
+      pauseMs = FIRST_PAUSE_MS;
       report(posted);
     },
   };
   while (!stop.aborted) {
-    const ending = await attempt(run);
-    if (ending.state === "done") return;
-    if (ending.state === "failed") {
-      if (!isTransient(ending.error) || performance.now() > deadlineMs) throw ending.error;
-      if (pauseMs > 1_000) say(`waiting; ${(ending.error as Error).message}`);
-    } else {
-      sent = null; // refused, because another processor had posted it
-      ahead = ending.state === "ahead" ? ending.posted : new Map();
+    const attempted = await attempt(posting);
+    if (attempted.state === "done") return;
+    // Another processor posts the same file: look again, in case it dies.
+    if (attempted.state === "elsewhere") deadlineMs = performance.now() + FILE_PATIENCE_MS;
+    if (attempted.state === "failed") {
+      const { error, isTransient } = attempted;
+      if (!isTransient || performance.now() > deadlineMs) throw error;
+      if (pauseMs > 1_000) report({ type: "say", line: `${path}: waiting; ${error.message}` });
     }
-    // Another processor posts the same file: let it, and look again in case it dies.
-    if (ending.state === "elsewhere") deadlineMs = performance.now() + FILE_PATIENCE_MS;
-    if (ending.state !== "ahead") await Bun.sleep(pauseMs);
-    pauseMs = Math.min(pauseMs * 2, PAUSE_MS);
+    if (attempted.state !== "ahead") await Bun.sleep(pauseMs);
+    pauseMs = Math.min(pauseMs * 2, MAX_PAUSE_MS);
+  }
+
+  function leftOver(bytes: number) {
+    const what = `the last line (${bytes} bytes) has no newline and is not a whole event`;
+    report({ type: "say", line: `${path}: ${what}: left for the next run` });
   }
 }
 
-/** Opens the batches and posts them until something ends the run. */
-async function attempt(run: Run): Promise<Ending> {
+/** Opens the batches and posts them to the end. */
+async function attempt(posting: Posting): Promise<Attempt> {
   try {
-    await noteEventTypes(run.database, getEventTypes());
-    await using batches = await run.open();
-    return await postBatches(batches, run);
+    await noteEventTypes(posting.database, getEventTypes());
+    await using batches = await posting.open();
+    if (!batches) return { state: "done" };
+    const { sent } = posting;
+    // The answer to its COMMIT was lost, but not the COMMIT.
+    if (sent && batches.from === sent.to) {
+      const quarantined = await countQuarantined(posting.database, sent);
+      posting.posted(reportOf(sent, { ...sent, quarantined }, 0));
+    }
+    posting.sent = null;
+    posting.opened?.(batches);
+    const ended = await postBatches(batches, posting);
+    posting.sent = null; // it was posted, or refused because another processor had posted it
+    posting.ahead = ended.state === "ahead" ? ended.posted : new Map();
+    return ended;
   } catch (error) {
-    return { state: "failed", error };
+    const isTransient = error instanceof Unavailable && error.isTransient;
+    return { state: "failed", error: error as Error, isTransient };
   }
 }
 
-/** Posts batch after batch, and folds one while the one before is in progress. */
-async function postBatches(batches: BatchReader, run: Run): Promise<Ending> {
-  const { database, limit, stop } = run;
-  let posting: Promise<Outcome | null> = Promise.resolve(null);
+/** Posts batch after batch, folding one while the one before is under way. */
+async function postBatches(batches: BatchReader, posting: Posting): Promise<Attempt> {
+  let underWay: Promise<Outcome | null> = Promise.resolve(null);
   let garbageBytes = 0;
   for (;;) {
-    const batch = stop.aborted ? null : await batches.next(posting);
-    const outcome = await posting;
+    const batch = posting.stop.aborted ? null : await batches.next(underWay);
+    const outcome = await underWay;
     if (outcome && outcome.state !== "posted") return outcome;
-    await run.between?.();
+    await posting.between?.();
     if (batch) {
       garbageBytes += batch.to - batch.from;
       if (garbageBytes > GARBAGE_BYTES) {
         Bun.gc(true);
         garbageBytes = 0;
       }
-      run.sent?.(batch);
-      const startedMs = performance.now();
-      const elapsedMs = () => performance.now() - startedMs;
-      posting = post(database, batch, limit.timeoutMs).then((outcome) => {
-        if (outcome.state !== "posted") return outcome;
-        limit.succeeded();
-        run.posted(reportOf(batch, outcome, elapsedMs()));
-        return outcome;
-      });
-      // Awaited in the next turn.
-      posting.catch(() => limit.failed(elapsedMs()));
-    } else if (stop.aborted || !run.more) return { state: "done" };
+      posting.sent = batch;
+      underWay = postBatch(batch, posting);
+      underWay.catch(() => {}); // awaited in the next round
+    } else if (posting.stop.aborted || !posting.more) return { state: "done" };
     else {
-      posting = Promise.resolve(null);
-      await run.more();
+      underWay = Promise.resolve(null);
+      await posting.more();
     }
   }
 }
 
-const NO_BATCHES: BatchReader = {
-  from: 0,
-  bytes: 0,
-  next: async () => null,
-  async [Symbol.asyncDispose]() {},
-};
-
-/** The journal, once there is one; `null` when `stop` is aborted first. */
-async function waitForJournal(
-  path: string,
-  watch: DirectoryWatch,
-  stop: AbortSignal,
-): Promise<JournalReader | null> {
-  while (!stop.aborted) {
-    const journal = await openJournalReader(path);
-    if (journal) return journal;
-    await watch.next();
+async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
+  const { database, limit } = posting;
+  const fromMs = performance.now();
+  try {
+    const outcome = await post(database, batch, limit.timeoutMs);
+    if (outcome.state === "posted") {
+      limit.succeeded();
+      posting.sent = null;
+      posting.posted(reportOf(batch, outcome, performance.now() - fromMs));
+    }
+    return outcome;
+  } catch (error) {
+    limit.failed(performance.now() - fromMs);
+    throw error;
   }
-  return null;
 }
 
-/** Deletes old ids, a few at a time, so that nobody waits for it. */
-function idPruner(database: Database, idDays: number): () => Promise<void> {
+/** Deletes old ids, some at a time, so that no posting waits for long. */
+function pruner(database: Database, idDays: number): () => Promise<void> {
   let dueMs = 0;
   return async () => {
     if (performance.now() < dueMs) return;
-    const hasMore = await pruneIds(database, idDays);
-    dueMs = performance.now() + (hasMore ? 0 : PRUNE_INTERVAL_MS);
+    dueMs = performance.now() + ((await pruneIds(database, idDays)) ? 0 : PRUNE_EVERY_MS);
   };
-}
-
-function isTransient(error: unknown): boolean {
-  return error instanceof Unavailable && error.isTransient;
 }
 
 function reportOf(
   { events, from, to, changes, claims }: Batch,
   { quarantined, duplicates }: { quarantined: number; duplicates: number },
   ms: number,
-): Report {
+): Posted {
   const users = changes.size + new Set(claims.values().map(({ userId }) => userId)).size;
   return { type: "posted", events, quarantined, duplicates, bytes: to - from, users, ms };
 }

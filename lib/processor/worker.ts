@@ -15,20 +15,17 @@ import type { Job, Report } from "./supervisor.ts";
 const stop = new AbortController();
 self.onmessage = ({ data }: MessageEvent<Job | "stop">) => {
   if (data === "stop") stop.abort();
-  else work(data, stop.signal, postMessage).then(() => process.exit(0));
+  else work(data).then(() => process.exit(0));
 };
 
-async function work(job: Job, stop: AbortSignal, report: (report: Report) => void): Promise<void> {
-  const { settings, files } = job;
-  setEventTypes(settings.EVENT_TYPES);
+async function work(job: Job): Promise<void> {
+  setEventTypes(job.settings.EVENT_TYPES);
   const database = openLedger(job);
+  const context = { database, stop: stop.signal, report };
   try {
-    if (files.length === 0)
-      await Promise.all([
-        follow(database, settings, stop, report),
-        deleteOldSegments(job, stop, report),
-      ]);
-    for (const file of files) await postFile(database, file, stop, report);
+    if (job.files.length === 0)
+      await Promise.all([follow(job.settings, context), deleteOldSegments(job)]);
+    for (const file of job.files) await postFile(file, context);
     report({ type: "done" });
   } catch (error) {
     report({ type: "failed", line: (error as Error).message });
@@ -37,22 +34,22 @@ async function work(job: Job, stop: AbortSignal, report: (report: Report) => voi
 }
 
 /** Runs beside the posting, with a connection of its own. */
-async function deleteOldSegments(
-  job: Job,
-  stop: AbortSignal,
-  report: (report: Report) => void,
-): Promise<void> {
+async function deleteOldSegments(job: Job): Promise<void> {
   const { JOURNAL_KEEP_DAYS: keepDays, DATA_DIR: dataDir } = job.settings;
   if (keepDays === undefined) return;
   const { retain } = await import("./retention.ts");
   const database = openLedger(job);
   const path = join(dataDir, JOURNAL_FILE);
   const say = (line: string) => report({ type: "say", line: `processor: ${line}` });
-  await retain({ database, path, keepDays, stop, say });
+  await retain({ database, path, keepDays, stop: stop.signal, say });
   await database.close();
 }
 
 function openLedger({ settings }: Job) {
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null } = settings;
   return openDatabase(ledgerUrl(dataDir, databaseUrl), "processor", 1);
+}
+
+function report(report: Report): void {
+  postMessage(report);
 }

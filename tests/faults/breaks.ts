@@ -187,13 +187,13 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the check of the last frame that was posted",
-    "frame?.header === posted.header &&",
+    "frame?.header === last.header &&",
     "",
     "processor/check",
   ),
   without(
     "the check of the checkpoint under its lock",
-    'if (Number(checkpoint?.position) !== from) return { state: "elsewhere" };',
+    'if (checkpoint?.position !== batch.from) return { state: "elsewhere" };',
     "",
     "processor/processor",
     "faults/process",
@@ -206,7 +206,7 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the error of a statement whose checkpoint has moved",
-    "1 / (count(*) = ${moves.length})::int",
+    "1 / (count(*) = (select count(*) from move))::int",
     "1",
     "ledger/ledger",
   ),
@@ -219,7 +219,7 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the record of events that were posted before",
-    "turn - row_number() over (order by turn) as island from late where is_same",
+    "run - row_number() over (order by run) as island from late where is_same",
     "0 as island from late where false",
     "processor/verify",
   ),
@@ -249,7 +249,7 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the offset of a source",
-    "return end > this.postedTo;",
+    "if (end > postedTo) return true;",
     "return true;",
     "server/sources",
   ),

@@ -1,7 +1,7 @@
 /**
- * What Postgres may do to whoever posts: cut the connection at any packet, swallow the answer to a
- * COMMIT, hold a lock, refuse with a deadlock or a serialization failure, have no room, restart.
- * Each time the totals are exact once it is over, without anybody's help.
+ * What Postgres may do to a posting: cut the connection at any packet, lose the answer to a COMMIT, hold a
+ * lock, refuse with a deadlock or a serialization failure, run out of disk, restart. Each time the totals
+ * are exact once it is over, without help.
  *
  * FAULT_ROUNDS=N tries more packets, and locks for longer.
  */
@@ -18,10 +18,10 @@ import { count } from "./figures.ts";
 const LOCKED_MS = IS_LONG ? 30_000 : 2_000;
 setDefaultTimeout(120_000 * ROUNDS);
 
-/** What becomes of the packet that a client sends: forwarded, or the end of its connection. */
+/** What happens to a packet from the client: it is forwarded, or ends its connection. */
 type Verdict = "pass" | "cut" | "cut behind" | "swallow the answers";
 
-/** Tells which packets are a COMMIT: the driver prepares it, and then calls it by a name. */
+/** Recognises a COMMIT: the driver prepares it, and then refers to it by a name. */
 function commitFinder(): (packet: Buffer) => boolean {
   const names = new Set<string>();
   return (packet) => {
@@ -32,7 +32,7 @@ function commitFinder(): (packet: Buffer) => boolean {
   };
 }
 
-/** A way to the Postgres at `url` on which `judge` sees each packet from the client. */
+/** A proxy to the Postgres at `url` on which `judge` decides about each packet from the client. */
 async function openJudge(url: string, judge: (packet: Buffer, number: number) => Verdict) {
   const target = new URL(url);
   const open = new Set<Socket>();
@@ -53,7 +53,7 @@ async function openJudge(url: string, judge: (packet: Buffer, number: number) =>
       const verdict = judge(packet, ++number);
       if (verdict !== "pass") count("cut connections");
       if (verdict === "cut") return void client.destroy();
-      // The answer is never seen: what Postgres does with it is the same.
+      // The client never sees the answer; Postgres does the same with the packet.
       if (verdict !== "pass") postgres.removeAllListeners("data").resume();
       postgres.write(packet, () => {
         if (verdict === "cut behind") setTimeout(() => client.destroy(), 20);
@@ -74,7 +74,7 @@ async function openJudge(url: string, judge: (packet: Buffer, number: number) =>
   };
 }
 
-/** Events of a few users, some with ids, some of them twice, in a file; and what must come of it. */
+/** Writes events of a few users, some with ids and some of these twice. Returns the balances. */
 function writeFew(path: string) {
   const wanted: Record<string, string> = {};
   const lines: string[] = [];
@@ -91,7 +91,7 @@ function writeFew(path: string) {
 }
 
 test(
-  "a connection cut at any packet of a posting, before or behind it: every event counts once",
+  "every event counts once if the connection is cut before or after any packet of a posting",
   seeded(async (random) => {
     using dir = tempDir();
     const file = dir.file("a.jsonl");
@@ -109,7 +109,7 @@ test(
       expect(row).toEqual({ lines: 1 });
       return way.packets();
     };
-    // Of all packets the one whose answer says what has been posted.
+    // The packet whose answer says what has been posted.
     let commits = 0;
     const isCommit = commitFinder();
     await postThrough((packet) => (isCommit(packet) && ++commits === 1 ? "cut behind" : "pass"));
@@ -125,7 +125,7 @@ test(
   }),
 );
 
-test("the connection is cut behind each of the first COMMITs: every event counts once", async () => {
+test("every event counts once if the connection is cut after each of the first COMMITs", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   let commits = 0;
@@ -145,7 +145,7 @@ test("the connection is cut behind each of the first COMMITs: every event counts
 });
 
 test.if(IS_LONG)(
-  "the answer to a COMMIT never comes, and its connection stays open: every event counts once",
+  "every event counts once if the answer to a COMMIT never arrives and its connection stays open",
   async () => {
     await using database = await testDatabase();
     using dir = tempDir();
@@ -168,7 +168,7 @@ test.if(IS_LONG)(
 );
 
 test(
-  "a processor killed between its COMMIT and the answer to it: every event counts once",
+  "every event counts once if a processor is killed between its COMMIT and the answer",
   seeded(async (random) => {
     await using database = await testDatabase();
     using dir = tempDir();
@@ -202,7 +202,7 @@ test(
   }),
 );
 
-test("while the table is locked events are taken, GET answers in time, and everything catches up", async () => {
+test("while the table is locked events are accepted and GET answers 503; afterwards the ledger catches up", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
@@ -229,7 +229,7 @@ test("while the table is locked events are taken, GET answers in time, and every
 /** A serialization failure, a deadlock, no room on the disk, no memory, a shutdown. */
 const STATES = ["40001", "40P01", "53100", "53200", "57P01"];
 
-test("one of three postings is refused, each time for another reason: every event counts once", async () => {
+test("every event counts once if one of three postings is refused, each time for another reason", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const file = dir.file("a.jsonl");
@@ -245,7 +245,7 @@ test("one of three postings is refused, each time for another reason: every even
     declare try bigint := nextval('tries') - 1;
     begin
       if try % 3 = 0 then
-        raise exception 'as told'
+        raise exception 'refused by the test'
           using errcode = ('{${STATES.join()}}'::text[])[1 + try / 3 % ${STATES.length}];
       end if;
       return null;
@@ -268,7 +268,7 @@ test("one of three postings is refused, each time for another reason: every even
     env: { SERVER_URL: server.url },
   });
   expect(stderr + stdout).toContain("all of it is in the ledger");
-  // Who posts a file gives up when it is refused, but not for what passes.
+  // Posting a file fails when it is refused, but not for what is transient.
   const other = dir.file("b.jsonl");
   const before = await refused();
   let third = 0;
@@ -285,7 +285,7 @@ test("one of three postings is refused, each time for another reason: every even
 });
 
 test(
-  "backends that are ended at random, however many statements they are in: every event counts once",
+  "every event counts once if backends are terminated at random",
   seeded(async (random) => {
     await using database = await testDatabase();
     using dir = tempDir();
@@ -295,7 +295,7 @@ test(
     await using sql = connectTest(database.url);
     await using processor = spawn("processor.ts", { args: [file], env });
     let cuts = 0;
-    // Less and less often: a busy machine gets nothing through between two that follow each other.
+    // Less and less often: a busy machine posts nothing between two that follow each other closely.
     for (let turn = 0; processor.child.exitCode === null; turn++) {
       const ended = await sql`
         select pg_terminate_backend(pid) from pg_stat_activity

@@ -1,6 +1,6 @@
 /**
- * Processes that die, or stand still, at points that are chosen by name and at any others. Each event
- * carries an id and is sent until it is answered; what must come of it is summed up here, in cents.
+ * Processes that are killed or stopped, at named points and at random ones. Each event carries an id and
+ * is sent until it is answered; the expected balances are summed up here, in cents.
  *
  * FAULT_ROUNDS=N repeats it with other choices.
  */
@@ -17,7 +17,7 @@ import { count } from "./figures.ts";
 
 setDefaultTimeout(120_000 * ROUNDS);
 
-/** Kills its own process when it is passed for the FAULT_PASS-th time. */
+/** Kills its own process when it runs for the FAULT_PASS-th time. */
 const DIE =
   'if ((globalThis.passes = (globalThis.passes ?? 0) + 1) == process.env.FAULT_PASS) process.kill(process.pid, "SIGKILL");';
 
@@ -32,7 +32,7 @@ const POINTS: Record<string, Alteration> = {
     "for (const { resolve } of group) resolve(base + end);",
     `${DIE} for (const { resolve } of group) resolve(base + end);`,
   ),
-  "in a rotation, before the full file gives its name away": inJournal(
+  "in a rotation, before the full file is renamed": inJournal(
     "await disk.rename(path, segmentPath(path, base))",
     `${DIE} await disk.rename(path, segmentPath(path, base))`,
   ),
@@ -40,7 +40,7 @@ const POINTS: Record<string, Alteration> = {
     "await disk.rename(nextPath, path);",
     `${DIE} await disk.rename(nextPath, path);`,
   ),
-  "in a rotation, before anything is in the next file": inJournal(
+  "in a rotation, before the next file is written to": inJournal(
     "base = header.base;",
     `${DIE} base = header.base;`,
   ),
@@ -52,7 +52,7 @@ const POINTS: Record<string, Alteration> = {
     'return { state: "posted", quarantined,',
     `${DIE} return { state: "posted", quarantined,`,
   ),
-  "before a segment goes whose snapshot is taken": {
+  "before a segment is deleted whose snapshot is stored": {
     file: "lib/processor/retention.ts",
     find: "await disk.remove(segment.path);",
     put: `${DIE} await disk.remove(segment.path);`,
@@ -61,15 +61,15 @@ const POINTS: Record<string, Alteration> = {
 };
 
 test(
-  "killed at each of these points, one after the other: every event counts once",
+  "every event counts once if the server is killed at each of these points",
   seeded(async (random) => {
     for (let round = 0; round < ROUNDS; round++) await dieAtEach(random);
   }),
 );
 
-// In the normal run the server is stopped at any time (below), and dies at each of them (above).
+// In the normal run the server is stopped at random times (below), and killed at each point (above).
 test.if(IS_LONG)(
-  "stopped for a while at each of these points, now and then, it counts every event once",
+  "every event counts once if the server is stopped for a while at each of these points",
   seeded(async (random) => {
     const stop = 'if (Math.random() < 0.02) process.kill(process.pid, "SIGSTOP");';
     const points = Object.values(POINTS).map((point) => ({
@@ -108,7 +108,7 @@ test.if(IS_LONG)(
 );
 
 test(
-  "a processor of its own, killed after the statement, after COMMIT and before it: the server takes events, and each counts once",
+  "every event counts once if processors are killed after the statement, before COMMIT and after it, while the server accepts events",
   seeded(async (random) => {
     for (let round = 0; round < ROUNDS; round++) await dieApart(random);
   }),
@@ -141,21 +141,22 @@ async function dieApart(random: () => number) {
 }
 
 test(
-  "a processor that throws outside of every promise, or ends without a word, is started again: every event counts once",
+  "every event counts once if the Worker throws outside every promise or ends silently: it is restarted",
   seeded(async (random) => {
     await using database = await testDatabase();
     using dir = tempDir();
     const { file, find, put } = POINTS["after COMMIT"] as Alteration;
     const end = `if ((globalThis.passes = (globalThis.passes ?? 0) + 1) == 3) {
       if (Math.random() < 0.5) process.exit(0);
-      setTimeout(() => { throw new Error("as told"); });
+      setTimeout(() => { throw new Error("thrown by the test"); });
     }`;
     using copy = alteredCopy([{ file, find, put: put.replace(DIE, end) }]);
     const app = { home: copy.path, dataDir: dir.path, databaseUrl: database.url };
     await using server = await startApp(app);
     const sender = openSender(random);
-    const deaths = () => server.stderr.text().split("starting it again").length - 1;
-    const threw = () => server.stderr.text().split('"processor: error: as told"').length - 1;
+    const deaths = () => server.stderr.text().split("restarting it").length - 1;
+    const threw = () =>
+      server.stderr.text().split('"processor: error: thrown by the test"').length - 1;
     await until(async () => {
       expect(await sender.send(server)).toBe(true);
       await Bun.sleep(random() * 20);
@@ -168,25 +169,22 @@ test(
 );
 
 const CLIENT_POINTS: Record<string, Alteration> = {
-  "before a piece is sent": {
-    file: "client.ts",
-    find: "const answer = await remote.take(source, piece);",
-    put: `${DIE} const answer = await remote.take(source, piece);`,
+  "before a chunk is sent": {
+    find: 'const answer = await api.send(source, chunk); if ("accepted" in answer)',
+    put: `${DIE} const answer = await api.send(source, chunk); if ("accepted" in answer)`,
   },
-  "before it notes what the server rejected": {
-    file: "client.ts",
-    find: "on.rejected.add(piece, answer.errors);",
-    put: `${DIE} on.rejected.add(piece, answer.errors);`,
+  "before the rejected lines are written": {
+    find: "const stored = (chunk: Chunk, answer: Stored) => {",
+    put: `const stored = (chunk: Chunk, answer: Stored) => { ${DIE}`,
   },
-  "half-way through noting it": {
-    file: "lib/client/rejected.ts",
-    find: "if (text && keeps) appendFileSync(path, text);",
-    put: `if (text && keeps) { appendFileSync(path, text.slice(0, text.length / 2)); ${DIE} appendFileSync(path, text.slice(text.length / 2)); }`,
+  "half-way through writing them": {
+    find: "if (text && isKept) appendFileSync(path, text);",
+    put: `if (text && isKept) { appendFileSync(path, text.slice(0, text.length / 2)); ${DIE} appendFileSync(path, text.slice(text.length / 2)); }`,
   },
 };
 
 test(
-  "a client killed at each point between a piece and the next: every event counts once, every bad line is told once",
+  "every event counts once and every bad line is reported once if the client is killed at each of these points",
   seeded(async (random) => {
     for (let round = 0; round < ROUNDS; round++) await dieSending(random);
   }),
@@ -215,7 +213,7 @@ async function dieSending(random: () => number) {
   expect(rejectedFaults(file, bad)).toEqual([]);
 }
 
-/** Lives of one server that end at each of the points, in any order, then one that does not. */
+/** Runs one server until it dies at each of the points, in random order, then once more to the end. */
 async function dieAtEach(random: () => number) {
   await using database = await testDatabase();
   using dir = tempDir();
@@ -240,7 +238,7 @@ async function dieAtEach(random: () => number) {
 }
 
 test(
-  "server, processor and client killed or stopped at any time: every event counts once",
+  "every event counts once if server, processor and client are killed or stopped at random times",
   seeded(async (random) => {
     for (let round = 0; round < ROUNDS; round++) await dieAnywhere(random);
   }),
@@ -290,12 +288,12 @@ async function dieAnywhere(random: () => number) {
 }
 
 test(
-  "the private Postgres killed, stopped and told to go at any time: every event counts once",
+  "every event counts once if the embedded Postgres is killed, stopped and shut down at random times",
   seeded(async (random) => {
     using dir = tempDir();
     await using server = await startApp({ dataDir: dir.path });
     const sender = openSender(random);
-    // INT: Postgres ends what it does and goes. QUIT: it goes at once, as after a crash.
+    // INT: a fast shutdown. QUIT: an immediate one, as after a crash.
     const signals = ["SIGKILL", "SIGSTOP", "SIGINT", "SIGQUIT"] as const;
     for (let round = 0; round < ROUNDS; round++) {
       for (const signal of signals.toSorted(() => random() - 0.5)) {
@@ -322,7 +320,7 @@ test(
   }),
 );
 
-/** The pid of the private Postgres below `dataDir`, once it serves. */
+/** The pid of the embedded Postgres below `dataDir`, once it is ready. */
 function postmaster(dataDir: string): number | null {
   try {
     const pidFile = join(dataDir, "postgres", "cluster", "postmaster.pid");
@@ -337,7 +335,7 @@ function postmaster(dataDir: string): number | null {
 
 type Server = Awaited<ReturnType<typeof startApp>>;
 
-/** Sends events with ids, each until it is answered, and knows what must come of them. */
+/** Sends events with ids, each until it is answered, and sums up the expected balances. */
 function openSender(random: () => number) {
   const cents = new Map<string, number>();
   let unanswered: { id: string; userId: string; name: string; value: number }[] = [];
@@ -345,7 +343,7 @@ function openSender(random: () => number) {
   const prefix = `${Math.floor(random() * 1e9)}`;
 
   const sender = {
-    /** Sends one more event; one that is not answered is kept. */
+    /** Sends one more event; if it is not answered, `sendRest` sends it again. */
     async send(server: Server): Promise<boolean> {
       const userId = `user${Math.floor(random() * 20)}`;
       const value = Math.floor(random() * 100_000);

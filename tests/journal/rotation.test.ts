@@ -20,6 +20,7 @@ import { post } from "../../lib/ledger/ledger.ts";
 import { listSegments } from "../../lib/journal/segments.ts";
 import { openJournalBatches } from "../../lib/processor/batches.ts";
 import { postFile } from "../../lib/processor/posting.ts";
+import type { Report } from "../../lib/processor/supervisor.ts";
 import { openSources } from "../../lib/server/sources.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
 import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
@@ -246,12 +247,13 @@ test("processor.ts JOURNAL beside another that posts the same and lets go of it 
   const ledger = openDatabase(() => database.url, "test", 1);
   let opened = 0;
   const { signal } = new AbortController();
-  await postFile(ledger, path, signal, ({ type }) => {
+  const report = ({ type }: Report) => {
     if (type !== "opened" || opened++ > 0) return;
     const env = { ...process.env, DATABASE_URL: database.url, DATA_DIR: dir.file("other") };
     Bun.spawnSync([process.execPath, "run", "processor.ts", path], { env });
     for (const name of segments(dir.path).toSorted(byBase).slice(0, 3)) rmSync(dir.file(name));
-  });
+  };
+  await postFile(path, { database: ledger, stop: signal, report });
   expect(opened).toBe(2);
   expect(await balances(database.url)).toEqual({ ann: "6" });
   await ledger.close();
@@ -347,7 +349,7 @@ test("a batch is handed over only when the reader itself has synced what it read
     { database: ledger, path, limit: new BatchLimit(), ahead: new Map() },
     other,
   );
-  await expect(again.next(Promise.resolve())).rejects.toThrow("taken back");
+  await expect(again.next(Promise.resolve())).rejects.toThrow("could not sync");
   await journal.close();
   await ledger.close();
 });
@@ -406,7 +408,7 @@ test("a server that is killed while it begins one segment after the other: every
     env: { DATA_DIR: dir.file("other"), DATABASE_URL: third.url },
   });
   expect(refused.code).toBe(3);
-  expect(refused.stderr).toContain("put the segments between back");
+  expect(refused.stderr).toContain("restore the segments in between");
 });
 
 function byBase(a: string, b: string): number {

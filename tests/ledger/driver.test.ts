@@ -1,9 +1,9 @@
 /**
  * What the driver promises when its connection dies, and why `patches/postgres@3.4.9.patch` exists:
- * postgres 3.4.9 as published breaks every one of these claims. Some end in a promise that never
- * settles, some in an exception that nobody can catch, one in a statement outside its transaction.
+ * postgres 3.4.9 as published breaks each of these claims. Some end in a promise that never settles, some
+ * in an exception that cannot be caught, one in a statement outside its transaction.
  *
- * Every client speaks to a real Postgres through a wire that this file cuts at a known moment.
+ * Every client reaches a real Postgres through a proxy that this file cuts at a known moment.
  */
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from "bun:test";
 import net from "node:net";
@@ -14,7 +14,7 @@ type Cut = "close" | "reset";
 
 interface Client {
   sql: postgres.Sql;
-  /** Cuts the wire, and returns when the driver has noticed. */
+  /** Cuts the connections, and returns when the driver has noticed. */
   cut(how: Cut): Promise<void>;
 }
 
@@ -24,7 +24,7 @@ let clients: Client[] = [];
 
 beforeAll(async () => {
   database = await testDatabase();
-}, 60_000); // a private Postgres may have to be made first
+}, 60_000); // an embedded Postgres may have to be created first
 
 afterAll(async () => {
   await database.drop();
@@ -40,18 +40,18 @@ afterEach(async () => {
   await wire.close();
 });
 
-// A claim that is broken mostly shows as a promise that never settles: do not wait long for it.
+// A broken claim mostly shows as a promise that never settles: do not wait long for it.
 const limitMs = 1_500;
 
 for (const how of ["close", "reset"] as const) {
   test(
-    `${how} while a statement of a transaction runs: it fails, and the pool goes on`,
+    `a ${how} while a statement of a transaction runs rejects it, and the pool still works`,
     async () => {
       const { sql } = client();
       for (let round = 0; round < 3; round++) {
         const posting = sql.begin(async (tx) => {
           const slow = tx`select pg_sleep(10)`.execute();
-          setTimeout(() => wire.cut(how), 20);
+          wire.sent("pg_sleep").then(() => wire.cut(how));
           await slow;
         });
         expect(await outcome(posting)).toBe("CONNECTION_CLOSED");
@@ -64,7 +64,7 @@ for (const how of ["close", "reset"] as const) {
   );
 
   test(
-    `${how} in the middle of a transaction: no later statement runs outside of it`,
+    `after a ${how} in the middle of a transaction no later statement runs outside of it`,
     async () => {
       const { sql, cut } = client();
       await sql`create table if not exists notes (note text)`;
@@ -91,7 +91,7 @@ for (const how of ["close", "reset"] as const) {
 }
 
 test(
-  "a reset of all connections at once makes none of them wait to connect again",
+  "after a reset of all connections at once none of them waits to reconnect",
   async () => {
     const { sql, cut } = client({ max: 8 });
     const all = () => Promise.all(Array.from({ length: 8 }, () => sql`select pg_sleep(0.02)`));
@@ -109,10 +109,10 @@ test(
     const { sql, cut } = client();
     const waiting: Promise<string>[] = [];
     const posting = sql.begin(async (tx) => {
-      // A first use of parameters is described first; what follows has to wait in the transaction.
+      // A statement with parameters is described first; those after it wait in the transaction.
       waiting.push(outcome(tx`select pg_sleep(${10})`));
       waiting.push(outcome(tx`select 2`), outcome(tx`select 3`));
-      await Bun.sleep(20);
+      await wire.sent("pg_sleep");
       await cut("close");
     });
     expect(await outcome(posting)).toBe("CONNECTION_CLOSED");
@@ -122,7 +122,7 @@ test(
 );
 
 test(
-  "a killed backend leaves neither its last words nor its rows to the next query",
+  "a killed backend leaves neither its error nor its rows to the next query",
   async () => {
     const { sql } = client({ fetch_types: false });
     const killed = sql`
@@ -147,7 +147,7 @@ test(
 );
 
 test(
-  "a reset while the driver reads the types is an error of the query, not of the process",
+  "a reset while the driver reads the types rejects the query and throws nothing outside a promise",
   async () => {
     const { sql } = client();
     wire.resetOn = "pg_catalog.pg_type";
@@ -194,7 +194,7 @@ test(
 );
 
 test(
-  "a reserved connection that is lost rejects its statements, and its release harms nobody",
+  "a reserved connection that is lost rejects its statements, and its release does no harm",
   async () => {
     const { sql, cut } = client();
     const reserved = await sql.reserve();
@@ -211,12 +211,12 @@ test(
 );
 
 test(
-  "who waits for a reserved connection gets it after a loss",
+  "a caller that waits for a reserved connection gets one after a loss",
   async () => {
     const { sql, cut } = client();
     await one(sql);
     const slow = outcome(sql`select pg_sleep(10)`);
-    await Bun.sleep(20);
+    await wire.sent("pg_sleep");
     const waiting = sql.reserve();
     await cut("close");
     expect(await slow).toBe("CONNECTION_CLOSED");
@@ -233,7 +233,7 @@ test(
     const { sql, cut } = client();
     await one(sql);
     const slow = outcome(sql`select pg_sleep(10)`);
-    await Bun.sleep(20);
+    await wire.sent("pg_sleep");
     const ended = sql.end();
     await cut("close");
     expect(await slow).toBe("CONNECTION_CLOSED");
@@ -243,7 +243,7 @@ test(
 );
 
 test(
-  "end() with a timeout settles a transaction whose server has vanished without a word",
+  "end() with a timeout settles a transaction whose server stopped answering",
   async () => {
     const { sql } = client();
     const posting = outcome(
@@ -260,13 +260,13 @@ test(
 );
 
 test(
-  "cancelling a query of a server out of reach is no exception of the process",
+  "cancelling a query of an unreachable server throws nothing outside a promise",
   async () => {
     const { sql, cut } = client();
     await one(sql);
     const slow = sql`select pg_sleep(10)`;
     const slowOutcome = outcome(slow);
-    await Bun.sleep(20);
+    await wire.sent("pg_sleep");
     wire.refuse();
     slow.cancel();
     await Bun.sleep(20);
@@ -277,7 +277,7 @@ test(
 );
 
 test(
-  "a query cancelled before its connection is open does not take the connection with it",
+  "cancelling a query before its connection is open leaves the connection usable",
   async () => {
     const { sql } = client();
     const never = sql`select 1`;
@@ -291,7 +291,7 @@ test(
   limitMs,
 );
 
-/** A pool through the wire, of one connection if nothing else is said. */
+/** A pool through the proxy, of one connection by default. */
 function client(
   options: { fetch_types?: boolean; max?: number; max_pipeline?: number } = {},
 ): Client {
@@ -330,10 +330,11 @@ async function one(sql: postgres.Sql | postgres.ReservedSql): Promise<unknown> {
   return row?.["one"];
 }
 
-/** A TCP proxy before the database: `url` leads through it. */
+/** A TCP proxy in front of the database: `url` leads through it. */
 async function openWire(databaseUrl: string) {
   const target = new URL(databaseUrl);
   const sides = new Map<net.Socket, net.Socket>();
+  const awaited: { text: string; resolve(): void }[] = [];
 
   const server = net.createServer((near) => {
     near.on("error", () => {});
@@ -343,6 +344,7 @@ async function openWire(databaseUrl: string) {
     sides.set(near, far);
     near.on("data", (bytes) => {
       if (self.resetOn !== null && bytes.includes(self.resetOn)) return cut("reset");
+      for (const { text, resolve } of awaited) if (bytes.includes(text)) resolve();
       far.write(bytes);
     });
     far.on("data", (bytes) => near.write(bytes));
@@ -371,11 +373,13 @@ async function openWire(databaseUrl: string) {
     /** Reset the connections when the client sends these bytes. */
     resetOn: null as string | null,
     cut,
-    /** Pass nothing on any more, and say nothing. */
+    /** Settles when a client next sends this text. */
+    sent: (text: string) => new Promise<void>((resolve) => awaited.push({ text, resolve })),
+    /** Stop passing bytes on, in both directions. */
     freeze() {
       for (const side of [...sides.keys(), ...sides.values()]) side.removeAllListeners("data");
     },
-    /** Accept no further connection; those there are stay. */
+    /** Accept no further connection; the existing ones stay. */
     refuse: () => void server.close(),
     async close() {
       cut("close");

@@ -1,21 +1,41 @@
-/** Posting, where the driver does what it was seen to do: run statements outside their transaction. */
+/** Posting when the driver does what it was seen to do: it runs statements outside their transaction. */
 import { expect, setDefaultTimeout, test } from "bun:test";
+import { join } from "node:path";
 
 import { type Database, openDatabase, type Sql } from "../../lib/ledger/database.ts";
 import { Fold } from "../../lib/processor/fold.ts";
-import { openCheckpoint } from "../../lib/ledger/checkpoints.ts";
+import { fileKey, openCheckpoint } from "../../lib/ledger/checkpoints.ts";
 import { post } from "../../lib/ledger/ledger.ts";
-import { balances, testDatabase } from "../support/postgres.ts";
+import { balances, connectTest, testDatabase } from "../support/postgres.ts";
+import { root } from "../support/programs.ts";
 
 setDefaultTimeout(30_000);
 
 const TIMEOUT_MS = 10_000;
+const KEY = fileKey("a", 1);
 
-function batchOf(source: string) {
+function batch() {
   const fold = new Fold(10);
   fold.add(Buffer.from('{"userId":"ann","name":"add_revenue","value":1}'), 0);
   fold.add(Buffer.from('{"userId":"bob","name":"add_revenue","value":2,"id":"b"}'), 50);
-  return fold.batch(source, 0, 100, null);
+  return fold.batch({ key: KEY, from: 0, to: 100, digest: null });
+}
+
+/** A database with a checkpoint at 0, and its balances. */
+async function openLedger(connections: number) {
+  const own = await testDatabase();
+  const database = openDatabase(() => own.url, "test", connections);
+  await openCheckpoint(database, KEY, null);
+  return {
+    url: own.url,
+    database,
+    post: (through = database) => post(through, batch(), TIMEOUT_MS),
+    balances: () => balances(own.url),
+    async [Symbol.asyncDispose]() {
+      await database.close();
+      await own.drop();
+    },
+  };
 }
 
 /** A database whose transactions are none, and in which `between` happens once a row is locked. */
@@ -30,7 +50,8 @@ function strayDatabase(database: Database, between: () => Promise<unknown>): Dat
         return rows;
       });
     };
-    return Object.assign(run, { begin: (work: (tx: unknown) => unknown) => work(run) });
+    const begin = (work: (tx: unknown) => unknown) => work(run);
+    return Object.assign(run, { begin, unsafe: sql.unsafe });
   };
   return {
     ...database,
@@ -39,25 +60,38 @@ function strayDatabase(database: Database, between: () => Promise<unknown>): Dat
   };
 }
 
-test("a statement that runs outside its transaction, after somebody else has posted, changes nothing", async () => {
-  await using own = await testDatabase();
-  const database = openDatabase(() => own.url, "test", 4);
-  await openCheckpoint(database, "file:a#1", null);
-  const posted = () => post(database, batchOf("file:a#1"), TIMEOUT_MS);
-  const late = post(strayDatabase(database, posted), batchOf("file:a#1"), TIMEOUT_MS);
+test("a statement that runs outside its transaction, after another has posted the batch, changes nothing", async () => {
+  await using ledger = await openLedger(4);
+  const late = ledger.post(strayDatabase(ledger.database, () => ledger.post()));
   await expect(late).rejects.toThrow("division by zero");
-  expect(await balances(own.url)).toEqual({ ann: "1", bob: "2" });
-  await database.close();
+  expect(await ledger.balances()).toEqual({ ann: "1", bob: "2" });
 });
 
-test("the same batch, posted by many at once, counts once", async () => {
-  await using own = await testDatabase();
-  const database = openDatabase(() => own.url, "test", 8);
-  await openCheckpoint(database, "file:a#1", null);
-  const all = await Promise.all(
-    Array.from({ length: 8 }, () => post(database, batchOf("file:a#1"), TIMEOUT_MS)),
-  );
+test("a batch that is posted by many at once counts once", async () => {
+  await using ledger = await openLedger(8);
+  const all = await Promise.all(Array.from({ length: 8 }, () => ledger.post()));
   expect(all.filter(({ state }) => state === "posted")).toHaveLength(1);
-  expect(await balances(own.url)).toEqual({ ann: "1", bob: "2" });
-  await database.close();
+  expect(await ledger.balances()).toEqual({ ann: "1", bob: "2" });
+});
+
+test.if(Bun.which("psql") !== null)("the call at the end of post.sql runs in psql", async () => {
+  await using ledger = await openLedger(1);
+  const file = await Bun.file(join(root, "lib/ledger/post.sql")).text();
+  const [, call = ""] = /^-- A call.*\n(?:-- .*:\n)?([^]*)$/m.exec(file) ?? [];
+  const script = call.replace(/^-- /gm, "").replace("rollback", "commit");
+  const psql = Bun.spawn(["psql", "-XqAt", "-v", "ON_ERROR_STOP=1", ledger.url], {
+    cwd: root,
+    stdio: [Buffer.from(script), "pipe", "pipe"],
+  });
+  const [stdout, stderr] = await Promise.all([
+    new Response(psql.stdout).text(),
+    new Response(psql.stderr).text(),
+  ]);
+  expect({ stderr, stdout }).toEqual({ stderr: "", stdout: expect.stringContaining("ann|17.5\n") });
+  await using sql = connectTest(ledger.url);
+  const rows = await sql`select source, position::int, reason from quarantine order by position`;
+  expect([...rows]).toEqual([
+    { source: "file:a.jsonl#1", position: 100, reason: "not JSON" },
+    { source: "file:a.jsonl#1", position: 170, reason: expect.stringContaining("another event") },
+  ]);
 });

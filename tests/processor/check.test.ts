@@ -234,7 +234,7 @@ test("an older copy that was put back and has grown since is named, and nothing 
   const { path, env } = await putBackOlder(dir.path, database.url);
   await makeJournal(dir.path, 20, 10_000);
   const refused = await run("processor.ts", { args: [path], env });
-  expect(refused.stderr).toContain("the ledger has posted another frame here");
+  expect(refused.stderr).toContain("the ledger has posted another frame at position");
   expect(refused.code).toBe(3);
   expect(await balances(database.url)).toEqual({ u: "20" });
 });
