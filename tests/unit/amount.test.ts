@@ -73,8 +73,8 @@ test.each([
   ["1e15", "must be smaller than 10^15"],
   ["1e400", "must be smaller than 10^15"],
   ["1e999999999999999999999", "must be smaller than 10^15"],
-  ['"5"', "must be a JSON number"],
-  ["", "must be a JSON number"],
+  ['"5"', "must be a JSON number smaller than 10^15"],
+  ["", "must be a JSON number smaller than 10^15"],
 ])("%s is refused with a reason", (text, reason) => {
   expect(parseAmount(text)).toBe(reason);
 });
