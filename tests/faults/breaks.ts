@@ -346,7 +346,7 @@ export const BREAKS: readonly Break[] = [
   without(
     "the digits as written",
     'values.find(({ holder }) => holder === event)?.written ?? ""',
-    "`${value}`",
+    "`${event.value}`",
     "unit/event",
   ),
   without(
