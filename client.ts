@@ -28,7 +28,7 @@ async function main(): Promise<number> {
   if (!isText(name, MAX_SOURCE_BYTES) || /^\.\.?$/.test(name))
     return reject(`--source requires a name of 1 to ${MAX_SOURCE_BYTES} bytes, not "." or ".."`);
 
-  setEventTypes(settings.EVENT_TYPES); // to tell whether a last line without newline is an event
+  setEventTypes(settings.EVENT_TYPES); // decides whether a last line without newline is an event
   const stop = new AbortController();
   const follow = options["follow"] === true && !isStream;
   if (options["follow"])
@@ -37,8 +37,10 @@ async function main(): Promise<number> {
   const credential = String(options["token"] ?? settings.AUTH_TOKEN ?? secret);
   const { SERVER_URL: serverUrl } = settings;
   const api = openApi({ serverUrl, credential, retryMs, say, stop: stop.signal });
-  const sendOptions = { name, again: options["again"] === true, follow, stop: stop.signal };
-  return send(api, path, { ...sendOptions, wait: options["wait"] === true });
+  const again = options["again"] === true;
+  const total = new Total();
+  const sendOptions = { api, name, again, follow, stop: stop.signal, total };
+  return send(path, { ...sendOptions, wait: options["wait"] === true });
 }
 
 const COMMAND = {
@@ -78,49 +80,37 @@ function whyUnreadable(path: string): string | null {
 }
 
 /** Sends the file, prints the summary, and returns the exit code. */
-async function send(
-  api: ReturnType<typeof openApi>,
-  path: string,
-  options: SendOptions & { wait: boolean },
-): Promise<number> {
+async function send(path: string, options: SendOptions & { wait: boolean }): Promise<number> {
+  const { api, total, wait } = options;
   const startedMs = performance.now();
-  const total = new Total();
   let failure: UploadFailed | null = null;
   let rejected: Rejected | null = null;
   try {
-    rejected = await (path === "-"
-      ? sendStream(api, options, total)
-      : sendFile(api, path, options, total));
-    if (options.wait && total.position) await api.waitUntilPosted(total.position);
+    rejected = await (path === "-" ? sendStream(options) : sendFile(path, options));
+    if (wait && total.position) await api.waitUntilPosted(total.position);
   } catch (error) {
     if (!(error instanceof UploadFailed)) throw error;
     failure = error;
+    say(failure.message);
+    if (path === "-")
+      say("stdin cannot be resumed: what the summary counts is stored, the rest is not");
   }
   const rejectedLines = rejected?.count() ?? 0;
-  if (failure) say(failure.message);
-  if (failure && path === "-")
-    say("stdin cannot be resumed: what the summary counts is stored, the rest is not");
-  if (rejected && rejectedLines > 0)
-    say(`${rejectedLines} lines were rejected: see ${rejected.path}`);
-  printSummary(path, total, performance.now() - startedMs, {
-    isStopped: failure !== null,
-    isPosted: options.wait && !failure,
-  });
+  if (rejectedLines > 0) say(`${rejectedLines} lines were rejected: see ${rejected?.path}`);
+  const summary = summarize(path, total, performance.now() - startedMs);
+  if (failure) print(`stopped: ${summary}`);
+  else print(wait ? `${summary}; all of it is in the ledger` : summary);
   if (failure) return failure.isDenied ? 2 : 3;
   return total.rejected > 0 || rejectedLines > 0 ? 1 : 0;
 }
 
-function printSummary(
-  path: string,
-  { accepted, rejected, bytes, knownBytes, knownLines }: Total,
-  ms: number,
-  { isStopped, isPosted }: { isStopped: boolean; isPosted: boolean },
-): void {
+function summarize(path: string, total: Total, ms: number): string {
+  const { accepted, rejected, bytes, knownBytes, knownLines } = total;
   const known = knownBytes ? `; already there: ${knownBytes} bytes (${knownLines} lines)` : "";
-  print(
-    `${isStopped ? "stopped: " : ""}sent ${accepted} events (${rejected} rejected) from ` +
-      `${path === "-" ? "stdin" : path}: ${bytes} bytes in ${(ms / 1000).toFixed(1)} s, ` +
-      `${Math.round((1000 * accepted) / ms)} events/s${known}${isPosted ? "; all of it is in the ledger" : ""}`,
+  return (
+    `sent ${accepted} events (${rejected} rejected) from ${path === "-" ? "stdin" : path}: ` +
+    `${bytes} bytes in ${(ms / 1000).toFixed(1)} s, ` +
+    `${Math.round((1000 * accepted) / ms)} events/s${known}`
   );
 }
 

@@ -1,23 +1,26 @@
 /**
- * The one table of settings, and the only reader of the environment and the command line. Settings are
+ * The table of settings, and the only reader of the environment and the command line. Settings are
  * checked once, when a program starts, and never change.
  */
 import { parseArgs } from "node:util";
 
 type Program = "app" | "processor" | "client";
 
-interface Setting<T, Default extends string | undefined, P extends Program> {
-  /** The programs that read it. */
-  programs: readonly P[];
-  default: Default;
-  /** What README and `--help` say of it. */
-  meaning: string;
-  /** What a valid value is, for the error message. */
+/** What a valid value is, for error messages, and how it is parsed: to `undefined` when it is invalid. */
+interface Kind<T> {
   requires: string;
-  /** The value, or `undefined` when the text is invalid. */
   parse(text: string): T | undefined;
-  /** Never show the text. */
-  secret?: true;
+  /** Its text is never shown. */
+  isSecret?: true;
+}
+
+interface Setting {
+  /** The programs that read it. */
+  programs: readonly Program[];
+  default?: string;
+  /** What README and `--help` say about it. */
+  meaning: string;
+  kind: Kind<unknown>;
 }
 
 const DEFAULT_SECRET = "secret";
@@ -26,168 +29,145 @@ const MIN_SECRET_LENGTH = 16;
 const SECRETS = ["AUTH_SECRET", "READ_SECRET", "JWT_SECRET"] as const;
 const LOG_LEVELS = ["debug", "info", "warn", "error", "fatal", "silent"] as const;
 
+const SECRET_LIST: Kind<string[]> = {
+  requires: "one or more secrets of printable ASCII without spaces",
+  parse: (text) => (/^[!-+\--~]+(,[!-+\--~]+)*$/.test(text) ? text.split(",") : undefined),
+};
+const ANY_TEXT = /^[^\0]+$/;
+const PROTOCOLS = { http: ["http:", "https:"], postgres: ["postgres:", "postgresql:"] };
+
 export const SETTINGS = {
-  PORT: setting({
+  PORT: {
     programs: ["app"],
     default: "8000",
     meaning: "port of the server; `0` picks a free one",
-    requires: "a whole number from 0 to 65535",
-    parse: (text) => parseWhole(text, 0, 65_535),
-  }),
-  HOST: setting({
+    kind: whole(0, 65_535, "a whole number from 0 to 65535"),
+  },
+  HOST: {
     programs: ["app"],
     default: "127.0.0.1",
     meaning: "address to bind; a non-loopback address requires your own AUTH_SECRET",
-    requires: "an address or a host name",
-    parse: (text) => (/^[\w.:%-]+$/.test(text) ? text : undefined),
-  }),
-  AUTH_SECRET: setting({
+    kind: textLike(/^[\w.:%-]+$/, "an address or a host name"),
+  },
+  AUTH_SECRET: {
     programs: ["app", "client"],
     default: DEFAULT_SECRET,
     meaning: "one or several, comma-separated; each grants write and read access",
-    requires: "one or more secrets of printable ASCII without spaces",
-    parse: parseSecrets,
-    secret: true,
-  }),
-  READ_SECRET: setting({
+    kind: secret(SECRET_LIST),
+  },
+  READ_SECRET: {
     programs: ["app"],
-    default: undefined,
     meaning: "one or several; each grants read access to balances and metrics",
-    requires: "one or more secrets of printable ASCII without spaces",
-    parse: parseSecrets,
-    secret: true,
-  }),
-  JWT_SECRET: setting({
+    kind: secret(SECRET_LIST),
+  },
+  JWT_SECRET: {
     programs: ["app"],
-    default: undefined,
     meaning: "accept tokens (JWT) signed with this secret, HS256",
-    requires: "a secret of printable ASCII",
-    parse: (text) => (/^[ -~]+$/.test(text) ? text : undefined),
-    secret: true,
-  }),
-  JWKS_URL: setting({
+    kind: secret(textLike(/^[ -~]+$/, "a secret of printable ASCII")),
+  },
+  JWKS_URL: {
     programs: ["app"],
-    default: undefined,
     meaning: "accept tokens signed with one of the keys at this URL: RS256, ES256 or EdDSA",
-    requires: "http://… or https://…",
-    parse: (text) => (hasProtocol(text, "http:", "https:") ? text : undefined),
-    secret: true, // its user or query may be one
-  }),
-  JWT_ISSUER: setting({
+    kind: secret(url("http", "http://… or https://…")), // its user or query may be one
+  },
+  JWT_ISSUER: {
     programs: ["app"],
-    default: undefined,
     meaning: "required `iss` of tokens",
-    requires: "text",
-    parse: (text) => text,
-  }),
-  JWT_AUDIENCE: setting({
+    kind: textLike(ANY_TEXT, "text"),
+  },
+  JWT_AUDIENCE: {
     programs: ["app"],
-    default: undefined,
     meaning: "required `aud` of tokens",
-    requires: "text",
-    parse: (text) => text,
-  }),
-  TLS_CERT: setting({
+    kind: textLike(ANY_TEXT, "text"),
+  },
+  TLS_CERT: {
     programs: ["app"],
-    default: undefined,
     meaning: "PEM file of the certificate and its chain, for HTTPS; reloaded on SIGHUP",
-    requires: "the path of a file",
-    parse: parsePath,
-  }),
-  TLS_KEY: setting({
+    kind: textLike(ANY_TEXT, "the path of a file"),
+  },
+  TLS_KEY: {
     programs: ["app"],
-    default: undefined,
     meaning: "PEM file of its key",
-    requires: "the path of a file",
-    parse: parsePath,
-  }),
-  DATA_DIR: setting({
+    kind: textLike(ANY_TEXT, "the path of a file"),
+  },
+  DATA_DIR: {
     programs: ["app", "processor"],
     default: "./data",
     meaning: "everything this program keeps on disk",
-    requires: "a path",
-    parse: parsePath,
-  }),
-  DATABASE_URL: setting({
+    kind: textLike(ANY_TEXT, "a path"),
+  },
+  DATABASE_URL: {
     programs: ["app", "processor"],
-    default: undefined,
     meaning: "a Postgres 13 or later; unset: an embedded Postgres under `DATA_DIR/postgres`",
-    requires: "postgres://USER:PASSWORD@HOST:PORT/DATABASE",
-    parse: (text) => (hasProtocol(text, "postgres:", "postgresql:") ? text : undefined),
-    secret: true,
-  }),
-  JOURNAL_SEGMENT_BYTES: setting({
+    kind: secret(url("postgres", "postgres://USER:PASSWORD@HOST:PORT/DATABASE")),
+  },
+  JOURNAL_SEGMENT_BYTES: {
     programs: ["app"],
     default: `${256 * 1024 * 1024}`,
     meaning: "size at which a journal file is full and the next one begins",
-    requires: "a whole number of bytes, 1 or more",
-    parse: (text) => parseWhole(text, 1, 10 ** 15 - 1),
-  }),
-  JOURNAL_KEEP_DAYS: setting({
+    kind: whole(1, 10 ** 15 - 1, "a whole number of bytes, 1 or more"),
+  },
+  JOURNAL_KEEP_DAYS: {
     programs: ["app", "processor"],
-    default: undefined,
     meaning: "delete full journal files that are older and fully posted; unset: never",
-    requires: "a number of days, 0 or more",
-    parse: (text) => (/^\d{1,5}(\.\d{1,6})?$/.test(text) ? Number(text) : undefined),
-  }),
-  ID_DAYS: setting({
+    kind: {
+      requires: "a number of days, 0 or more",
+      parse: (text) => (/^\d{1,5}(\.\d{1,6})?$/.test(text) ? Number(text) : undefined),
+    },
+  },
+  ID_DAYS: {
     programs: ["app", "processor"],
     default: "30",
     meaning: "how many days event ids are remembered",
-    requires: "a whole number from 1 to 36500",
-    parse: (text) => parseWhole(text, 1, 36_500),
-  }),
-  EVENT_TYPES: setting({
+    kind: whole(1, 36_500, "a whole number from 1 to 36500"),
+  },
+  EVENT_TYPES: {
     programs: ["app", "processor", "client"],
     default: "add_revenue:+,subtract_revenue:-",
     meaning:
       "event names, and whether they add (`+`), subtract (`-`) or do not count (`0`); a change holds for events posted from then on",
-    requires: "NAME:+, NAME:- or NAME:0, comma-separated, each name once",
-    parse(text) {
-      const names = text.split(",").map((part) => /^([\w.-]{1,64}):[+0-]$/.exec(part.trim())?.[1]);
-      return names.includes(undefined) || new Set(names).size < names.length ? undefined : text;
+    kind: {
+      requires: "NAME:+, NAME:- or NAME:0, comma-separated, each name once",
+      parse(text) {
+        const parts = text
+          .split(",")
+          .map((part) => /^([\w.-]{1,64}):[+0-]$/.exec(part.trim())?.[1]);
+        return parts.includes(undefined) || new Set(parts).size < parts.length ? undefined : text;
+      },
     },
-  }),
-  EVENT_SCHEMA: setting({
+  },
+  EVENT_SCHEMA: {
     programs: ["app"],
-    default: undefined,
     meaning: "a JSON Schema (2020-12) file that every event must also satisfy",
-    requires: "the path of a file",
-    parse: parsePath,
-  }),
-  LOG_LEVEL: setting({
+    kind: textLike(ANY_TEXT, "the path of a file"),
+  },
+  LOG_LEVEL: {
     programs: ["app", "processor"],
     default: "info",
     meaning: LOG_LEVELS.map((level) => `\`${level}\``).join(", "),
-    requires: `one of ${LOG_LEVELS.join(", ")}`,
-    parse: (text) => LOG_LEVELS.find((level) => level === text),
-  }),
-  SERVER_URL: setting({
+    kind: {
+      requires: `one of ${LOG_LEVELS.join(", ")}`,
+      parse: (text) => LOG_LEVELS.find((level) => level === text),
+    },
+  },
+  SERVER_URL: {
     programs: ["client"],
     default: "http://127.0.0.1:8000",
     meaning: "where the client sends",
-    requires: "http://HOST:PORT or https://HOST:PORT",
-    parse: (text) => (hasProtocol(text, "http:", "https:") ? text.replace(/\/+$/, "") : undefined),
-  }),
-  AUTH_TOKEN: setting({
+    kind: url("http", "http://HOST:PORT or https://HOST:PORT"),
+  },
+  AUTH_TOKEN: {
     programs: ["client"],
-    default: undefined,
     meaning: "a token that the client presents instead of AUTH_SECRET",
-    requires: "printable ASCII without spaces",
-    parse: (text) => (/^[!-~]+$/.test(text) ? text : undefined),
-    secret: true,
-  }),
-};
+    kind: secret(textLike(/^[!-~]+$/, "printable ASCII without spaces")),
+  },
+} as const satisfies Record<string, Setting>;
 
 type Table = typeof SETTINGS;
 export type SettingName = keyof Table;
+type Value<S extends Setting> =
+  NonNullable<ReturnType<S["kind"]["parse"]>> | (S extends { default: string } ? never : undefined);
 export type Settings<Name extends SettingName> = { readonly [N in Name]: Value<Table[N]> };
-type Value<S> =
-  S extends Setting<infer T, infer Default, Program>
-    ? Default extends string
-      ? T
-      : T | undefined
-    : never;
 /** The settings that a program reads. */
 export type SettingsOf<P extends Program> = Settings<
   { [N in SettingName]: P extends Table[N]["programs"][number] ? N : never }[SettingName]
@@ -204,15 +184,13 @@ export function readSettings<Name extends SettingName>(
   const invalid: string[] = [];
   const settings: Record<string, unknown> = {};
   for (const name of names) {
-    const setting: Setting<unknown, string | undefined, Program> = SETTINGS[name];
-    const text = env[name] || setting.default;
-    settings[name] = text === undefined ? undefined : setting.parse(text);
-    if (text !== undefined && settings[name] === undefined)
-      invalid.push(
-        `${name} is ${setting.secret ? "invalid" : `"${text}"`}: use ${setting.requires}`,
-      );
+    const { default: fallback, kind }: Setting = SETTINGS[name];
+    const text = env[name] || fallback;
+    settings[name] = text === undefined ? undefined : kind.parse(text);
+    if (text === undefined || settings[name] !== undefined) continue;
+    invalid.push(`${name} is ${kind.isSecret ? "invalid" : `"${text}"`}: use ${kind.requires}`);
   }
-  invalid.push(...checkTogether(settings as Partial<Settings<SettingName>>));
+  invalid.push(...checkTogether(settings));
   return { settings: Object.freeze(settings) as Settings<Name>, invalid };
 }
 
@@ -236,14 +214,12 @@ function checkTogether(settings: Partial<Settings<SettingName>>): string[] {
   return invalid;
 }
 
-/** The settings for a log: of a secret only whether it is set. */
+/** The settings for a log. Of a secret, it shows only whether it is set. */
 export function maskSettings(settings: Partial<Settings<SettingName>>): Record<string, unknown> {
-  return Object.fromEntries(
-    Object.entries(settings).map(([name, value]) => {
-      const isHidden = "secret" in SETTINGS[name as SettingName] && value !== undefined;
-      return [name, isHidden ? "(set)" : value];
-    }),
-  );
+  const masked: Record<string, unknown> = { ...settings };
+  for (const name of Object.keys(settings) as SettingName[])
+    if (settings[name] && "isSecret" in SETTINGS[name].kind) masked[name] = "(set)";
+  return masked;
 }
 
 /** What a setting refers to cannot be used. Ends a start with exit code 2, as an invalid setting does. */
@@ -302,18 +278,13 @@ function readArguments({ options, maxFiles }: Command<Program>) {
     const { bare } = options[arg.slice(2)] ?? {};
     return bare && arg.startsWith("--") ? `${arg}=${bare}` : arg;
   });
+  const known = { ...options, help: { type: "boolean" } } as const;
   try {
-    const { values, positionals: files } = parseArgs({
-      args,
-      options: { ...options, help: { type: "boolean" } },
-      allowPositionals: true,
-    });
-    const tooMany = `too many arguments: found ${files.length}, at most ${maxFiles} allowed`;
-    return {
-      options: values as Options,
-      files,
-      misuse: files.length > maxFiles ? tooMany : null,
-    };
+    const found = parseArgs({ args, options: known, allowPositionals: true });
+    const { values, positionals: files } = found;
+    if (files.length > maxFiles)
+      throw new Error(`too many arguments: found ${files.length}, at most ${maxFiles} allowed`);
+    return { options: values as Options, files, misuse: "" };
   } catch (error) {
     const [misuse = ""] = (error as Error).message.split(". ");
     return { options: {} as Options, files: [], misuse };
@@ -337,7 +308,7 @@ function help(command: Command<Program>): string {
     "",
     "settings (environment, or a .env file):",
     ...settingsOf(command).map((name) => {
-      const { default: fallback, meaning } = SETTINGS[name];
+      const { default: fallback, meaning }: Setting = SETTINGS[name];
       return `  ${name.padEnd(22)} ${meaning} (default: ${fallback ?? "unset"})`;
     }),
     "",
@@ -351,26 +322,24 @@ export function isLoopback(host: string): boolean {
   return /^(localhost|127(\.\d{1,3}){3}|::1|\[::1\])$/i.test(host);
 }
 
-function parseWhole(text: string, min: number, max: number): number | undefined {
-  const value = /^\d{1,15}$/.test(text) ? Number(text) : Number.NaN;
-  return value >= min && value <= max ? value : undefined;
+function whole(min: number, max: number, requires: string): Kind<number> {
+  const parse = (text: string) => {
+    const value = /^\d{1,15}$/.test(text) ? Number(text) : Number.NaN;
+    return value >= min && value <= max ? value : undefined;
+  };
+  return { requires, parse };
 }
 
-function parseSecrets(text: string): string[] | undefined {
-  return /^[!-+\--~]+(,[!-+\--~]+)*$/.test(text) ? text.split(",") : undefined;
+function textLike(pattern: RegExp, requires: string): Kind<string> {
+  return { requires, parse: (text) => (pattern.test(text) ? text : undefined) };
 }
 
-function parsePath(text: string): string | undefined {
-  return text.includes("\0") ? undefined : text;
+function url(protocol: keyof typeof PROTOCOLS, requires: string): Kind<string> {
+  const isValid = (text: string) =>
+    URL.canParse(text) && PROTOCOLS[protocol].includes(new URL(text).protocol);
+  return { requires, parse: (text) => (isValid(text) ? text : undefined) };
 }
 
-function hasProtocol(text: string, ...protocols: string[]): boolean {
-  return URL.canParse(text) && protocols.includes(new URL(text).protocol);
-}
-
-/** Infers the types of a row of the table. */
-function setting<T, Default extends string | undefined, const P extends Program>(
-  setting: Setting<T, Default, P>,
-): Setting<T, Default, P> {
-  return setting;
+function secret<T>(kind: Kind<T>): Kind<T> & { isSecret: true } {
+  return { ...kind, isSecret: true };
 }

@@ -1,9 +1,9 @@
 /**
- * What a command tells the person who runs it: results on stdout, all else on stderr, and the progress
- * of long work as a bar on a terminal, else a line now and then.
+ * What a command shows to the person who runs it: results on stdout and everything else on stderr. Long
+ * work shows its progress: a bar on a terminal, otherwise a line every few seconds.
  */
 
-// Loaded only where a bar is shown: it took a sixth of a client's start.
+// Loaded only when a bar is shown: it took a sixth of a client's start.
 const bars = process.stderr.isTTY ? await import("cli-progress") : null;
 
 const REPORT_MS = 5_000;
@@ -18,44 +18,40 @@ export function print(line: string): void {
   process.stdout.write(`${line}\n`);
 }
 
-export interface Progress {
-  /** `bytes` of the total are done, `events` events of them since the start where these are counted. */
-  update(bytes: number, events?: number): void;
-  stop(): void;
-}
+export type Progress = ReturnType<typeof showProgress>;
 
-export function showProgress(what: string, totalBytes: number, fromBytes: number): Progress {
+/** Shows the progress of `what`, which has `totalBytes` and begins at byte `fromBytes`. */
+export function showProgress(what: string, totalBytes: number, fromBytes: number) {
   const startedMs = performance.now();
-  const rate = (events: number) =>
-    Math.round(events / Math.max(0.001, (performance.now() - startedMs) / 1000));
-
-  if (bars) {
-    const bar = new bars.SingleBar({
+  let reportedMs = startedMs;
+  const bar =
+    bars &&
+    new bars.SingleBar({
       stream: process.stderr,
       format: `${what} {bar} {percentage}% | {rate} events/s | {left} left`,
       hideCursor: true,
       clearOnComplete: true,
     });
-    bar.start(totalBytes, fromBytes, { rate: 0, left: "…" });
-    return {
-      update(bytes, events = 0) {
-        const elapsedMs = performance.now() - startedMs;
+  bar?.start(totalBytes, fromBytes, { rate: 0, left: "…" });
+
+  return {
+    /** `bytes` of the total are done, and `events` events since the start, if they are counted. */
+    update(bytes: number, events = 0): void {
+      const nowMs = performance.now();
+      const elapsedMs = nowMs - startedMs;
+      const rate = Math.round(events / Math.max(0.001, elapsedMs / 1000));
+      if (bar && bars) {
         const leftMs = (elapsedMs * (totalBytes - bytes)) / Math.max(1, bytes - fromBytes);
         const left = bars.Format.TimeFormat(Math.round(leftMs / 1000), { autopaddingChar: "" }, 1);
-        bar.update(bytes, { rate: rate(events).toLocaleString("en"), left });
-      },
-      stop: () => bar.stop(),
-    };
-  }
-
-  let reportedMs = startedMs;
-  return {
-    update(bytes, events = 0) {
-      if (performance.now() - reportedMs < REPORT_MS) return;
-      reportedMs = performance.now();
-      const percent = Math.floor((100 * bytes) / Math.max(1, totalBytes, bytes)); // the file may have grown
-      say(`${what}: ${percent}%, ${events} events, ${rate(events)} events/s`);
+        bar.update(bytes, { rate: rate.toLocaleString("en"), left });
+      } else if (nowMs - reportedMs >= REPORT_MS) {
+        reportedMs = nowMs;
+        const percent = Math.floor((100 * bytes) / Math.max(1, totalBytes, bytes)); // the file may have grown
+        say(`${what}: ${percent}%, ${events} events, ${rate} events/s`);
+      }
     },
-    stop() {},
+    stop(): void {
+      bar?.stop();
+    },
   };
 }

@@ -1,57 +1,50 @@
 /**
- * Waits for a file to change without asking all the time: the operating system says so (measured:
- * 1 ms), and a slow look now and then covers file systems that say nothing (network, some mounts).
+ * Waits for changes in a directory without busy polling. The operating system reports a change within
+ * about 1 ms (measured). A slow poll covers file systems that report nothing (network, some mounts).
  */
 import { watch } from "node:fs";
 
-const LOOK_ANYWAY_MS = 1000;
-/** Bun's watch swallows a change within 2 ms of another (198 of 300 tries): look once more. */
-const LOOK_AGAIN_MS = 5;
-const WITHOUT_WATCH_MS = 50;
+const POLL_MS = 1000;
+/** Bun's watch drops a change within 2 ms of another one (198 of 300 tries), so a change is followed up. */
+const FOLLOW_UP_MS = 5;
+const POLL_WITHOUT_WATCH_MS = 50;
 
-export interface DirectoryWatch {
-  /** Returns when something in the directory changed since the last call, or after a second. */
-  next(): Promise<void>;
-  close(): void;
-}
+export type DirectoryWatch = ReturnType<typeof watchDirectory>;
 
-export function watchDirectory(directory: string): DirectoryWatch {
-  let dirty = true;
-  let lookAgain = false;
-  let wake: (() => void) | null = null;
-  let waitMs = LOOK_ANYWAY_MS;
-  const noWatch = () => {
-    waitMs = WITHOUT_WATCH_MS;
-  };
+export function watchDirectory(directory: string) {
+  let hasChanged = true;
+  let followsUp = false;
+  let wake = () => {};
+  let pollMs = POLL_MS;
   let watcher: ReturnType<typeof watch> | null = null;
+  const pollInstead = () => void (pollMs = POLL_WITHOUT_WATCH_MS);
   try {
     watcher = watch(directory, () => {
-      dirty = true;
-      wake?.();
+      hasChanged = true;
+      wake();
     });
-    watcher.on("error", noWatch);
+    watcher.on("error", pollInstead);
   } catch {
-    noWatch(); // out of inotify watches
+    pollInstead(); // no inotify watch left
   }
 
   return {
-    async next() {
-      if (!dirty) {
-        await new Promise<void>((resolve) => {
-          const timer = setTimeout(resolve, lookAgain ? LOOK_AGAIN_MS : waitMs);
-          wake = () => {
-            clearTimeout(timer);
-            resolve();
-          };
-        });
-        wake = null;
+    /** Returns when the directory may have changed since the last call: after a second at the latest. */
+    async next(): Promise<void> {
+      if (!hasChanged) {
+        const { promise, resolve } = Promise.withResolvers<void>();
+        const timer = setTimeout(resolve, followsUp ? FOLLOW_UP_MS : pollMs);
+        wake = resolve;
+        await promise;
+        clearTimeout(timer);
       }
-      lookAgain = dirty;
-      dirty = false;
+      followsUp = hasChanged;
+      hasChanged = false;
     },
-    close: () => {
+    /** Ends the watch; a call that is waiting returns at once. */
+    close(): void {
       watcher?.close();
-      wake?.();
+      wake();
     },
   };
 }

@@ -13,7 +13,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
-import type { Chunk } from "./chunks.ts";
+import { type Chunk, digestAt } from "./chunks.ts";
 
 const ANSWER_TIMEOUT_MS = 60_000;
 const MIN_PAUSE_MS = 100;
@@ -26,18 +26,18 @@ const DENIED: Record<number, string> = {
 };
 const TRANSIENT = new Set([408, 425, 429, 500, 502, 503, 504, 507]);
 
-/** What the server says of the lines of a chunk. */
+/** What the server says about the lines of a chunk. */
 export interface LineCounts {
   accepted: number;
   rejected: number;
   errors: { line: number; message: string }[];
 }
 
-/** How much of a source is stored. As an answer to a chunk, it also says what its lines are. */
+/** How much of a source is stored. In an answer to a chunk, also which of its lines are valid. */
 export interface SourceState {
   offset: number;
   digest: string;
-  /** The journal position before which all of that is. */
+  /** The journal position behind everything stored of the source. */
   position: string;
   lines: LineCounts | null;
 }
@@ -47,7 +47,7 @@ export interface Stored extends LineCounts {
   position: string;
 }
 
-/** The upload failed for good. `isDenied`: because of the credential. */
+/** The upload failed for good; with `isDenied`, because of the credential. */
 export class UploadFailed extends Error {
   constructor(
     message: string,
@@ -57,14 +57,7 @@ export class UploadFailed extends Error {
   }
 }
 
-export interface Api {
-  /** The state of a source, or `null` when nothing of it is stored. */
-  state(source: string): Promise<SourceState | null>;
-  /** Sends a chunk. Returns Stored once it is on the server's disk, or the state of a source that is elsewhere. */
-  send(source: string, chunk: Chunk): Promise<Stored | SourceState>;
-  /** Returns once the ledger has posted `position`. */
-  waitUntilPosted(position: string): Promise<void>;
-}
+export type Api = ReturnType<typeof openApi>;
 
 interface ApiOptions {
   serverUrl: string;
@@ -85,40 +78,41 @@ interface Answer {
 }
 
 /** Every call throws UploadFailed when it fails for good. */
-export function openApi({ serverUrl, credential, retryMs, say, stop }: ApiOptions): Api {
-  const authorization = `Bearer ${credential}`;
-  const shownUrl = serverUrl.replace(/\/\/[^/@]*@/, "//"); // it may hold a password
+export function openApi({ serverUrl, credential, retryMs, say, stop }: ApiOptions) {
+  const baseUrl = serverUrl.replace(/\/+$/, "");
+  const shownUrl = baseUrl.replace(/\/\/[^/@]*@/, "//"); // it may hold a password
+  return { state, send, waitUntilPosted };
 
-  return {
-    async state(source) {
-      const answer = await request(`/sources/${encodeURIComponent(source)}`, { method: "HEAD" });
-      if (answer.status === 404) return null;
-      return stateOf(answer) ?? fail(answer);
-    },
-    async send(source, chunk) {
-      const path = `/sources/${encodeURIComponent(source)}?errors=${MAX_LISTED_ERRORS}`;
-      const answer = await request(path, {
-        method: "PATCH",
-        headers: {
-          "content-type": "application/x-ndjson",
-          "upload-offset": `${chunk.from}`,
-          "source-digest": chunk.digest,
-        },
-        body: chunk.bytes as Uint8Array<ArrayBuffer>,
-      });
-      if (answer.status === 409) return stateOf(answer) ?? fail(answer);
-      if (answer.status !== 200) return fail(answer);
-      const stored = answer.body as Partial<Stored> | null;
-      if (!Array.isArray(stored?.errors))
-        throw new UploadFailed(`${shownUrl} is not a Daybook server`);
-      return stored as Stored;
-    },
-    async waitUntilPosted(position) {
-      // Any user will do, an unknown one too: either answer comes only after the position is posted.
-      const answer = await request(`/userEvents/-?after=${encodeURIComponent(position)}`, {});
-      if (answer.status !== 200 && answer.status !== 404) fail(answer);
-    },
-  };
+  /** The state of a source, or `null` when nothing of it is stored. */
+  async function state(source: string): Promise<SourceState | null> {
+    const answer = await request(`/sources/${encodeURIComponent(source)}`, { method: "HEAD" });
+    return answer.status === 404 ? null : stateIn(answer);
+  }
+
+  /** Sends a chunk. Returns Stored once it is on the server's disk, or the state of a source that is elsewhere. */
+  async function send(source: string, chunk: Chunk): Promise<Stored | SourceState> {
+    const path = `/sources/${encodeURIComponent(source)}?errors=${MAX_LISTED_ERRORS}`;
+    const headers = {
+      "content-type": "application/x-ndjson",
+      "upload-offset": `${chunk.start.offset}`,
+      "source-digest": digestAt(chunk.end),
+    };
+    const body = chunk.bytes as Uint8Array<ArrayBuffer>;
+    const answer = await request(path, { method: "PATCH", headers, body });
+    if (answer.status === 409) return stateIn(answer);
+    if (answer.status !== 200) throw failure(answer);
+    const stored = answer.body as Partial<Stored> | null;
+    if (!Array.isArray(stored?.errors))
+      throw new UploadFailed(`${shownUrl} is not a Daybook server`);
+    return stored as Stored;
+  }
+
+  /** Returns once the ledger has posted `position`. */
+  async function waitUntilPosted(position: string): Promise<void> {
+    // Any user will do, even an unknown one: the server answers only after the position is posted.
+    const answer = await request(`/userEvents/-?after=${encodeURIComponent(position)}`, {});
+    if (answer.status !== 200 && answer.status !== 404) throw failure(answer);
+  }
 
   async function request(path: string, init: RequestInit): Promise<Answer> {
     const deadlineMs = performance.now() + retryMs;
@@ -140,9 +134,9 @@ export function openApi({ serverUrl, credential, retryMs, say, stop }: ApiOption
   /** An answer, or why there is none that counts and how long the server asks to wait. */
   async function attempt(path: string, init: RequestInit) {
     try {
-      const response = await fetch(serverUrl + path, {
+      const response = await fetch(baseUrl + path, {
         ...init,
-        headers: { authorization, ...(init.headers as Record<string, string>) },
+        headers: { ...init.headers, authorization: `Bearer ${credential}` },
         signal: AbortSignal.timeout(ANSWER_TIMEOUT_MS),
         redirect: "manual",
       });
@@ -158,8 +152,19 @@ export function openApi({ serverUrl, credential, retryMs, say, stop }: ApiOption
     }
   }
 
-  function fail(answer: Answer): never {
-    throw new UploadFailed(describe(answer), answer.status === 401 || answer.status === 403);
+  /** The state of a source in an answer. */
+  function stateIn(answer: Answer): SourceState {
+    const { headers, body } = answer;
+    const offset = headers.get("upload-offset");
+    if (offset === null) throw failure(answer);
+    const digest = headers.get("source-digest") ?? "";
+    const position = headers.get("journal-position") ?? "";
+    const { lines = null } = (body ?? {}) as Partial<SourceState>;
+    return { offset: Number(offset), digest, position, lines };
+  }
+
+  function failure(answer: Answer): UploadFailed {
+    return new UploadFailed(describe(answer), answer.status in DENIED);
   }
 
   function describe({ status, body }: Answer): string {
@@ -177,13 +182,4 @@ function parse(text: string): unknown {
   } catch {
     return null;
   }
-}
-
-function stateOf({ headers, body }: Answer): SourceState | null {
-  const offset = headers.get("upload-offset");
-  if (offset === null) return null;
-  const digest = headers.get("source-digest") ?? "";
-  const position = headers.get("journal-position") ?? "";
-  const { lines = null } = (body ?? {}) as Partial<Pick<SourceState, "lines">>;
-  return { offset: Number(offset), digest, position, lines };
 }

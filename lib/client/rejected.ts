@@ -1,8 +1,8 @@
 /**
  * FILE.rejected.jsonl: the lines of FILE that the server rejected, each with its number, the offset at
- * which it begins, and the reason. No line is in it twice, whatever crashed: the lines of a chunk are
- * written before the next chunk is sent. So only those of the last chunk can be missing, and the
- * offset says which are there.
+ * which it begins, and the reason. No line is in it twice, whatever crashed: the rejected lines of a
+ * chunk are written before the next chunk is sent. So only those of the last chunk can be missing, and
+ * the offsets tell which.
  */
 import { appendFileSync, existsSync, rmSync, truncateSync } from "node:fs";
 
@@ -10,55 +10,49 @@ import { eachLine, readBlocks, readFile, SHOWN_BYTES } from "../event/lines.ts";
 import type { LineCounts } from "./api.ts";
 import { type Chunk, CHUNK_BYTES } from "./chunks.ts";
 
-export interface Rejected {
-  readonly path: string;
-  /** How many lines are in the file. */
-  count(): number;
-  /** Adds what the server said of a chunk. */
-  add(chunk: Chunk, errors: LineCounts["errors"]): void;
-}
+export type Rejected = Awaited<ReturnType<typeof openRejected>>;
 
 /**
- * Opens the file for a source that is stored up to `offset`, and deletes what it says from there on.
- * With `isOwner` false, another client of the same file writes it, and this one only counts.
+ * Opens the file for a source that is stored up to `offset`, and deletes its records from there on. With
+ * `isOwner` false, another client writes the file, and this one only counts.
  */
 export async function openRejected(
   path: string,
   { offset, isOwner, say }: { offset: number; isOwner: boolean; say(line: string): void },
-): Promise<Rejected> {
-  let count = 0;
-  let lastOffset = -1;
+) {
   let isKept = isOwner;
-  // A bad line harms no other line: where it cannot be kept, the good ones are sent all the same.
+  // A bad line harms no other line: if it cannot be kept, the good lines are sent all the same.
   const stopKeeping = (error: unknown) => {
     isKept = false;
     say(`cannot write rejected lines: ${(error as Error).message}; they are only counted`);
   };
+  const records = { count: 0, bytes: 0, lastOffset: -1 };
   try {
-    const valid = await readValid(path, offset);
-    ({ count, lastOffset } = valid);
-    if (isOwner && valid.bytes === 0) rmSync(path, { force: true });
-    else if (isOwner) truncateSync(path, valid.bytes);
+    await readRecords(path, offset, records);
+    if (isOwner && records.bytes === 0) rmSync(path, { force: true });
+    else if (isOwner) truncateSync(path, records.bytes);
   } catch (error) {
     stopKeeping(error);
   }
 
   return {
     path,
-    count: () => count,
-    add(chunk, errors) {
-      if (chunk.tooLong === "further part" || errors.length === 0) return;
+    /** How many lines are in the file. */
+    count: () => records.count,
+    /** Adds the lines of a chunk that the server rejected. */
+    add({ bytes, start, tooLong }: Chunk, errors: LineCounts["errors"]): void {
+      if (tooLong === "further part" || errors.length === 0) return;
       const messages = new Map(errors.map(({ line, message }) => [line, message]));
       let text = "";
-      eachLine(chunk.bytes, (line, index, number) => {
+      eachLine(bytes, (line, index, number) => {
         const message = messages.get(number);
-        const at = chunk.from + index;
-        if (message === undefined || at <= lastOffset) return;
+        const at = start.offset + index;
+        if (message === undefined || at <= records.lastOffset) return;
         const shown = Buffer.from(line.subarray(0, SHOWN_BYTES)).toString();
-        const record = { line: chunk.firstLine + number - 1, at, message, text: shown };
+        const record = { line: start.line + number - 1, at, message, text: shown };
         text += `${JSON.stringify(record)}\n`;
-        lastOffset = at;
-        count++;
+        records.lastOffset = at;
+        records.count++;
       });
       try {
         if (text && isKept) appendFileSync(path, text);
@@ -69,30 +63,31 @@ export async function openRejected(
   };
 }
 
-/** The records that hold for what is before `offset`: how many, their bytes, and the last one's offset. */
-async function readValid(path: string, offset: number) {
-  const valid = { count: 0, bytes: 0, lastOffset: -1 };
-  if (!existsSync(path)) return valid;
+/** Adds up the records at `path` whose lines begin before `offset`: those up to the first one that is not valid. */
+async function readRecords(
+  path: string,
+  offset: number,
+  records: { count: number; bytes: number; lastOffset: number },
+): Promise<void> {
+  if (!existsSync(path)) return;
   let isValid = true;
-  for await (const block of readBlocks(readFile(Bun.file(path)), 0, CHUNK_BYTES)) {
+  for await (const block of readBlocks(readFile(Bun.file(path)), 0, CHUNK_BYTES))
     eachLine(block.bytes, (line, _index, _number, next) => {
-      const at = block.whole ? recordedOffset(line) : null;
-      isValid &&= at !== null && at < offset;
+      const at = block.whole ? recordedOffset(line) : Infinity;
+      isValid &&= at < offset;
       if (!isValid) return;
-      valid.count++;
-      valid.bytes = block.from + next;
-      valid.lastOffset = at as number;
+      records.count++;
+      records.bytes = block.from + next;
+      records.lastOffset = at;
     });
-    if (!isValid) break;
-  }
-  return valid;
 }
 
-function recordedOffset(line: Uint8Array): number | null {
+/** The offset in a record, or infinity if a crash cut the record short. */
+function recordedOffset(line: Uint8Array): number {
   try {
     const { at } = JSON.parse(Buffer.from(line).toString()) as { at?: unknown };
-    return typeof at === "number" ? at : null;
+    return typeof at === "number" ? at : Infinity;
   } catch {
-    return null; // torn by a crash
+    return Infinity;
   }
 }

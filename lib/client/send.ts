@@ -13,13 +13,22 @@ import { isText, MAX_SOURCE_BYTES } from "../event/event.ts";
 import { matchGenerations } from "../event/generations.ts";
 import { type Read, readHandle, readStream } from "../event/lines.ts";
 import { type Lock, tryLock } from "../lock.ts";
-import { say, showProgress } from "../progress.ts";
+import { type Progress, say, showProgress } from "../progress.ts";
 import { type DirectoryWatch, watchDirectory } from "../watch.ts";
-import { type Api, type LineCounts, type SourceState, type Stored, UploadFailed } from "./api.ts";
-import { type Chunk, lastChunk, type Place, readChunks, startOfSource } from "./chunks.ts";
+import { type Api, type SourceState, type Stored, UploadFailed } from "./api.ts";
+import {
+  type Chunk,
+  countLines,
+  digestAt,
+  lastChunk,
+  type Place,
+  readChunks,
+  startOfSource,
+} from "./chunks.ts";
 import { openRejected, type Rejected } from "./rejected.ts";
 
 export interface SendOptions {
+  api: Api;
   /** The name of the source. */
   name: string;
   /** Send the whole file once more. */
@@ -27,6 +36,8 @@ export interface SendOptions {
   /** Keep sending as the file grows, until `stop`. */
   follow: boolean;
   stop: AbortSignal;
+  /** Adds up what is sent. */
+  total: Total;
 }
 
 /** What has been sent, for the summary. */
@@ -37,42 +48,39 @@ export class Total {
   /** Bytes and lines that the server had stored before. */
   knownBytes = 0;
   knownLines = 0;
-  /** The journal position before which everything is. */
+  /** The journal position behind all of it. */
   position = "";
 
-  add(chunk: Chunk, { accepted, rejected, position }: Omit<Stored, "errors">): void {
+  add({ start, end, tooLong }: Chunk, { accepted, rejected, position }: Stored): void {
     this.accepted += accepted;
-    if (chunk.tooLong !== "further part") this.rejected += rejected;
-    this.bytes += chunk.to - chunk.from;
+    if (tooLong !== "further part") this.rejected += rejected;
+    this.bytes += end.offset - start.offset;
     this.position = position || this.position;
   }
 
   skip(from: Place, to: Place): void {
     this.knownBytes += to.offset - from.offset;
-    this.knownLines += to.line - from.line + (to.lineFrom < to.offset ? 1 : 0);
+    this.knownLines += countLines(from, to);
   }
 }
 
 /** Sends what of the file at `path` is not stored yet; with `follow`, also what it grows by. */
-export async function sendFile(
-  api: Api,
-  path: string,
-  options: SendOptions,
-  total: Total,
-): Promise<Rejected> {
+export async function sendFile(path: string, options: SendOptions): Promise<Rejected> {
   const lockPath = lockPathOf(path);
   const lock = lockOrNull(lockPath);
   if (!lock) say(`${path}: another client sends it too, and keeps the rejected lines`);
   const { follow, stop } = options;
   const watch = follow ? watchDirectory(dirname(path)) : null;
   stop.addEventListener("abort", () => watch?.close());
-  const upload: Upload = { api, path, options, total, watch, isOwner: lock !== null };
   try {
-    for (let again = options.again; ; again = false) {
-      // A rotation takes the file away for a moment.
+    for (let { again } = options; ; again = false) {
+      // A rotation leaves no file of this name for a moment.
       while (watch && !stop.aborted && !existsSync(path)) await watch.next();
-      await using file = await openFile(path);
-      const rejected = await sendOpened(upload, file, again);
+      await using file = await open(path).catch((error: Error) => {
+        throw new UploadFailed(`cannot read ${path}: ${error.message}`);
+      });
+      const isOwner = lock !== null;
+      const rejected = await sendOpened(file, { ...options, path, again, watch, isOwner });
       if (rejected) return rejected;
     }
   } finally {
@@ -82,82 +90,72 @@ export async function sendFile(
 }
 
 /** Sends standard input: a source of its own, which nobody can resume later. */
-export async function sendStream(
-  api: Api,
-  { name, stop }: SendOptions,
-  total: Total,
-): Promise<Rejected> {
+export async function sendStream(options: SendOptions): Promise<Rejected> {
   say("stdin cannot be resumed after a crash: there is no record of how much was sent");
   const rejected = await openRejected("stdin.rejected.jsonl", { offset: 0, isOwner: true, say });
-  const start = startOfSource();
+  const read = readStream(Bun.stdin.stream());
+  const upload = { ...options, source: options.name, read, rejected, progress: null };
   const leftOver = (line: number) =>
     say(`stdin: line ${line} has no newline and is not a complete event: not sent`);
-  const chunks = readChunks(readStream(Bun.stdin.stream()), start, { isFinal: true, leftOver });
-  const { conflict } = await sendChunks(api, name, {
-    ...{ chunks, start, stop },
-    stored(chunk, answer) {
-      rejected.add(chunk, answer.errors);
-      total.add(chunk, answer);
-    },
-  });
-  if (conflict) throw new UploadFailed(`another client sends the source ${name}`);
+  const { conflict } = await sendChunks(upload, startOfSource(), { isFinal: true, leftOver });
+  if (conflict) throw new UploadFailed(`another client sends the source ${options.name}`);
   return rejected;
 }
 
-/** A file that is being sent. */
-interface Upload {
-  api: Api;
+interface FileOptions extends SendOptions {
   path: string;
-  options: SendOptions;
-  total: Total;
   watch: DirectoryWatch | null;
   /** Whether this client writes the rejected lines. */
   isOwner: boolean;
 }
 
+/** A source that is being sent. */
+interface Upload {
+  api: Api;
+  source: string;
+  read: Read;
+  rejected: Rejected;
+  total: Total;
+  progress: Progress | null;
+  stop: AbortSignal;
+}
+
 /**
- * Sends the opened file to its end, even if another file has its name by then. Returns `null` when it
- * has to be found out what the file is now: it was replaced, cut short, or stored otherwise.
+ * Sends the opened file to its end, even if another file has its name by then. Returns `null` when the
+ * caller has to open the path again: the file was replaced or truncated, or its source has other bytes.
  */
-async function sendOpened(
-  { api, path, options, total, watch, isOwner }: Upload,
-  file: FileHandle,
-  again: boolean,
-): Promise<Rejected | null> {
-  const { name, follow, stop } = options;
+async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejected | null> {
+  const { path, follow, stop, watch, isOwner, total } = options;
   const read = readHandle(file);
   const { size } = await file.stat();
-  const { source, state } = await findSource(api, { name, again, read, size });
+  const { source, state } = await findSource(options, read, size);
   const { chunk, end: start } = await lastChunk(read, state?.offset ?? 0);
+  if (state && start.offset < state.offset) return null;
   const rejectedPath = `${path}.rejected.jsonl`;
   const rejected = await openRejected(rejectedPath, { offset: start.offset, isOwner, say });
-  // The client that sent it may have died before it noted what was rejected: only the server knows.
-  if (chunk && state) await recoverRejected(api, source, chunk, rejected);
-  total.skip(startOfSource(), start);
-  total.position ||= state?.position ?? "";
   const progress = showProgress(basename(path), size, start.offset);
-  const stored = (chunk: Chunk, answer: Stored) => {
-    rejected.add(chunk, answer.errors);
-    total.add(chunk, answer);
-    progress.update(chunk.to, total.accepted);
-  };
+  const upload = { ...options, source, read, rejected, progress };
   const leftOver = (line: number) => {
     if (!follow)
       say(`${path}: line ${line} has no newline and is no event yet: left for the next run`);
   };
   try {
-    for (let place: Place | null = start; place;) {
+    // The client that sent it may have died before it noted what was rejected: only the server knows.
+    if (chunk) await recoverRejected(upload, chunk);
+    total.skip(startOfSource(), start);
+    total.position ||= state?.position ?? "";
+    for (let place = start; ;) {
       // Checked first: what is open is then sent to its end, whatever has its name by now.
       const isReplaced = await hasOtherFile(path, file);
       if ((await file.stat()).size < place.offset) return null;
-      const chunks = readChunks(read, place, { isFinal: !follow || isReplaced, leftOver });
-      const sending = { chunks, start: place, stop, stored };
-      const { end, conflict } = await sendChunks(api, source, sending);
+      const isFinal = !follow || isReplaced;
+      const { end, conflict } = await sendChunks(upload, place, { isFinal, leftOver });
       if (conflict) {
-        place = await skipStored(api, { source, read, from: end, state: conflict, rejected });
-        if (!place) return null;
-        total.skip(end, place);
+        const behind = await skipStored(upload, end, conflict);
+        if (!behind) return null;
+        total.skip(end, behind);
         total.position = conflict.position;
+        place = behind;
       } else if (!follow || stop.aborted) return rejected;
       else if (isReplaced) {
         if (rejected.count() > 0 && isOwner) setAside(rejectedPath);
@@ -167,29 +165,21 @@ async function sendOpened(
         await watch?.next();
       }
     }
-    return null;
   } finally {
     progress.stop();
   }
 }
 
-interface Sending {
-  chunks: AsyncGenerator<Chunk>;
-  start: Place;
-  stop: AbortSignal;
-  /** Called with each chunk that is on the server's disk. */
-  stored(chunk: Chunk, answer: Stored): void;
-}
-
 /**
- * Sends the chunks, and returns where they end; with `conflict` the state of the source, when another
- * client sends it too and it turned out to be elsewhere.
+ * Sends the chunks from `start` on. Returns where they end, and as `conflict` the state of the source if
+ * another client sends it too and it is elsewhere.
  */
 async function sendChunks(
-  api: Api,
-  source: string,
-  { chunks, start, stop, stored }: Sending,
+  { api, source, read, rejected, total, progress, stop }: Upload,
+  start: Place,
+  options: Parameters<typeof readChunks>[2],
 ): Promise<{ end: Place; conflict: SourceState | null }> {
+  const chunks = readChunks(read, start, options);
   let end = start;
   let next = chunks.next();
   for (;;) {
@@ -197,13 +187,17 @@ async function sendChunks(
     if (!chunk || stop.aborted) return { end, conflict: null };
     next = chunks.next();
     next.catch(() => {}); // awaited in the next turn
-    const answer = await api.send(source, chunk);
-    if ("accepted" in answer) stored(chunk, answer);
-    else if (answer.offset === chunk.to && answer.digest === chunk.digest) {
-      // It had been stored before; only the answer was lost.
-      const { lines, position } = answer;
-      stored(chunk, { ...(lines ?? { accepted: 0, rejected: 0, errors: [] }), position });
-    } else return { end, conflict: answer };
+    let answer = await api.send(source, chunk);
+    if (!("accepted" in answer)) {
+      const { offset, digest, position, lines } = answer;
+      const isStored = offset === chunk.end.offset && digest === digestAt(chunk.end);
+      if (!isStored) return { end, conflict: answer };
+      // The chunk had been stored before; only the answer was lost.
+      answer = { accepted: 0, rejected: 0, errors: [], ...lines, position };
+    }
+    rejected.add(chunk, answer.errors);
+    total.add(chunk, answer);
+    progress?.update(chunk.end.offset, total.accepted);
     end = chunk.end;
   }
 }
@@ -212,10 +206,7 @@ async function sendChunks(
  * The source of a file: of the generations `NAME`, `NAME#2`, … the last whose stored bytes the file
  * begins with. If there is none, or with `again`, the first that does not exist.
  */
-async function findSource(
-  api: Api,
-  { name, again, read, size }: { name: string; again: boolean; read: Read; size: number },
-): Promise<{ source: string; state: SourceState | null }> {
+async function findSource({ api, name, again }: SendOptions, read: Read, size: number) {
   const known: { source: string; state: SourceState; offset: number; digest: string }[] = [];
   let source = name;
   for (let generation = 2; ; generation++) {
@@ -231,50 +222,34 @@ async function findSource(
 }
 
 /**
- * Goes over what another client has stored of the same source, and returns the place behind it; `null`
- * where those are not the bytes of this file.
+ * Reads over what another client has stored of the same source behind `from`. Returns the place behind
+ * it, or `null` if those are not the bytes of this file.
  */
-async function skipStored(
-  api: Api,
-  {
-    source,
-    read,
-    from,
-    state,
-    rejected,
-  }: { source: string; read: Read; from: Place; state: SourceState; rejected: Rejected },
-): Promise<Place | null> {
-  const readStored: Read = (from, to) => read(from, Math.min(to, state.offset));
+async function skipStored(upload: Upload, from: Place, state: SourceState): Promise<Place | null> {
+  const readStored: Read = (from, to) => upload.read(from, Math.min(to, state.offset));
   let place = from;
-  const options = { isFinal: true, leftOver: () => {} };
-  for await (const chunk of readChunks(readStored, from, options)) {
-    await recoverRejected(api, source, chunk, rejected);
+  for await (const chunk of readChunks(readStored, from, { isFinal: true, leftOver() {} })) {
+    await recoverRejected(upload, chunk);
     place = chunk.end;
   }
-  return place.hash.copy().digest("hex") === state.digest ? place : null;
+  return digestAt(place) === state.digest ? place : null;
 }
 
 /** Sends a stored chunk again, to learn from the 409 which of its lines were rejected. */
-async function recoverRejected(
-  api: Api,
-  source: string,
-  chunk: Chunk,
-  rejected: Rejected,
-): Promise<void> {
-  if (chunk.bytes.length === 0) return;
+async function recoverRejected({ api, source, rejected }: Upload, chunk: Chunk): Promise<void> {
   const answer = await api.send(source, chunk);
-  const lines: LineCounts | null = "accepted" in answer ? answer : answer.lines;
+  const lines = "accepted" in answer ? answer : answer.lines;
   rejected.add(chunk, lines?.errors ?? []);
 }
 
-/** Whether another file has taken the name of the opened one. */
+/** Whether another file has the name of the opened one. */
 async function hasOtherFile(path: string, file: FileHandle): Promise<boolean> {
   const named = statSync(path, { throwIfNoEntry: false });
   const { ino, dev } = await file.stat();
   return named !== undefined && (named.ino !== ino || named.dev !== dev);
 }
 
-/** Keeps the rejected lines of a file that was rotated away beside those of the file that has its name now. */
+/** Keeps the rejected lines of a file that was rotated away, beside those of the file that has its name now. */
 function setAside(path: string): void {
   let aside = "";
   for (let n = 1; aside === "" || existsSync(aside); n++)
@@ -295,12 +270,4 @@ function lockOrNull(path: string): Lock | null {
 function lockPathOf(path: string): string {
   const digest = new Bun.CryptoHasher("sha256").update(realpathSync(path)).digest("hex");
   return join(tmpdir(), `daybook-${userInfo().uid}-${digest.slice(0, 16)}.lock`);
-}
-
-async function openFile(path: string): Promise<FileHandle> {
-  try {
-    return await open(path);
-  } catch (error) {
-    throw new UploadFailed(`cannot read ${path}: ${(error as Error).message}`);
-  }
 }

@@ -1,66 +1,52 @@
 /**
- * What an event is. The door of the server and the processor ask the same function, so a line that
- * was accepted is a line that will be posted.
+ * What an event is. The server and the processor decide it with the same function, so every line that
+ * the server accepts can be posted.
  */
 import { parseAmount, UNITS } from "./amount.ts";
 import { Scanner, type Sign } from "./scanner.ts";
 
-/** A line, or the body of `POST /liveEvent`, may have this many bytes. */
+/** The limit of a line of a file, and of the body of `POST /liveEvent`. */
 export const MAX_EVENT_BYTES = 64 * 1024;
 export const MAX_USER_ID_BYTES = 256;
 export const MAX_ID_BYTES = 128;
-/** The name of a source. */
+/** The limit of a source's name. */
 export const MAX_SOURCE_BYTES = 256;
 
-/** The kinds of events by their names. */
+/** The event types: for each name, whether such an event adds, subtracts or does not count. */
 export type EventTypes = ReadonlyMap<string, Sign>;
 const SIGNS: Record<string, Sign> = { "+": 1, "-": -1, "0": 0 };
 
-/** Reads `NAME:+,NAME:-,NAME:0`. */
-function parseEventTypes(text: string): EventTypes {
-  const types = text.split(",").map((part) => part.trim().split(":"));
-  return new Map(types.map(([name = "", sign = ""]) => [name, SIGNS[sign] as Sign]));
-}
-
-/** What posting needs of an event: whose balance changes, and by how much (10^-9, signed). */
+/** What posting needs from an event: whose balance changes, and by how much. */
 export interface Change {
   userId: string;
   name: string;
-  /** 0: it is kept, and does not count. */
+  /** 0: the event is kept in the journal, but does not count. */
   sign: Sign;
+  /** In units of 10^-9; already negated for an event that subtracts. */
   amount: bigint;
-  /** Where the event has one: with it, it counts once however often it comes. */
+  /** Events with the same id count once. */
   id: string | undefined;
 }
 
-/** Why a line is not an event. `path` is a JSON pointer, empty for the line as a whole. */
+/** One reason why a line is not an event. `path` is a JSON pointer, empty for the line as a whole. */
 export interface Fault {
   path: string;
   message: string;
 }
 
-/** A line that is not an event: too long, not JSON at all, or JSON that breaks the rules. */
+/** A line that is not an event: too long (`size`), not JSON, or JSON that breaks the rules (`event`). */
 export class InvalidEvent {
   constructor(
     readonly kind: "size" | "json" | "event",
     readonly faults: Fault[],
   ) {}
-  /** The faults in one line, for people. */
+  /** All faults on one line, for people. */
   get reason(): string {
     return this.faults
       .map(({ path, message }) => (path ? `${path.slice(1)} ${message}` : message))
       .join("; ");
   }
 }
-
-const WANTED = {
-  "": "an event is a JSON object with userId, name and value",
-  "/userId": `must be a string of 1 to ${MAX_USER_ID_BYTES} UTF-8 bytes, without NUL or lone surrogates`,
-  "/name": "", // depends on the kinds of events that there are
-  "/value": "must be a JSON number smaller than 10^15",
-  "/id": `must be a string of 1 to ${MAX_ID_BYTES} UTF-8 bytes, without NUL or lone surrogates`,
-};
-type Path = keyof typeof WANTED;
 
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
@@ -69,113 +55,115 @@ let scanner: Scanner;
 setEventTypes("add_revenue:+,subtract_revenue:-");
 
 /**
- * Says which kinds of events there are, as `NAME:+,NAME:-,NAME:0`: once, at the start of a process and of each of its Workers,
- * before any event is read. A setting of the whole program, and not an argument of all that ever looks
- * at a line: two tables in one process would be a mistake.
+ * Sets the event types from `NAME:+,NAME:-,NAME:0`, once, when a process or one of its Workers starts,
+ * before any event is decoded. They are global rather than an argument of every function that handles a
+ * line, because two sets of types in one process would be a mistake.
  */
 export function setEventTypes(types: string): void {
-  eventTypes = parseEventTypes(types);
+  const entries = types.split(",").map((part) => part.trim().split(":"));
+  eventTypes = new Map(entries.map(([name = "", sign = ""]) => [name, SIGNS[sign] as Sign]));
   scanner = openScanner();
-  const names = [...eventTypes.keys()].map((name) => `"${name}"`);
-  WANTED["/name"] = `must be ${names.join(", ").replace(/, (?!.*, )/, " or ")}`;
 }
 
 export function getEventTypes(): EventTypes {
   return eventTypes;
 }
 
-/** Reads one line (without its newline): the change it stands for, or why it is not an event. */
+/** Decodes one line, without its newline: the change it stands for, or why it is not an event. */
 export function decodeEvent(line: Uint8Array): Change | InvalidEvent {
   if (line.length > MAX_EVENT_BYTES)
-    return refuse("size", `longer than ${MAX_EVENT_BYTES} bytes, which an event may have`);
-
+    return invalid("size", `longer than ${MAX_EVENT_BYTES} bytes, the limit of an event`);
   if (scanner.scan(line, 0) === line.length) return scannedChange(scanner, line);
+
   let text: string;
   try {
     text = utf8.decode(line);
   } catch {
-    return refuse("json", "not UTF-8 text");
+    return invalid("json", "not UTF-8 text");
   }
-
   let parsed: unknown;
   const values: { holder: unknown; written: string | undefined }[] = [];
   try {
-    // The reviver is the only way to the digits as written. A nested "value" calls it too, hence
-    // the holder; of a repeated key it sees the last, as JSON.parse does.
+    // Only the reviver sees the digits as written. It is also called for a nested "value", hence the
+    // holder. For a repeated key it sees only the last one, which is the one that JSON.parse returns.
     parsed = (JSON.parse as ParseWithSource)(text, function (key, value, context) {
       if (key === "value") values.push({ holder: this, written: context.source });
       return value;
     });
   } catch (error) {
-    return refuse("json", error instanceof RangeError ? "nested too deeply" : "not JSON");
+    return invalid("json", error instanceof RangeError ? "nested too deeply" : "not JSON");
   }
-
   if (typeof parsed !== "object" || parsed === null || Array.isArray(parsed))
-    return refuse("event", WANTED[""]);
-  // By hand what lib/server/openapi.ts says: to load a compiler of schemas took a fourth of a client's start.
+    return invalid("event", "an event is a JSON object with userId, name and value");
   const event = parsed as Record<string, unknown>;
-  const { userId, name, value, id } = event;
-  const wrong: Path[] = [];
-  if (typeof userId !== "string" || !isUserId(userId)) wrong.push("/userId");
-  if (typeof name !== "string" || !eventTypes.has(name)) wrong.push("/name");
-  if (!Number.isFinite(value)) wrong.push("/value");
-  if (id !== undefined && (typeof id !== "string" || !isEventId(id))) wrong.push("/id");
-  if (wrong.length > 0)
-    return new InvalidEvent(
-      "event",
-      wrong.map((path) => ({ path, message: WANTED[path] })),
-    );
-  const written = values.find(({ holder }) => holder === event)?.written ?? "";
-  const amount = parseAmount(written);
-  if (typeof amount === "string") return refuse("event", amount, "/value");
-  const sign = eventTypes.get(name as string) as Sign;
-  return { userId, name, sign, amount: BigInt(sign) * amount, id } as Change;
+  return toChange(event, values.find(({ holder }) => holder === event)?.written ?? "");
 }
 
-/** A scanner of events, which takes some of them and refuses none. */
+/**
+ * Checks the fields of an event whose value was written as `written`. By hand, although
+ * lib/server/openapi.ts has a schema: loading a schema compiler took a quarter of a client's start.
+ */
+function toChange(event: Record<string, unknown>, written: string): Change | InvalidEvent {
+  const { userId, name, id } = event;
+  const faults: Fault[] = [];
+  const reject = (path: string, message: string) => faults.push({ path, message });
+  if (typeof userId !== "string" || !isUserId(userId))
+    reject("/userId", textRule(MAX_USER_ID_BYTES));
+  const sign = eventTypes.get(name as string);
+  if (sign === undefined) reject("/name", nameRule());
+  const amount = parseAmount(written);
+  if (typeof amount === "string") reject("/value", amount);
+  if (id !== undefined && (typeof id !== "string" || !isEventId(id)))
+    reject("/id", textRule(MAX_ID_BYTES));
+  if (faults.length > 0) return new InvalidEvent("event", faults);
+  return { userId, name, sign, amount: BigInt(sign as Sign) * (amount as bigint), id } as Change;
+}
+
+function textRule(maxBytes: number): string {
+  return `must be a string of 1 to ${maxBytes} UTF-8 bytes, without NUL or lone surrogates`;
+}
+
+function nameRule(): string {
+  const names = [...eventTypes.keys()].map((name) => `"${name}"`);
+  return `must be ${names.join(", ").replace(/, (?!.*, )/, " or ")}`;
+}
+
+/** A scanner for events of the current types. */
 export function openScanner(): Scanner {
   return new Scanner(MAX_USER_ID_BYTES, MAX_ID_BYTES, eventTypes);
 }
 
-/** What was scanned last, in `bytes`, as the full decoder gives it. */
+/** The event that `scanned` found last, in `bytes`, as `decodeEvent` would return it. */
 export function scannedChange(scanned: Scanner, bytes: Uint8Array): Change {
   const { userFrom, userTo, idFrom, idTo, name, sign, whole, billionths } = scanned;
-  const value = BigInt(whole) * UNITS + BigInt(billionths);
-  return {
-    userId: utf8.decode(bytes.subarray(userFrom, userTo)),
-    name,
-    sign,
-    amount: BigInt(sign) * value,
-    id: idTo > 0 ? utf8.decode(bytes.subarray(idFrom, idTo)) : undefined,
-  };
+  const userId = utf8.decode(bytes.subarray(userFrom, userTo));
+  const amount = BigInt(sign) * (BigInt(whole) * UNITS + BigInt(billionths));
+  const id = idTo > 0 ? utf8.decode(bytes.subarray(idFrom, idTo)) : undefined;
+  return { userId, name, sign, amount, id };
 }
 
-/** Whether there can be a user of this name. */
+/** Whether an event can have this `userId`. */
 export function isUserId(text: string): boolean {
   return isText(text, MAX_USER_ID_BYTES);
 }
 
-/** Whether an event can have this id. */
+/** Whether an event can have this `id`. */
 export function isEventId(text: string): boolean {
   return isText(text, MAX_ID_BYTES);
 }
 
-/** Whether `text` is not empty, fits, and is something that Postgres can keep. */
+/** Whether `text` has 1 to `maxBytes` UTF-8 bytes and can be stored in Postgres. */
 export function isText(text: string, maxBytes: number): boolean {
-  // No character takes more than three bytes for each of its UTF-16 units.
+  // A UTF-16 unit needs at most three UTF-8 bytes.
   const fits = text.length * 3 <= maxBytes || Buffer.byteLength(text) <= maxBytes;
   return text !== "" && fits && !text.includes("\0") && text.isWellFormed();
 }
 
-function refuse(
-  kind: InvalidEvent["kind"],
-  message: string,
-  path: Fault["path"] = "",
-): InvalidEvent {
-  return new InvalidEvent(kind, [{ path, message }]);
+function invalid(kind: InvalidEvent["kind"], message: string): InvalidEvent {
+  return new InvalidEvent(kind, [{ path: "", message }]);
 }
 
-/** `JSON.parse` with the third argument of the reviver, which TypeScript does not know yet. */
+/** `JSON.parse` with the reviver's third argument, which TypeScript does not know yet. */
 type ParseWithSource = (
   text: string,
   reviver: (this: unknown, key: string, value: unknown, context: { source?: string }) => unknown,

@@ -1,10 +1,10 @@
 /**
- * The generations of a file: its name may have stood for other bytes before. Of each generation it is
- * known how many bytes were stored and what their SHA-256 is; a file that begins with exactly these
- * bytes is that generation, grown or not.
+ * The generations of a file: the same name may have been used for other content before. For each
+ * generation, the number of stored bytes and their SHA-256 are known. A file that begins with exactly
+ * these bytes is that generation, whether it has grown or not.
  *
- * It stands here, and not with the checkpoints, because the client asks the same question of the
- * server's sources and imports nothing of the ledger.
+ * This module is not part of ledger/, because the client also matches the sources of the server, and
+ * must not import the ledger.
  */
 import type { Read } from "./lines.ts";
 
@@ -17,8 +17,8 @@ export interface Generation {
 }
 
 /**
- * Those of `generations` that the file behind `read` begins with, shortest first, each with the hash
- * of its bytes. One pass over the file, however many there are.
+ * Returns those of `generations` that the file of `size` bytes begins with, shortest first, each with
+ * the hash of its bytes. Reads the file once, however many generations there are.
  */
 export async function matchGenerations<G extends Generation>(
   read: Read,

@@ -1,41 +1,45 @@
 /**
- * Files of events: one event a line, LF or CRLF, a BOM at the start, blank lines and a last line
- * without newline are all fine.
+ * Files of events: one event a line, ended by LF or CRLF. A BOM at the start, blank lines and a last
+ * line without newline are valid.
  */
 import type { FileHandle } from "node:fs/promises";
 
-import { decodeEvent, MAX_EVENT_BYTES, InvalidEvent } from "./event.ts";
+import { decodeEvent, InvalidEvent, MAX_EVENT_BYTES } from "./event.ts";
 import type { Scanner } from "./scanner.ts";
 
-/** As many bad lines an answer of the server lists when it is asked to. */
+/** How many rejected lines the server lists in an answer at most. */
 export const MAX_LISTED_ERRORS = 20_000;
+/** How many bytes of a bad line are kept, to show it. */
+export const SHOWN_BYTES = 4096;
 
 const LF = 10;
-const BLANK = new Set([9, 13, 32]);
+const BLANK = new Set([9, LF, 13, 32]);
 
 /**
- * Calls `visit` for each line of `bytes` that is not blank, without its newline and the white
- * space around it; `at` is the offset of the line's first byte, `number` counts all lines from 1,
- * `next` is the offset behind its newline. A last line without newline is a line. One that is too
- * long to be an event stays as it is: white space and an event may be the end of a longer one.
+ * Receives a line without its newline and the white space around it. `index` is where it begins in the
+ * buffer, `number` counts all lines of the buffer from 1, `next` is the index behind its newline.
  */
-export function eachLine(
-  bytes: Uint8Array,
-  visit: (line: Uint8Array, at: number, number: number, next: number) => void,
-): void {
+type VisitLine = (line: Uint8Array, index: number, number: number, next: number) => void;
+
+/**
+ * Calls `visit` for each line of `bytes` that is not blank; a last line without newline counts. A line
+ * that is too long to be an event is not trimmed: it may be a part of a longer line, and white space
+ * with an event at its end must not pass for an event.
+ */
+export function eachLine(bytes: Uint8Array, visit: VisitLine): void {
   for (let from = 0, number = 1; from < bytes.length; number++)
     from = visitLine(bytes, from, number, visit);
 }
 
 /**
- * The same, but events that `scanner` takes go to `scanned`, which finds them there: `at` is the offset
- * of the event's first byte, `number` its line's. All other lines go to `visit`.
+ * Like eachLine, but calls `scanned` for the events that `scanner` recognizes, with the index of the
+ * event's first byte and the number of its line; the event itself is in `scanner`.
  */
 export function eachEvent(
   bytes: Uint8Array,
   scanner: Scanner,
-  scanned: (at: number, number: number) => void,
-  visit: (line: Uint8Array, at: number, number: number, next: number) => void,
+  scanned: (index: number, number: number) => void,
+  visit: VisitLine,
 ): void {
   for (let from = 0, number = 1; from < bytes.length; number++) {
     const next = scanner.scan(bytes, from);
@@ -44,36 +48,27 @@ export function eachEvent(
   }
 }
 
-/** Visits the line that begins at `from`; returns where the next one begins. */
-function visitLine(
-  bytes: Uint8Array,
-  from: number,
-  number: number,
-  visit: (line: Uint8Array, at: number, number: number, next: number) => void,
-): number {
-  const newline = bytes.indexOf(LF, from);
-  const next = newline < 0 ? bytes.length : newline + 1;
+/** Visits the line that begins at `from`. Returns the index of the next line. */
+function visitLine(bytes: Uint8Array, from: number, number: number, visit: VisitLine): number {
+  const next = nextLine(bytes, from);
   let start = from;
-  let end = newline < 0 ? next : newline;
+  let end = next;
   while (end > start && BLANK.has(bytes[end - 1] as number)) end--;
   while (start < end && BLANK.has(bytes[start] as number)) start++;
+  if (end === start) return next;
   const isTooLong = next - from > MAX_EVENT_BYTES + 2;
-  if (end > start && isTooLong) visit(bytes.subarray(from, next), from, number, next);
-  else if (end > start) visit(bytes.subarray(start, end), start, number, next);
+  if (isTooLong) visit(bytes.subarray(from, next), from, number, next);
+  else visit(bytes.subarray(start, end), start, number, next);
   return next;
 }
 
-/** How many lines `bytes` has, the last one without newline included. */
-export function countLines(bytes: Uint8Array): number {
-  let count = 0;
-  for (let from = 0; from < bytes.length; count++) {
-    const newline = bytes.indexOf(LF, from);
-    from = newline < 0 ? bytes.length : newline + 1;
-  }
-  return count;
+/** The index behind the newline of the line that contains `from`, or the end of `bytes`. */
+export function nextLine(bytes: Uint8Array, from: number): number {
+  const newline = bytes.indexOf(LF, from);
+  return newline < 0 ? bytes.length : newline + 1;
 }
 
-/** Whether what follows the last newline of a file can be taken: a whole event, or nothing but blanks. */
+/** Whether the bytes behind a file's last newline can be stored: a complete event, or only white space. */
 export function isComplete(lastLine: Uint8Array): boolean {
   let complete = true;
   eachLine(withoutBom(lastLine), (line) => {
@@ -82,35 +77,23 @@ export function isComplete(lastLine: Uint8Array): boolean {
   return complete;
 }
 
-/** The same bytes without a byte order mark. */
+/** The bytes without a byte order mark at their start. */
 export function withoutBom(bytes: Uint8Array): Uint8Array {
   return bytes[0] === 0xef && bytes[1] === 0xbb && bytes[2] === 0xbf ? bytes.subarray(3) : bytes;
 }
 
 /**
- * Bytes `from` to `to` of a file, which end where a line ends. `whole` is false only for what
- * follows the last newline. A line that is too long to be an event comes in parts, each of which is
- * itself too long to be one; the first stands for the line.
+ * Returns the bytes between two offsets of a file or stream, fewer only at its end. Successive calls
+ * never go back behind `from`.
  */
-export interface Block {
-  bytes: Uint8Array;
-  from: number;
-  to: number;
-  whole: boolean;
-  tooLong: null | "first part" | "further part";
-}
-
-/** How many bytes of a line are kept to show it. */
-export const SHOWN_BYTES = 4096;
-
-/** Bytes `from` to `to` of something, fewer only at its end. Callers go forward. */
 export type Read = (from: number, to: number) => Promise<Uint8Array>;
 
+/** Reads the file at its path. */
 export function readFile(file: Bun.BunFile): Read {
   return (from, to) => file.slice(from, to).bytes();
 }
 
-/** The same of a file that stays the one that was opened, whatever takes its name. */
+/** Like readFile, but reads the opened file, even when another one has taken its name. */
 export function readHandle(handle: FileHandle): Read {
   return async (from, to) => {
     const bytes = Buffer.allocUnsafe(Math.max(0, to - from));
@@ -125,29 +108,42 @@ export function readHandle(handle: FileHandle): Read {
   };
 }
 
-/** Reads a stream, keeping no more than what was read and not passed yet. */
+/** Reads a stream. Holds only the bytes from the last `from` on. */
 export function readStream(stream: ReadableStream<Uint8Array>): Read {
   const chunks = stream.getReader();
-  let kept: Uint8Array = new Uint8Array();
-  let keptFrom = 0;
+  let held: Uint8Array = new Uint8Array();
+  let heldFrom = 0;
   return async (from, to) => {
-    const parts = [kept.subarray(from - keptFrom)];
-    let bytes = (parts[0] as Uint8Array).length;
-    while (bytes < to - from) {
+    const parts = [held.subarray(from - heldFrom)];
+    let length = held.length - (from - heldFrom);
+    while (length < to - from) {
       const { value, done } = await chunks.read();
       if (done) break;
       parts.push(value);
-      bytes += value.length;
+      length += value.length;
     }
-    kept = Buffer.concat(parts, bytes);
-    keptFrom = from;
-    return kept.subarray(0, to - from);
+    held = Buffer.concat(parts, length);
+    heldFrom = from;
+    return held.subarray(0, to - from);
   };
 }
 
 /**
- * Reads lines from byte `from` to the end in blocks of about `blockBytes`, in memory bounded by
- * twice that, whatever the lines are. `inLongLine`: `from` is in a line that is too long.
+ * Bytes `from` to `to` of a file, cut at the end of a line. `whole` is false only for the bytes behind
+ * the last newline. A line that is too long to be an event comes in parts, each of which is itself too
+ * long to be an event; its first part represents the line.
+ */
+export interface Block {
+  bytes: Uint8Array;
+  from: number;
+  to: number;
+  whole: boolean;
+  tooLong: null | "first part" | "further part";
+}
+
+/**
+ * Reads lines from offset `from` to the end, in blocks of about `blockBytes`. Holds at most twice that,
+ * however long the lines are. `inLongLine`: `from` is inside a line that is too long.
  */
 export async function* readBlocks(
   read: Read,
@@ -157,8 +153,8 @@ export async function* readBlocks(
 ): AsyncGenerator<Block> {
   const blockSize = Math.max(blockBytes, 4 * MAX_EVENT_BYTES);
   let inLine: null | "further part" = inLongLine ? "further part" : null;
-  for (let at = from; ;) {
-    const bytes = await read(at, at + blockSize);
+  for (let offset = from; ;) {
+    const bytes = await read(offset, offset + blockSize);
     if (bytes.length === 0) return;
     const atEnd = bytes.length < blockSize;
     const newline = inLine ? bytes.indexOf(LF) : bytes.lastIndexOf(LF);
@@ -168,14 +164,14 @@ export async function* readBlocks(
     else if (inLine || !atEnd) {
       tooLong ??= "first part";
       inLine = atEnd ? null : "further part";
-      // What is held back makes the last part too long as well, wherever the line ends.
+      // The bytes held back make the last part too long as well, wherever the line ends.
       end = atEnd ? bytes.length : bytes.length - 2 * MAX_EVENT_BYTES;
     }
     const whole = end > 0;
     if (!whole) end = bytes.length;
-    yield { bytes: bytes.subarray(0, end), from: at, to: at + end, whole, tooLong };
-    // Whatever the file grows by from here on continues this line: nothing to go on with.
+    yield { bytes: bytes.subarray(0, end), from: offset, to: offset + end, whole, tooLong };
+    // What the file grows by from now on continues this line, so there is no block to resume with.
     if (!whole) return;
-    at += end;
+    offset += end;
   }
 }

@@ -1,37 +1,40 @@
 /**
- * One exact sum for each user, found by the bytes of the user's id: an open-addressing table whose
- * rows are numbers in typed arrays. A Map of strings and bigints took four times as long as reading
- * the events.
+ * One exact sum for each user, keyed by the bytes of the user id: an open-addressing hash table whose
+ * rows are numbers in typed arrays. A Map of strings and bigints took four times as long as scanning the
+ * events.
  *
- * A sum is kept as two integers, whole units and billionths, each exact in a double: the first is
- * watched (a value is below 10^15, and 2^53 is nine times that), the second would need nine million
- * events of one user in one batch.
+ * A sum is stored as two integers, whole units and billionths, and each must stay exact in a double
+ * (2^53). Values are below 10^15, so the whole units can overflow: they are moved to a bigint in time.
+ * The billionths would need nine million events of one user in one batch.
  */
 import { formatAmount, UNITS } from "./amount.ts";
 import { hashOf } from "./scanner.ts";
 
 const BILLION = 1_000_000_000;
-/** With one more value, a sum of this size is still exact. */
+/** Below this, a sum is still exact after one more value: 8 * 10^15 + 10^15 < 2^53. */
 const MAX_WHOLE = 8e15;
-const FIRST_ROWS = 2048;
+const INITIAL_ROWS = 2048;
 const QUOTE = 0x22;
 const BACKSLASH = 0x5c;
 
 export class Sums {
-  /** How many users there are. */
+  /** The number of users. */
   size = 0;
   private mask = 4095;
-  /** By hash, two numbers each: the row plus one (0 where nothing is), and the user's hash. */
+  /** Two numbers a slot: the row plus one (0: the slot is empty), and the user's hash. */
   private slots = new Int32Array(2 * (this.mask + 1));
-  /** Two numbers each row: whole units and billionths. */
-  private sums = new Float64Array(2 * FIRST_ROWS);
-  /** What became too large for `sums`, in units of 10^-9. */
+  /** Two numbers a row: whole units and billionths. */
+  private sums = new Float64Array(2 * INITIAL_ROWS);
+  /** By row, what became too large for `sums`, in units of 10^-9. */
   private readonly large = new Map<number, bigint>();
-  /** The ids one after the other; row i is from `bounds[i]` to `bounds[i + 1]`. */
-  private ids = Buffer.allocUnsafe(16 * FIRST_ROWS);
-  private bounds = new Int32Array(FIRST_ROWS);
+  /** All ids, concatenated; the id of row i is from `bounds[i]` to `bounds[i + 1]`. */
+  private ids = Buffer.allocUnsafe(16 * INITIAL_ROWS);
+  private bounds = new Int32Array(INITIAL_ROWS);
 
-  /** Adds to the user whose id is `bytes` from `from` to `to`, with this hash (see Scanner). */
+  /**
+   * Adds `whole` plus `billionths` * 10^-9 to the user whose id is in `bytes`, from index `from` to `to`.
+   * `hash` is the Scanner's. Positional, because this is called for every event.
+   */
   add(
     bytes: Uint8Array,
     from: number,
@@ -50,14 +53,14 @@ export class Sums {
     sums[2 * row] = 0;
   }
 
-  /** Adds `amount`, in units of 10^-9. */
+  /** Adds `amount`, in units of 10^-9, to the user's sum. */
   addTo(userId: string, amount: bigint): void {
     const bytes = Buffer.from(userId);
     const hash = hashOf(bytes, 0, bytes.length);
     this.add(bytes, 0, bytes.length, hash, Number(amount / UNITS), Number(amount % UNITS));
   }
 
-  /** The users as Postgres writes an array of text. */
+  /** The users as the literal of a Postgres text array. */
   userArray(): string {
     const array = Buffer.allocUnsafe(2 * (this.bounds[this.size] as number) + 3 * this.size + 2);
     let length = 0;
@@ -76,7 +79,7 @@ export class Sums {
     return array.toString("utf8", 0, length);
   }
 
-  /** Their sums, in the same order, as Postgres writes an array of numeric. */
+  /** Their sums, in the same order, as the literal of a Postgres numeric array. */
   amountArray(): string {
     const amounts: string[] = [];
     for (let row = 0; row < this.size; row++) amounts.push(this.amount(row));
@@ -88,20 +91,13 @@ export class Sums {
     let whole = this.sums[2 * row] as number;
     let rest = this.sums[2 * row + 1] as number;
     if (large !== undefined) return formatAmount(large + BigInt(whole) * UNITS + BigInt(rest));
-    const carry = Math.trunc(rest / BILLION);
+    const carry = Math.floor(rest / BILLION);
     whole += carry;
     rest -= carry * BILLION;
-    if (rest === 0) return `${whole + 0}`;
-    // Both of one sign, as they are written.
-    if (whole > 0 && rest < 0) {
-      whole--;
-      rest += BILLION;
-    } else if (whole < 0 && rest > 0) {
-      whole++;
-      rest -= BILLION;
-    }
-    const sign = whole < 0 || rest < 0 ? "-" : "";
-    return `${sign}${Math.abs(whole)}.${`${Math.abs(rest)}`.padStart(9, "0")}`;
+    if (rest === 0) return `${whole + 0}`; // without the sign of -0
+    // -3 and 0.25 are written as -2.75.
+    const digits = (whole: number, rest: number) => `${whole}.${`${rest}`.padStart(9, "0")}`;
+    return whole < 0 ? `-${digits(-whole - 1, BILLION - rest)}` : digits(whole, rest);
   }
 
   private find(bytes: Uint8Array, from: number, to: number, hash: number): number {

@@ -346,7 +346,7 @@ export const BREAKS: readonly Break[] = [
   without(
     "the digits as written",
     'values.find(({ holder }) => holder === event)?.written ?? ""',
-    "`${value}`",
+    "`${event.value}`",
     "unit/event",
   ),
   without(
@@ -357,13 +357,13 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the scanner's check of UTF-8",
-    "if (!isAscii && !isUtf8(bytes.subarray(from, at))) return -1;",
+    "if (!isAscii && !isUtf8(bytes.subarray(from, index))) return -1;",
     "",
     "unit/scanner",
   ),
   without(
     "the scanner's limit of digits",
-    "if ((whole === 0 ? 0 : digits) + decimals > SIGNIFICANT_DIGITS) return -1;",
+    "if ((whole === 0 ? 0 : digits) + decimals > MAX_SIGNIFICANT_DIGITS) return -1;",
     "",
     "unit/scanner",
   ),
@@ -429,7 +429,7 @@ export const BREAKS: readonly Break[] = [
   // The client.
   without(
     "the server's word on a chunk whose answer was lost",
-    "if (chunk && state) await recoverRejected(",
+    "if (chunk) await recoverRejected(",
     "if (false) await recoverRejected(",
     "client/client",
   ),
@@ -447,13 +447,13 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the digest of what another client has sent",
-    'place.hash.copy().digest("hex") === state.digest ? place : null',
+    "digestAt(place) === state.digest ? place : null",
     "place",
     "client/client",
   ),
   without(
     "the offset of the last rejected line that is noted",
-    "message === undefined || at <= lastOffset",
+    "message === undefined || at <= records.lastOffset",
     "message === undefined",
     "client/client",
   ),

@@ -1,3 +1,4 @@
+/** What is an event, and what it changes. */
 import { expect, test } from "bun:test";
 
 import { Value } from "@sinclair/typebox/value";
@@ -7,17 +8,17 @@ import { decodeEvent, MAX_EVENT_BYTES, InvalidEvent } from "../../lib/event/even
 import { EventShape } from "../../lib/server/openapi.ts";
 import { IS_LONG } from "../support/random.ts";
 
-const RUNS = IS_LONG ? 20_000 : 5_000;
+const RUNS = IS_LONG ? 20_000 : 1_000;
 
 const decode = (line: string | Uint8Array) => decodeEvent(Buffer.from(line as string));
-const refusal = (line: string | Uint8Array) => {
+const invalid = (line: string | Uint8Array) => {
   const decoded = decode(line);
   return decoded instanceof InvalidEvent ? { kind: decoded.kind, reason: decoded.reason } : null;
 };
 
 const good = { userId: "user1", name: "add_revenue", value: 98 };
 
-test("an event is a change, signed by its name", () => {
+test("an event changes a balance by its value, with the sign of its name", () => {
   expect(decode(JSON.stringify(good))).toEqual({
     userId: "user1",
     name: "add_revenue",
@@ -35,7 +36,7 @@ test("an event is a change, signed by its name", () => {
 });
 
 test.each(["__proto__", "constructor", "😀", "a\nb", '"\\', "é".repeat(128), " "])(
-  "%j is a user like any other",
+  "%j is a valid user id",
   (userId) => {
     expect(decode(JSON.stringify({ ...good, userId }))).toMatchObject({ userId });
   },
@@ -51,8 +52,8 @@ test.each([
   ["[".repeat(40_000) + "]".repeat(40_000), "size"],
   ["[".repeat(30_000) + "]".repeat(30_000), "json"],
   [`${JSON.stringify(good)}${" ".repeat(MAX_EVENT_BYTES)}`, "size"],
-])("%#: what is not an event is refused by its kind", (line, kind) => {
-  expect(refusal(line)?.kind).toBe(kind as "json");
+])("%#: a line that is not an event is rejected with its kind", (line, kind) => {
+  expect(invalid(line)?.kind).toBe(kind as "json");
 });
 
 test.each([
@@ -72,43 +73,43 @@ test.each([
   [{ id: null }, "id"],
   [{ id: "é".repeat(65) }, "id"],
   [{ id: "a\0" }, "id"],
-])("%j is refused for its field", (change, field) => {
-  expect(refusal(JSON.stringify({ ...good, ...change }))?.reason).toStartWith(`${field} must`);
+])("%j is rejected, and the reason names %s", (change, field) => {
+  expect(invalid(JSON.stringify({ ...good, ...change }))?.reason).toStartWith(`${field} must`);
 });
 
-test("all that is wrong with an event is told at once", () => {
+test("an event is rejected with all of its faults at once", () => {
   const event = { userId: "é".repeat(129), name: "refund", value: "1", id: "" };
-  const told = refusal(JSON.stringify(event))?.reason.split("; ");
-  expect(told?.map((fault) => fault.split(" ")[0])).toEqual(["userId", "name", "value", "id"]);
+  const faults = invalid(JSON.stringify(event))?.reason.split("; ");
+  expect(faults?.map((fault) => fault.split(" ")[0])).toEqual(["userId", "name", "value", "id"]);
 });
 
-test("the value that counts is the event's own, and of a repeated key the last", () => {
+test("the value is the event's own, not a nested one; of a repeated key, the last one counts", () => {
   const nested = '{"value":1,"userId":"u","name":"add_revenue","more":{"value":12345678901234567}}';
   expect(decode(nested)).toMatchObject({ amount: 1_000_000_000n });
   const twice = '{"value":12345678901234567,"userId":"u","name":"add_revenue","value":2}';
   expect(decode(twice)).toMatchObject({ amount: 2_000_000_000n });
 });
 
-test("the digits count that are written, not those that a double has room for", () => {
+test("limits apply to the digits as written, not to those that a double can hold", () => {
   for (const value of [
     "1.0000000000000000001",
     "100000000000000000.5e-5",
     "0.10000000000000000001",
   ])
-    expect(refusal(`{"userId":"u","name":"add_revenue","value":${value}}`)?.reason).toStartWith(
+    expect(invalid(`{"userId":"u","name":"add_revenue","value":${value}}`)?.reason).toStartWith(
       "value must",
     );
 });
 
-test("bytes that are not UTF-8 are refused, and a byte order mark belongs to the file", () => {
-  expect(refusal(Buffer.from([0x7b, 0xff, 0x7d]))).toEqual({
+test("bytes that are not UTF-8 are rejected, and so is a byte order mark: it belongs to the file", () => {
+  expect(invalid(Buffer.from([0x7b, 0xff, 0x7d]))).toEqual({
     kind: "json",
     reason: "not UTF-8 text",
   });
-  expect(refusal(`\ufeff${JSON.stringify(good)}`)?.kind).toBe("json");
+  expect(invalid(`\ufeff${JSON.stringify(good)}`)?.kind).toBe("json");
 });
 
-/** Lines as programs write them, and lines that are nearly that. */
+/** Lines as programs write them, and lines that are nearly so. */
 const nearly = fc
   .record({
     userId: fc.oneof(fc.string({ unit: "binary", maxLength: 90 }), fc.constant("user1")),
@@ -141,10 +142,10 @@ const nearly = fc
     return bytes.toString();
   });
 
-test("the quick way to read an event and JSON.parse agree on every line", () => {
+test("the scanner and the full decoder agree on every line", () => {
   fc.assert(
     fc.property(nearly, (line) => {
-      // Two line breaks after the brace: still the same JSON, but nothing for the quick way.
+      // Line breaks after the brace leave the JSON as it is, but the scanner does not accept them.
       const slow = decode(line.replace("{", "{\n\n"));
       expect(decode(line)).toEqual(slow);
     }),
@@ -152,7 +153,7 @@ test("the quick way to read an event and JSON.parse agree on every line", () => 
   );
 });
 
-test("what is taken has the shape that the API's description tells", () => {
+test("every accepted event has the shape that the API's description promises", () => {
   fc.assert(
     fc.property(nearly, (line) => {
       if (!(decode(line) instanceof InvalidEvent))
@@ -162,7 +163,7 @@ test("what is taken has the shape that the API's description tells", () => {
   );
 });
 
-test("an event is taken when an independent reading of the rules takes it", () => {
+test("an event is accepted exactly when an independent implementation of the contract accepts it", () => {
   fc.assert(
     fc.property(nearly, (line) => {
       expect(!(decode(line) instanceof InvalidEvent)).toBe(isEventByTheContract(line));
@@ -171,7 +172,7 @@ test("an event is taken when an independent reading of the rules takes it", () =
   );
 });
 
-/** The contract once more, by other means: JSON.parse, and digits found by a search in the text. */
+/** The contract, implemented by other means: JSON.parse, and a search for the digits in the text. */
 function isEventByTheContract(line: string): boolean {
   let event: Record<string, unknown>;
   try {

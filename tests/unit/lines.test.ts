@@ -1,70 +1,58 @@
+/** Files cut into lines, and into blocks of lines. */
 import { expect, test } from "bun:test";
-import { writeFileSync } from "node:fs";
 
 import fc from "fast-check";
 
 import { MAX_EVENT_BYTES } from "../../lib/event/event.ts";
-import {
-  type Block,
-  countLines,
-  eachLine,
-  readBlocks,
-  readFile,
-  readStream,
-} from "../../lib/event/lines.ts";
-import { tempDir } from "../support/programs.ts";
+import { type Block, eachLine, readBlocks, readStream } from "../../lib/event/lines.ts";
 
 function linesOf(bytes: Uint8Array) {
-  const lines: { text: string; at: number; number: number }[] = [];
-  eachLine(bytes, (line, at, number) =>
-    lines.push({ text: Buffer.from(line).toString(), at, number }),
+  const lines: { text: string; index: number; number: number }[] = [];
+  eachLine(bytes, (line, index, number) =>
+    lines.push({ text: Buffer.from(line).toString(), index, number }),
   );
   return lines;
 }
 
-test("lines end with LF or CRLF, blank ones are counted but not visited", () => {
+test("lines end with LF or CRLF; blank lines are counted but not visited", () => {
   expect(linesOf(Buffer.from("a\r\n\n \t\r\n  b \nc"))).toEqual([
-    { text: "a", at: 0, number: 1 },
-    { text: "b", at: 10, number: 4 },
-    { text: "c", at: 13, number: 5 },
+    { text: "a", index: 0, number: 1 },
+    { text: "b", index: 10, number: 4 },
+    { text: "c", index: 13, number: 5 },
   ]);
 });
 
-test("a line that is too long is not trimmed: what ends it must not pass for a line of its own", () => {
+test("a line that is too long is not trimmed: its end must not pass for an event", () => {
   const long = `${" ".repeat(MAX_EVENT_BYTES + 10)}{}\n`;
-  expect(linesOf(Buffer.from(long))).toEqual([{ text: long, at: 0, number: 1 }]);
+  expect(linesOf(Buffer.from(long))).toEqual([{ text: long, index: 0, number: 1 }]);
 });
 
-test("lines are those that splitting the text finds", () => {
+test("the lines are those of a text that is split at newlines", () => {
   fc.assert(
     fc.property(fc.stringMatching(/^[ab \r\n]{0,60}$/), (text) => {
       const parts = text.split("\n");
-      const wanted = parts.map((part) => part.trim()).filter((part) => part !== "");
+      const expected = parts.map((part) => part.trim()).filter((part) => part !== "");
       const bytes = Buffer.from(text);
-      expect(linesOf(bytes).map((line) => line.text)).toEqual(wanted);
-      expect(countLines(bytes)).toBe(
-        text.endsWith("\n") || text === "" ? parts.length - 1 : parts.length,
-      );
+      expect(linesOf(bytes).map((line) => line.text)).toEqual(expected);
     }),
     { numRuns: 2_000 },
   );
 });
 
-test("blocks are the file, cut where lines end; a line that is too long comes in parts that are", async () => {
-  using dir = tempDir();
+test("blocks are the file, cut at the ends of lines; every part of a line that is too long is itself too long", async () => {
   const long = "x".repeat(1_000_000);
   for (const end of ["", "last", "last\n"]) {
     const text = `first\n${"line\n".repeat(60_000)}${long}\nlast\n${long}${end}`;
-    writeFileSync(dir.file("f"), text);
+    const file = Buffer.from(text);
+    const read = async (from: number, to: number) => file.subarray(from, to);
     const blocks: Block[] = [];
-    for await (const block of readBlocks(readFile(Bun.file(dir.file("f"))), 0, 1))
-      blocks.push(block);
+    for await (const block of readBlocks(read, 0, 1)) blocks.push(block);
 
     expect(Buffer.concat(blocks.map(({ bytes }) => bytes)).toString()).toBe(text);
-    let at = 0;
+    let offset = 0;
     for (const { bytes, from, to, tooLong, whole } of blocks) {
-      expect([from, to]).toEqual([at, at + bytes.length]);
-      at = to;
+      expect([from, to]).toEqual([offset, offset + bytes.length]);
+      offset = to;
       expect(whole).toBe(true);
       if (tooLong) expect(bytes.length).toBeGreaterThan(MAX_EVENT_BYTES);
       else expect(bytes.at(-1)).toBe(10);
@@ -73,7 +61,7 @@ test("blocks are the file, cut where lines end; a line that is too long comes in
   }
 });
 
-test("what follows the last newline comes last, and is not whole", async () => {
+test("the bytes behind the last newline are the last block, and not whole", async () => {
   const read = readStream(new Blob(["one\ntwo\n{"]).stream());
   const blocks: [string, boolean][] = [];
   for await (const { bytes, whole } of readBlocks(read, 0, 1))
