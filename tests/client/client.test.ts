@@ -486,7 +486,7 @@ test("no such file, a folder, two files, an unknown option: exit code 2 and a li
   expect(aFolder).toBe(`${folder.path}: not a regular file\n`);
   expect(two).toStartWith("too many arguments: found 2, at most 1 allowed\nusage: ");
   expect(option).toContain("--twice");
-  expect(soon).toBe("--retry-for: wanted a time like 90s, 5m or 2h\n");
+  expect(soon).toBe("--retry-for requires a duration like 90s, 5m or 2h\n");
 });
 
 test("a wrong secret ends it with exit code 2, is not shown, and nothing is taken", async () => {

@@ -170,8 +170,8 @@ test(
 
 const CLIENT_POINTS: Record<string, Alteration> = {
   "before a chunk is sent": {
-    find: 'const answer = await api.send(source, chunk); if ("accepted" in answer)',
-    put: `${DIE} const answer = await api.send(source, chunk); if ("accepted" in answer)`,
+    find: "let answer = await api.send(source, chunk);",
+    put: `${DIE} let answer = await api.send(source, chunk);`,
   },
   "before the rejected lines are written": {
     find: "const stored = (chunk: Chunk, answer: Stored) => {",

@@ -259,5 +259,5 @@ test("--repair refuses while the server writes, and --check does not", async () 
 test("--repair alone is wrong use", async () => {
   const { code, stderr } = await run("processor.ts", { args: ["--repair"] });
   expect(code).toBe(2);
-  expect(stderr).toContain("--repair: found alone, wanted with --check");
+  expect(stderr).toContain("--repair requires --check");
 });
