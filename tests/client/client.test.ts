@@ -131,7 +131,7 @@ test("an incomplete last line is reported, not sent, and sent by the run that fi
   const torn = await server.send(file);
   expect(torn).toMatchObject({
     code: 0,
-    stderr: `${file}: line 2 has no newline and is no event yet: left for the next run\n`,
+    stderr: `${file}: line 2 has no newline and is not a complete event: left for the next run\n`,
   });
   expect(torn.stdout).toContain(`: ${line("ann", 1).length} bytes in `);
   appendFileSync(file, last.slice(20));
