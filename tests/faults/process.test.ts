@@ -170,12 +170,12 @@ test(
 
 const CLIENT_POINTS: Record<string, Alteration> = {
   "before a chunk is sent": {
-    find: 'const answer = await api.send(source, chunk); if ("accepted" in answer)',
-    put: `${DIE} const answer = await api.send(source, chunk); if ("accepted" in answer)`,
+    find: "let answer = await api.send(source, chunk);",
+    put: `${DIE} let answer = await api.send(source, chunk);`,
   },
   "before the rejected lines are written": {
-    find: "const stored = (chunk: Chunk, answer: Stored) => {",
-    put: `const stored = (chunk: Chunk, answer: Stored) => { ${DIE}`,
+    find: "rejected.add(chunk, answer.errors);",
+    put: `${DIE} rejected.add(chunk, answer.errors);`,
   },
   "half-way through writing them": {
     find: "if (text && isKept) appendFileSync(path, text);",
