@@ -1,17 +1,17 @@
 /**
- * Settings, the command line, and how a start fails: the exit code, one line for each fault, and
- * never a secret or a stack.
+ * Settings, the command line and failed starts: the exit code, one line for each problem, and never a
+ * secret or a stack.
  */
 import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
-import { readSettings, type SettingName, SETTINGS } from "../lib/config.ts";
+import { SETTINGS } from "../lib/config.ts";
 import { messages, run, spawn, startApp, tempDir, until } from "./support/programs.ts";
 
 const SECRET = "quokka-in-a-secret";
 const PROGRAMS = ["app.ts", "processor.ts", "client.ts"];
-/** Nobody listens there: an app with this starts without a Postgres. */
+/** Nothing listens there: an app with this URL starts without Postgres. */
 const NO_DATABASE = `postgres://daybook:${SECRET}@127.0.0.1:1/daybook`;
 
 setDefaultTimeout(20_000);
@@ -25,7 +25,7 @@ const SHOWN: Record<string, string[]> = {
   "processor.ts": ["DATA_DIR", "DATABASE_URL"],
   "client.ts": ["SERVER_URL", "AUTH_SECRET"],
 };
-/** Of the contract. */
+/** Documented defaults. */
 const DEFAULTS: Record<string, Record<string, string>> = {
   "app.ts": {
     PORT: "8000",
@@ -42,7 +42,7 @@ const EXIT_CODES: Record<string, number[]> = {
 };
 
 for (const program of PROGRAMS) {
-  test(`${program} --help tells usage, settings and exit codes, and no secret that is set`, async () => {
+  test(`${program} --help prints usage, settings and exit codes, but no secret that is set`, async () => {
     const set = { ...env, AUTH_SECRET: SECRET };
     const { code, stdout, stderr } = await run(program, { args: ["--help"], env: set });
     expect(stdout).not.toContain(SECRET);
@@ -55,7 +55,7 @@ for (const program of PROGRAMS) {
       expect(stdout).toMatch(new RegExp(`^ *${exit}\\b.*[a-z]`, "m"));
   });
 
-  test(`${program} with an option that it does not know exits with 2`, async () => {
+  test(`${program} exits with 2 for an unknown option`, async () => {
     const { code, stdout, stderr } = await run(program, { args: ["--nonsense"], env });
     expect({ code, stdout }).toEqual({ code: 2, stdout: "" });
     expect(stderr).toContain("--nonsense");
@@ -63,7 +63,7 @@ for (const program of PROGRAMS) {
   });
 }
 
-test("--quarantine= with an empty value is rejected, and does not follow the journal", async () => {
+test("--quarantine= with an empty value is rejected instead of following the journal", async () => {
   const { code, stderr } = await run("processor.ts", { args: ["--quarantine="], env });
   expect({ code, stderr }).toEqual({
     code: 2,
@@ -81,70 +81,6 @@ test("app.ts accepts no files, and client.ts at most one", async () => {
     expectNoStack(stderr);
   }
 });
-
-const INVALID: [name: SettingName, found: string][] = [
-  ["PORT", "eighty"],
-  ["PORT", "-1"],
-  ["PORT", "65536"],
-  ["PORT", "80.5"],
-  ["PORT", "0x50"],
-  ["PORT", "1e3"],
-  ["PORT", "8000x"],
-  ["PORT", " "],
-  ["HOST", "not a host"],
-  ["HOST", "http://127.0.0.1"],
-  ["DATA_DIR", "da\0ta"],
-  ["EVENT_TYPES", "add_revenue"],
-  ["EVENT_TYPES", "a:+,a:-"],
-  ["SERVER_URL", "nonsense"],
-  ["SERVER_URL", "ftp://127.0.0.1"],
-  ["AUTH_SECRET", `${SECRET} with spaces`],
-  ["AUTH_SECRET", `${SECRET}é`],
-  ["AUTH_SECRET", `${SECRET}\n`],
-  ["AUTH_SECRET", `${SECRET},,${SECRET}`],
-  ["AUTH_SECRET", ","],
-  ["JWKS_URL", `ftp://user:${SECRET}@127.0.0.1/keys`],
-  ["DATABASE_URL", SECRET],
-  ["DATABASE_URL", `mysql://daybook:${SECRET}@127.0.0.1/daybook`],
-  ["DATABASE_URL", `postgres://daybook:${SECRET}@127.0.0.1:port/daybook`],
-];
-for (const [name, found] of INVALID)
-  test(`${name}=${JSON.stringify(found)} is invalid: one line has its name, what was found and what is required`, () => {
-    const { invalid } = readSettings([name], { [name]: found });
-    expect(invalid).toEqual([expect.stringMatching(new RegExp(`^${name} is .+: use .+$`, "s"))]);
-    const secret = /SECRET|TOKEN|_URL$/.test(name) && name !== "SERVER_URL";
-    if (secret) expect(invalid[0]).not.toContain(SECRET);
-    else expect(invalid[0]).toContain(found);
-  });
-
-const NAMES = ["HOST", "AUTH_SECRET"] as const;
-const LONG = "sixteen-or-more!";
-for (const HOST of [
-  "0.0.0.0",
-  "::",
-  "192.0.2.1",
-  "example.com",
-  "127.0.0.1.example.com",
-  "localhost.me",
-])
-  test(`HOST ${HOST} requires a secret of your own`, () => {
-    for (const AUTH_SECRET of ["secret", "", undefined, `${LONG},secret`, `secret,${LONG}`])
-      expect(readSettings(NAMES, { HOST, AUTH_SECRET }).invalid).toEqual([
-        expect.stringMatching(/^AUTH_SECRET\b.*HOST/),
-      ]);
-    for (const AUTH_SECRET of [LONG.slice(1), `${LONG},own`])
-      expect(readSettings(NAMES, { HOST, AUTH_SECRET }).invalid).toEqual([
-        expect.stringMatching(/^AUTH_SECRET is too short.*HOST/),
-      ]);
-    const others = { READ_SECRET: "short", JWT_SECRET: "short" };
-    const names = [...NAMES, "READ_SECRET", "JWT_SECRET"] as const;
-    expect(readSettings(names, { HOST, AUTH_SECRET: LONG, ...others }).invalid).toHaveLength(2);
-    expect(readSettings(NAMES, { HOST, AUTH_SECRET: `${LONG},${LONG}` }).invalid).toEqual([]);
-  });
-
-for (const HOST of ["127.0.0.1", "127.0.0.2", "::1", "localhost", "", undefined])
-  test(`HOST ${HOST} is loopback and accepts the default secret`, () =>
-    expect(readSettings(NAMES, { HOST }).invalid).toEqual([]));
 
 test("a server on a non-loopback address refuses to start with the default secret", async () => {
   const set = { ...env, HOST: "0.0.0.0", AUTH_SECRET: "" };
@@ -200,23 +136,23 @@ test("on HOST 0.0.0.0 each secret grants write access, and none appears on stdou
   expectNoStack(app.stderr.text());
 });
 
-test("a port in use ends the start with one line that names it", async () => {
+test("a start on a port in use fails with one line that names the port", async () => {
   using dir = tempDir();
-  const taken = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
-  const PORT = String(taken.port);
+  const other = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
+  const PORT = String(other.port);
   const found = await run("app.ts", { env: { ...env, DATA_DIR: dir.path, PORT } });
-  taken.stop(true);
+  other.stop(true);
   expectFailedStart(found, PORT);
 });
 
-test("an address of another machine ends the start with one line that names it", async () => {
+test("a start on another machine's address fails with one line that names the address", async () => {
   using dir = tempDir();
   const HOST = "192.0.2.1";
   const own = { ...env, DATA_DIR: dir.path, HOST, AUTH_SECRET: SECRET };
   expectFailedStart(await run("app.ts", { env: own }), HOST);
 });
 
-test("a second server on the port or the DATA_DIR of the first does not start and changes nothing; once the first is killed, the next one starts", async () => {
+test("a second server on the port or the DATA_DIR of the first fails to start and changes nothing; once the first is killed, the next one starts", async () => {
   using dir = tempDir();
   using other = tempDir();
   // An empty setting counts as unset.
@@ -242,14 +178,14 @@ test("a second server on the port or the DATA_DIR of the first does not start an
   expect((await fetch(`${next.url}/healthz`)).status).toBe(200);
 });
 
-test("a DATA_DIR that is a file ends the start with one line that names it", async () => {
+test("a start with a file as DATA_DIR fails with one line that names it", async () => {
   using dir = tempDir();
   writeFileSync(dir.file("data"), "");
   const found = await run("app.ts", { env: { ...env, DATA_DIR: dir.file("data") } });
   expectFailedStart(found, dir.file("data"));
 });
 
-test("a file that is not a journal stays unchanged, and ends the start with one line", async () => {
+test("a start with a file that is not a journal fails with one line, and leaves the file unchanged", async () => {
   using dir = tempDir();
   writeFileSync(dir.file("eventsPost.jsonl"), `${SECRET}\n`);
   const found = await run("app.ts", { env: { ...env, DATA_DIR: dir.path } });
@@ -282,7 +218,7 @@ test("SIGTERM ends processor.ts with 0, even while the database is unavailable",
   expectNoStack(processor.stderr.text());
 });
 
-test("README's table of settings has the words of --help", () => {
+test("README's table of settings has the same words as --help", () => {
   const readme = readFileSync(join(import.meta.dir, "..", "README.md"), "utf8");
   const rows = readme.split("\n").filter((row) => /^\| `[A-Z_]+` \|/.test(row));
   const expected = Object.entries(SETTINGS).map(([name, setting]) => {

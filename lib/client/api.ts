@@ -10,7 +10,7 @@
  * | 401, 403                       | stop: wrong secret or token                                 |
  * | any other                      | stop: our mistake, or not a Daybook server                  |
  */
-import { setTimeout as sleep } from "node:timers/promises";
+import { setTimeout as wait } from "node:timers/promises";
 
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import { type Chunk, digestAt } from "./chunks.ts";
@@ -68,7 +68,12 @@ interface ApiOptions {
   say(line: string): void;
   /** Ends retrying. */
   stop: AbortSignal;
+  /** Waits before a retry, until `stop` at most. */
+  sleep?(ms: number, stop: AbortSignal): Promise<void>;
 }
+
+const sleepUntilStopped = (ms: number, signal: AbortSignal) =>
+  wait(ms, undefined, { signal }).catch(() => {});
 
 /** An answer that arrived completely. */
 interface Answer {
@@ -78,7 +83,8 @@ interface Answer {
 }
 
 /** Every call throws UploadFailed when it fails for good. */
-export function openApi({ serverUrl, credential, retryMs, say, stop }: ApiOptions) {
+export function openApi(options: ApiOptions) {
+  const { serverUrl, credential, retryMs, say, stop, sleep = sleepUntilStopped } = options;
   const baseUrl = serverUrl.replace(/\/+$/, "");
   const shownUrl = baseUrl.replace(/\/\/[^/@]*@/, "//"); // it may hold a password
   return { state, send, waitUntilPosted };
@@ -127,7 +133,7 @@ export function openApi({ serverUrl, credential, retryMs, say, stop }: ApiOption
         isNoted = true;
       }
       // When stopped, one last attempt.
-      await sleep(waitMs, undefined, { signal: stop }).catch(() => {});
+      await sleep(waitMs, stop);
     }
   }
 

@@ -137,7 +137,9 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
   const upload = { ...options, source, read, rejected, progress };
   const leftOver = (line: number) => {
     if (!follow)
-      say(`${path}: line ${line} has no newline and is no event yet: left for the next run`);
+      say(
+        `${path}: line ${line} has no newline and is not a complete event: left for the next run`,
+      );
   };
   try {
     // The client that sent it may have died before it noted what was rejected: only the server knows.
@@ -145,7 +147,7 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
     total.skip(startOfSource(), start);
     total.position ||= state?.position ?? "";
     for (let place = start; ;) {
-      // Checked first: what is open is then sent to its end, whatever has its name by now.
+      // Checked before sending: a file that was replaced by now is sent to its end.
       const isReplaced = await hasOtherFile(path, file);
       if ((await file.stat()).size < place.offset) return null;
       const isFinal = !follow || isReplaced;

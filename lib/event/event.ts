@@ -13,7 +13,7 @@ export const MAX_ID_BYTES = 128;
 export const MAX_SOURCE_BYTES = 256;
 
 /** The event types: for each name, whether such an event adds, subtracts or does not count. */
-export type EventTypes = ReadonlyMap<string, Sign>;
+type EventTypes = ReadonlyMap<string, Sign>;
 const SIGNS: Record<string, Sign> = { "+": 1, "-": -1, "0": 0 };
 
 /** What posting needs from an event: whose balance changes, and by how much. */

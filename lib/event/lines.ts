@@ -93,7 +93,7 @@ export function readFile(file: Bun.BunFile): Read {
   return (from, to) => file.slice(from, to).bytes();
 }
 
-/** Like readFile, but reads the opened file, even when another one has taken its name. */
+/** Like readFile, but reads the opened file, even when another file has its name now. */
 export function readHandle(handle: FileHandle): Read {
   return async (from, to) => {
     const bytes = Buffer.allocUnsafe(Math.max(0, to - from));

@@ -1,9 +1,9 @@
 /**
- * A file is taken once, to the event, whatever happens on the way: the client is killed, the server
- * with its processor is killed under it, and what lies between them drops, delays and cuts. What
- * must come of it is summed up by the test itself, from the file it wrote.
+ * Each event of a file counts once, whatever happens while it is sent: the client is killed, the server
+ * and its processor are killed, and the network drops, delays and cuts. The test computes the expected
+ * balances from the file that it wrote.
  */
-import { expect, setDefaultTimeout, test } from "bun:test";
+import { expect, setDefaultTimeout } from "bun:test";
 import { readFileSync, statSync } from "node:fs";
 
 import { count } from "../faults/figures.ts";
@@ -11,24 +11,24 @@ import { rejectedFaults, writeEvents } from "../support/events.ts";
 import { type Fault, openMeddler } from "../support/network.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
 import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
-import { IS_LONG, seeded } from "../support/random.ts";
+import { longTest, seeded } from "../support/random.ts";
 
 setDefaultTimeout(300_000);
 
 const LINES = 40_000;
 const KILLS = 10;
-/** A client that meets bad luck five times in a row waits for 10 s, and then for 5 s each time. */
-const GOES_ON_MS = 120_000;
-/** Beyond the point at which a client is to die, so much more gets through at most. */
-const SLACK_BYTES = 1024 * 1024;
+/** A client that fails five times in a row pauses for 10 s altogether, and then for 5 s each time. */
+const MAX_WAIT_MS = 120_000;
+/** How many bytes may get through after the point at which a client is to die. */
+const MAX_SLACK_BYTES = 1024 * 1024;
 
-test.if(IS_LONG)(
-  "the client is killed again and again and the server now and then: every event counts once",
+longTest(
+  "every event counts once when the client is killed again and again, and the server now and then",
   seeded(async (random) => {
     await using ledger = await openLedger();
     const { good, bad, balances } = writeEvents(ledger.file, LINES, random);
-    await using way = await ledger.openWay(() => null);
-    await ledger.sendAndKill(way.url, random);
+    await using proxy = await ledger.openProxy(() => null);
+    await ledger.sendAndKill(proxy.url, random);
     expect(await ledger.sendRest(ledger.server.url)).toEndWith("; all of it is in the ledger\n");
     expect(differences(await ledger.balances(), balances)).toEqual([]);
     expect(rejectedFaults(ledger.file, bad)).toEqual([]);
@@ -36,16 +36,16 @@ test.if(IS_LONG)(
   }),
 );
 
-// In the normal run a client dies, and answers are lost, at each point by name (tests/faults/process.test.ts,
+// In the normal run, a client dies and answers are lost at each point once (tests/faults/process.test.ts,
 // tests/client/client.test.ts).
-test.if(IS_LONG)(
-  "the same with a network that drops, delays and cuts requests and answers",
+longTest(
+  "every event counts once when the network also drops, delays and cuts requests and answers",
   seeded(async (random) => {
     await using ledger = await openLedger();
     const { good, bad, balances } = writeEvents(ledger.file, LINES, random);
-    await using way = await ledger.openWay(() => badLuck(random));
-    await ledger.sendAndKill(way.url, random);
-    expect(await ledger.sendRest(way.url)).toEndWith("; all of it is in the ledger\n");
+    await using proxy = await ledger.openProxy(() => badLuck(random));
+    await ledger.sendAndKill(proxy.url, random);
+    expect(await ledger.sendRest(proxy.url)).toEndWith("; all of it is in the ledger\n");
     expect(differences(await ledger.balances(), balances)).toEqual([]);
     expect(rejectedFaults(ledger.file, bad)).toEqual([]);
     expect(ledger.events()).toBe(good.length);
@@ -57,15 +57,15 @@ function badLuck(random: () => number): Fault {
   return random() < 0.4 ? (faults[Math.floor(random() * faults.length)] as Fault) : null;
 }
 
-/** The users whose balances are not those that are wanted. */
-function differences(found: Record<string, string>, wanted: Record<string, string>): string[] {
-  const users = Object.keys({ ...found, ...wanted });
+/** The users whose balances are not the expected ones. */
+function differences(found: Record<string, string>, expected: Record<string, string>): string[] {
+  const users = Object.keys({ ...found, ...expected });
   return users
-    .filter((user) => found[user] !== wanted[user])
-    .map((user) => `${user}: ${found[user]}, wanted ${wanted[user]}`);
+    .filter((user) => found[user] !== expected[user])
+    .map((user) => `${user}: ${found[user]}, expected ${expected[user]}`);
 }
 
-/** A server with a ledger of its own, and a file to be sent. */
+/** A server with its own ledger, and a file to send. */
 async function openLedger() {
   const database = await testDatabase();
   const folder = tempDir();
@@ -74,31 +74,31 @@ async function openLedger() {
   const app = { dataDir: folder.file("data"), databaseUrl: database.url };
   let server = await startApp(app);
   const size = () => statSync(journal).size;
-  let mostBytes = Number.POSITIVE_INFINITY;
+  let maxBytes = Number.POSITIVE_INFINITY;
 
   return {
     file,
     server,
     balances: () => balances(database.url),
     /**
-     * A way to the server. It waits where a client is to die: on a busy machine that would else be
-     * through with the file before the test looks again.
+     * A proxy to the server. It holds requests back at the point at which a client is to die. Without it,
+     * the client could finish the file on a busy machine before the test looks again.
      */
-    openWay: (choose: () => Fault) =>
+    openProxy: (choose: () => Fault) =>
       openMeddler(server.url, async () => {
-        await until(() => size() <= mostBytes, GOES_ON_MS, 1);
+        await until(() => size() <= maxBytes, MAX_WAIT_MS, 1);
         return choose();
       }),
-    /** Starts the client `KILLS` times; kills it when it is under way, and each third time the server before. */
+    /** Starts the client `KILLS` times and kills it half-way; each third time, it kills the server first. */
     async sendAndKill(url: string, random: () => number) {
       const bytes = statSync(file).size;
       for (let kill = 0; kill < KILLS; kill++) {
         await using client = spawn("client.ts", { args: [file], env: { SERVER_URL: url } });
         const reach = (journalBytes: number) => {
-          mostBytes = journalBytes + SLACK_BYTES;
+          maxBytes = journalBytes + MAX_SLACK_BYTES;
           return until(
             () => size() > journalBytes || client.child.exitCode !== null,
-            GOES_ON_MS,
+            MAX_WAIT_MS,
             1,
           );
         };
@@ -114,11 +114,11 @@ async function openLedger() {
         client.kill("SIGKILL");
         count("kills");
         await client.exit();
-        expect(client.child.signalCode).toBe("SIGKILL"); // it was not through before
+        expect(client.child.signalCode).toBe("SIGKILL"); // it had not finished before
       }
-      mostBytes = Number.POSITIVE_INFINITY;
+      maxBytes = Number.POSITIVE_INFINITY;
     },
-    /** What the client says that has come to the end. */
+    /** Sends the rest of the file, and returns the summary. */
     async sendRest(url: string) {
       const args = [file, "--wait"];
       const { code, stdout } = await run("client.ts", { args, env: { SERVER_URL: url } });

@@ -174,8 +174,8 @@ const CLIENT_POINTS: Record<string, Alteration> = {
     put: `${DIE} let answer = await api.send(source, chunk);`,
   },
   "before the rejected lines are written": {
-    find: "rejected.add(chunk, answer.errors); total.add",
-    put: `${DIE} rejected.add(chunk, answer.errors); total.add`,
+    find: "rejected.add(chunk, answer.errors);",
+    put: `${DIE} rejected.add(chunk, answer.errors);`,
   },
   "half-way through writing them": {
     find: "if (text && isKept) appendFileSync(path, text);",
