@@ -4,7 +4,7 @@
  * there is no room, a sync fails and forgets what it should have written: the next one then succeeds
  * and has written nothing, as Linux has it. All by one seed.
  */
-import type { Disk, JournalFile } from "../../lib/journal/disk.ts";
+import type { Disk, JournalFile, ReadableFile } from "../../lib/journal/disk.ts";
 
 const PAGE = 4096;
 
@@ -65,6 +65,13 @@ export class SimulatedDisk {
       return act();
     };
     const fail = (code: string) => Object.assign(new Error(code), { code });
+    const readable = (file: SimulatedFile): ReadableFile => {
+      const size = file.bytes.length;
+      return {
+        bytes: size,
+        read: (from, to) => alive(() => Buffer.from(file.bytes.subarray(from, Math.min(to, size)))),
+      };
+    };
     const openForAppend = (path: string): JournalFile => {
       const file = this.files.get(path) ?? { bytes: empty, platter: empty, dirty: new Set() };
       if (!this.files.has(path)) this.name(new Map([[path, file]]));
@@ -74,6 +81,7 @@ export class SimulatedDisk {
         for (let page = pageOf(from); page * PAGE < file.bytes.length; page++) file.dirty.add(page);
       };
       return {
+        ...readable(file),
         append: (bytes) =>
           alive(() => {
             if (this.random() < this.odds.noRoom) {
@@ -102,6 +110,7 @@ export class SimulatedDisk {
         close: () => alive(() => {}),
       };
     };
+    const files = () => this.files;
     return {
       openForAppend: (path) => alive(() => openForAppend(path)),
       syncDirectory: () =>
@@ -122,8 +131,10 @@ export class SimulatedDisk {
       remove: (path) => alive(() => this.name(new Map([[path, null]]))),
       modifiedMs: () => alive(() => 0),
       size: (path) => alive(() => this.files.get(path)?.bytes.length ?? 0),
-      read: (path, from, to) =>
-        alive(() => Buffer.from(this.files.get(path)?.bytes.subarray(from, to) ?? empty)),
+      async withFile(path, use) {
+        const file = await alive(() => files().get(path));
+        return file ? use(readable(file)) : null;
+      },
       syncFile: (path) =>
         alive(() => {
           const file = this.files.get(path);

@@ -45,12 +45,12 @@ async function start(bytes: Buffer): Promise<string[] | JournalDamage> {
   await mounted.openForAppend(PATH);
   disk.change(PATH, () => bytes);
   try {
-    await (await openJournal("data", () => {}, mounted)).close();
+    await (await openJournal({ directory: "data", disk: mounted })).close();
     // What one start has healed the next finds whole. Of all starts this takes half as long again.
     const say = (line: string) => {
       throw new Error(`the next start, too: ${line}`);
     };
-    if (starts++ % 4 === 0) await openJournal("data", say, mounted);
+    if (starts++ % 4 === 0) await openJournal({ directory: "data", say, disk: mounted });
   } catch (error) {
     if (error instanceof JournalDamage) return error;
     throw error;
@@ -139,7 +139,7 @@ async function read(mounted: Disk): Promise<string> {
 test("no bit of a journal's name makes it another journal", async () => {
   const disk = new SimulatedDisk(randomOf(1), HARMLESS);
   const mounted = disk.mount();
-  const journal = await openJournal("data", () => {}, mounted);
+  const journal = await openJournal({ directory: "data", disk: mounted });
   await journal.append(Buffer.from("line\n"));
   const [name] = encodeJournalHeader(journal.id, 0).toString().split(journal.id) as [string];
   await eachFlip(disk, PATH, [name.length, name.length + journal.id.length], (found, bit) => {
@@ -151,7 +151,7 @@ test("no bit of a journal's name makes it another journal", async () => {
 test("no bit of the headers of many files puts an event elsewhere", async () => {
   const disk = new SimulatedDisk(randomOf(1), HARMLESS);
   const mounted = disk.mount();
-  const journal = await openJournal("data", () => {}, mounted, 250);
+  const journal = await openJournal({ directory: "data", disk: mounted, segmentBytes: 250 });
   for (let i = 0; i < 6; i++) await journal.append(Buffer.from(`line ${i} ${"x".repeat(100)}\n`));
   const whole = await read(mounted);
   const header = encodeJournalHeader(journal.id, 0).length; // its newline, too

@@ -13,7 +13,7 @@ import {
 
 import { openDatabase } from "../../lib/ledger/database.ts";
 import { BatchLimit } from "../../lib/processor/fold.ts";
-import { type Disk, disk } from "../../lib/journal/disk.ts";
+import { type Disk, disk, type ReadableFile } from "../../lib/journal/disk.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { openJournalReader } from "../../lib/journal/reader.ts";
 import { post } from "../../lib/ledger/ledger.ts";
@@ -27,7 +27,6 @@ import { IS_LONG } from "../support/random.ts";
 
 setDefaultTimeout(60_000);
 
-const quiet = () => {};
 const line = (text: string) => Buffer.from(`${text}\n`);
 const event = (userId: string, value = 1, more = {}) =>
   JSON.stringify({ userId, name: "add_revenue", value, ...more });
@@ -47,12 +46,29 @@ async function readLines(path: string): Promise<string[]> {
   return lines;
 }
 
+/** The real disk, with a call of `before` before each read of a file. */
+function onRead(before: (path: string, from: number) => Promise<void>): Disk {
+  return {
+    ...disk,
+    withFile: (path, use) =>
+      disk.withFile(path, (file) =>
+        use({
+          ...file,
+          async read(from, to) {
+            await before(path, from);
+            return file.read(from, to);
+          },
+        }),
+      ),
+  };
+}
+
 const segments = (directory: string) =>
   readdirSync(directory).filter((name) => /^eventsPost\.\d+\.jsonl$/.test(name));
 
 /** A journal of ten appends in files of at most 300 bytes. */
 async function rotated(directory: string) {
-  const journal = await openJournal(directory, quiet, disk, 300);
+  const journal = await openJournal({ directory, segmentBytes: 300 });
   const positions: number[] = [];
   for (let i = 0; i < 10; i++) positions.push(await journal.append(line(`${i}`)));
   await journal.close();
@@ -82,7 +98,7 @@ test("a start goes on behind the last segment, also where the rotation had died 
   const end = positions.at(-1) as number;
   const base = JSON.parse(readFileSync(dir.file("eventsPost.jsonl"), "utf8").split("\n")[0] ?? "");
   renameSync(dir.file("eventsPost.jsonl"), dir.file(`eventsPost.${base.base}.jsonl`));
-  const journal = await openJournal(dir.path, quiet, disk, 300);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 300 });
   expect(journal.id).toBe(id);
   // Behind the last frame, not behind the new file's header: nobody would ever post that.
   expect(journal.end()).toBe(end);
@@ -101,7 +117,7 @@ test("a journal without its oldest files is read from where it begins; without o
   expect("0123456789").toEndWith(left.join(""));
   rmSync(dir.file(third));
   await expect(readLines(dir.file("eventsPost.jsonl"))).rejects.toThrow(second);
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow(second);
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow(second);
 });
 
 test("a segment of another journal, or one that is cut, is named by the next start", async () => {
@@ -112,14 +128,14 @@ test("a segment of another journal, or one that is cut, is named by the next sta
   const last = segments(dir.path).toSorted(byBase).at(-1) as string;
   renameSync(dir.file(last), dir.file("kept"));
   renameSync(other.file(segments(other.path).toSorted(byBase).at(-1) as string), dir.file(last));
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow("belongs to another journal");
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow("belongs to another journal");
   await Bun.write(dir.file(last), readFileSync(dir.file("kept")).subarray(0, -5));
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow("is damaged at byte");
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow("is damaged at byte");
 });
 
 test("a reader follows while the writer rotates with every append", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   const reader = await openJournalReader(dir.file("eventsPost.jsonl"));
   if (!reader) throw new Error("no journal");
   const found: string[] = [];
@@ -144,20 +160,16 @@ test("a reader follows while the writer rotates with every append", async () => 
   expect(found).toEqual(Array.from({ length: 200 }, (_, i) => `${i}`));
 });
 
-test("a file that is rotated away between the look at its header and the read is not taken for the next", async () => {
+test("a file that is rotated between the read of its header and of its frames is not mistaken for the next", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   await journal.append(line("0"));
   let rotate: (() => Promise<unknown>) | null = null;
-  const strange = {
-    ...disk,
-    async read(path: string, from: number, to: number) {
-      const act = from > 0 ? rotate : null;
-      if (act) rotate = null;
-      await act?.();
-      return disk.read(path, from, to);
-    },
-  };
+  const strange = onRead(async (_, from) => {
+    const act = from > 0 ? rotate : null;
+    if (act) rotate = null;
+    await act?.();
+  });
   const reader = await openJournalReader(dir.file("eventsPost.jsonl"), strange);
   if (!reader) throw new Error("no journal");
   rotate = () => journal.append(line("another"));
@@ -186,8 +198,10 @@ test.each([
       ...disk,
       list: async (path: string) => passing(await disk.list(path)),
       size: async (path: string) => passing(await disk.size(path)),
-      read: async (path: string, from: number, to: number) =>
-        passing(await disk.read(path, from, to)),
+      withFile: <T>(path: string, use: (file: ReadableFile) => T | Promise<T>) => {
+        passing(null);
+        return disk.withFile(path, async (file) => passing(await use(file)));
+      },
     };
     expect(await look(dir.file("eventsPost.jsonl"), losing)).toBeTruthy();
   }
@@ -197,7 +211,7 @@ test("a segment that goes while its last frame is compared with the checkpoint i
   await using database = await testDatabase();
   using dir = tempDir();
   const ledger = openDatabase(() => database.url, "test", 1);
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   await journal.append(line(event("ann")));
   const path = dir.file("eventsPost.jsonl");
   const open = async (disk: Disk) => {
@@ -217,9 +231,9 @@ test("a segment that goes while its last frame is compared with the checkpoint i
   let reads = 0;
   const losing = (at: number) => ({
     ...disk,
-    async read(name: string, from: number, to: number) {
+    withFile<T>(name: string, use: (file: ReadableFile) => T | Promise<T>) {
       if (name === dir.file(posted) && reads++ === at) rmSync(name);
-      return disk.read(name, from, to);
+      return disk.withFile(name, use);
     },
   });
   const kept = readFileSync(dir.file(posted));
@@ -239,7 +253,7 @@ test("a segment that goes while its last frame is compared with the checkpoint i
 test("processor.ts JOURNAL beside another that posts the same and lets go of it goes on", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   for (let i = 0; i < 6; i++) await journal.append(line(event("ann")));
   await journal.close();
   const path = dir.file("eventsPost.jsonl");
@@ -259,7 +273,7 @@ test("processor.ts JOURNAL beside another that posts the same and lets go of it 
 
 test("a server that reads its marks while segments go asks the ledger once more", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   for (const name of ["a", "b"]) await journal.append(line(event(name)));
   const [first = ""] = segments(dir.path);
   const segment = statSync(dir.file(first)).size;
@@ -285,13 +299,16 @@ test("a server that reads its marks while segments go asks the ledger once more"
 test("a reader asks no more of the disk for each file, however many there are", async () => {
   const callsPerFile = async (files: number) => {
     using dir = tempDir();
-    const journal = await openJournal(dir.path, quiet, disk, 1);
+    const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
     for (let i = 0; i < files; i++) await journal.append(line(`${i}`));
     await journal.close();
     let calls = 0;
     const counting = {
       ...disk,
-      read: (path: string, from: number, to: number) => (calls++, disk.read(path, from, to)),
+      withFile: <T>(path: string, use: (file: ReadableFile) => T | Promise<T>) => (
+        calls++,
+        disk.withFile(path, use)
+      ),
       size: (path: string) => (calls++, disk.size(path)),
       list: (path: string) => (calls++, disk.list(path)),
     };
@@ -314,17 +331,13 @@ test("a batch is handed over only when the reader itself has synced what it read
   using dir = tempDir();
   const calls: string[] = [];
   const strange = {
-    ...disk,
+    ...onRead(async (_, from) => void (from > 0 && calls.push("read"))),
     async syncFile(path: string) {
       await disk.syncFile(path);
       calls.push("sync");
     },
-    read(path: string, from: number, to: number) {
-      if (from > 0) calls.push("read");
-      return disk.read(path, from, to);
-    },
   };
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   await journal.append(line(event("ann")));
   const path = dir.file("eventsPost.jsonl");
   const reader = await openJournalReader(path, strange);

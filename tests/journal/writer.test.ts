@@ -50,14 +50,14 @@ function strangeDisk(
 
 async function withJournal(use: (journal: Journal, path: string) => Promise<unknown>) {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   await use(journal, dir.file("eventsPost.jsonl"));
   await journal.close();
 }
 
 /** Opens the journal once more and returns the event lines that a reader finds. */
 async function reopen(directory: string, say: (line: string) => void = quiet): Promise<string[]> {
-  await (await openJournal(directory, say)).close();
+  await (await openJournal({ directory, say })).close();
   return readLines(`${directory}/eventsPost.jsonl`);
 }
 
@@ -93,14 +93,14 @@ test("the file is a header line, then frames with the byte count and the CRC-32 
 test("a new file is synced, and its directory, before anything is appended", async () => {
   using dir = tempDir();
   const { disk, calls } = strangeDisk({});
-  await (await openJournal(dir.path, quiet, disk)).close();
+  await (await openJournal({ directory: dir.path, disk })).close();
   expect(calls).toEqual(["truncate", "append", "sync", "syncDirectory", "close"]);
 });
 
 test("every append that waits shares the next sync", async () => {
   using dir = tempDir();
   const { disk, calls } = strangeDisk({});
-  const journal = await openJournal(dir.path, quiet, disk);
+  const journal = await openJournal({ directory: dir.path, disk });
   calls.length = 0;
   await Promise.all(Array.from({ length: 100 }, (_, i) => journal.append(line(`${i}`))));
   expect(calls).toEqual(["append", "sync", "append", "sync"]);
@@ -112,7 +112,7 @@ test("an append is answered after the sync, not before", async () => {
   using dir = tempDir();
   const gate = Promise.withResolvers<void>();
   const { disk, strange } = strangeDisk({});
-  const journal = await openJournal(dir.path, quiet, disk);
+  const journal = await openJournal({ directory: dir.path, disk });
   strange.sync = () => gate.promise;
   let answered = false;
   const appended = journal.append(line("a")).then(() => (answered = true));
@@ -126,7 +126,7 @@ test("an append is answered after the sync, not before", async () => {
 test("after a failed sync nothing is acknowledged, and it never syncs again", async () => {
   using dir = tempDir();
   const { disk, strange, calls } = strangeDisk({});
-  const journal = await openJournal(dir.path, quiet, disk);
+  const journal = await openJournal({ directory: dir.path, disk });
   await journal.append(line("before"));
   strange.sync = () => Promise.reject(Object.assign(new Error("bad"), { code: "EIO" }));
   const answers = await Promise.allSettled([journal.append(line("a")), journal.append(line("b"))]);
@@ -143,7 +143,7 @@ test("after a failed sync nothing is acknowledged, and it never syncs again", as
 test("a full disk refuses what does not fit, keeps the file whole, and goes on once there is room", async () => {
   using dir = tempDir();
   const { disk, strange } = strangeDisk({});
-  const journal = await openJournal(dir.path, quiet, disk);
+  const journal = await openJournal({ directory: dir.path, disk });
   await journal.append(line("before"));
   strange.append = async (file, bytes) => {
     await file.append((bytes as Uint8Array).subarray(0, 20));
@@ -200,13 +200,13 @@ test("each folder that is made is synced into the one above it", async () => {
 
 test("a start reads the end of a large file, and nothing of it is cut off", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   const large = line("x".repeat(13 * 1024 * 1024));
   for (let i = 0; i < 4; i++) await journal.append(large); // more than it reads
   const end = await journal.append(line("last"));
   await journal.close();
   const said: string[] = [];
-  const again = await openJournal(dir.path, (text) => said.push(text));
+  const again = await openJournal({ directory: dir.path, say: (text) => said.push(text) });
   expect(again.end()).toBe(end);
   expect(said).toEqual([]);
   await again.close();
@@ -217,11 +217,11 @@ test("a disk without room for a new journal is said in a line that names the fil
   const { disk } = strangeDisk({
     append: () => Promise.reject(Object.assign(new Error("write"), { code: "ENOSPC" })),
   });
-  const opening = openJournal(dir.path, quiet, disk);
+  const opening = openJournal({ directory: dir.path, disk });
   await expect(opening).rejects.toThrow(
     `cannot begin ${dir.file("eventsPost.jsonl")}: no room (ENOSPC); free some space and start again`,
   );
-  await (await openJournal(dir.path, quiet)).close(); // with room it starts
+  await (await openJournal({ directory: dir.path })).close(); // with room it starts
 });
 
 test.each(["rename", "syncDirectory"] as const)(
@@ -239,7 +239,7 @@ test.each(["rename", "syncDirectory"] as const)(
         await (disk[call] as (...paths: string[]) => Promise<void>)(...paths);
       },
     };
-    const journal = await openJournal(dir.path, quiet, breaking, 100);
+    const journal = await openJournal({ directory: dir.path, disk: breaking, segmentBytes: 100 });
     await journal.append(line("first"));
     isBroken = true;
     await expect(journal.append(line("second"))).rejects.toThrow("begin another file after");
@@ -268,7 +268,7 @@ test.each(["open", "rename"] as const)(
         return disk.rename(from, to);
       },
     };
-    const journal = await openJournal(dir.path, () => {}, filling, 300);
+    const journal = await openJournal({ directory: dir.path, disk: filling, segmentBytes: 300 });
     const add = () => journal.append(Buffer.from(`${"x".repeat(200)}\n`));
     const first = await add();
     isFull = true;
@@ -283,7 +283,7 @@ test("a disk that was full is not held to be full for ever", async () => {
   using dir = tempDir();
   const { disk, strange } = strangeDisk({});
   let nowMs = 1_000_000;
-  const journal = await openJournal(dir.path, quiet, { ...disk, now: () => nowMs });
+  const journal = await openJournal({ directory: dir.path, disk: { ...disk, now: () => nowMs } });
   strange.append = () => Promise.reject(Object.assign(new Error("full"), { code: "ENOSPC" }));
   await expect(journal.append(line("refused"))).rejects.toThrow("no room");
   expect(journal.trouble()).toContain("no room");
@@ -294,7 +294,7 @@ test("a disk that was full is not held to be full for ever", async () => {
 
 test("a tail torn at any byte is cut off, and what was whole stays", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   await journal.append(line("first"));
   const whole = await journal.append(line("second"));
   const end = await journal.append(line('{"userId":"third"}'));
@@ -324,7 +324,7 @@ test("a file that died while it was made begins anew, whatever is there of its h
 
 test("damage before the tail names the file and the byte, and nothing is changed", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   const start = readFileSync(dir.file("eventsPost.jsonl")).length;
   const first = await journal.append(line("first"));
   await journal.append(line("second"));
@@ -335,7 +335,7 @@ test("damage before the tail names the file and the byte, and nothing is changed
     const bad = Buffer.from(good);
     bad[at] = (bad[at] as number) ^ 1;
     writeFileSync(path, bad);
-    const opened = openJournal(dir.path, quiet);
+    const opened = openJournal({ directory: dir.path });
     // The time of a frame is told, not relied upon: a flipped digit in it goes unnoticed.
     if (JSON.parse(good.toString().split("\n")[1] ?? "").frame.at !== frameTime(bad)) {
       await (await opened.catch(() => null))?.close();
@@ -355,14 +355,16 @@ test("a file that is no journal is refused and left alone", async () => {
   const path = dir.file("eventsPost.jsonl");
   const events = readFileSync(`${import.meta.dir}/../fixtures/assignment.jsonl`);
   writeFileSync(path, events);
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow("does not begin with the header");
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow(
+    "does not begin with the header",
+  );
   expect(readFileSync(path).equals(events)).toBe(true);
 });
 
 test("a second writer is refused while the first lives", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow("written by another process");
+  const journal = await openJournal({ directory: dir.path });
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow("written by another process");
   await journal.close();
   expect(await reopen(dir.path)).toEqual([]);
 });

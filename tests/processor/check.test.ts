@@ -4,7 +4,7 @@ import { existsSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
-import { disk } from "../../lib/journal/disk.ts";
+import { disk, type ReadableFile } from "../../lib/journal/disk.ts";
 import { checkJournal } from "../../lib/journal/check.ts";
 import { repairFile } from "../../lib/journal/repair.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
@@ -16,11 +16,9 @@ import { IS_LONG, seeded } from "../support/random.ts";
 
 setDefaultTimeout(60_000);
 
-const quiet = () => {};
-
 /** A journal of so many frames in segments; each line says which it is. */
 async function makeJournal(directory: string, frames: number, segmentBytes: number) {
-  const journal = await openJournal(directory, quiet, disk, segmentBytes);
+  const journal = await openJournal({ directory, segmentBytes });
   for (let i = 0; i < frames; i++)
     await journal.append(Buffer.from(`{"userId":"u","name":"add_revenue","value":${i}}\n`));
   await journal.close();
@@ -117,23 +115,23 @@ test(
       for (const [position, line] of kept)
         if (!line.startsWith('{"lost":') && line !== "")
           expect(isSeen ? before.get(position) : line, told).toBe(line);
-      await (await openJournal(dir.path, quiet)).close();
+      await (await openJournal({ directory: dir.path })).close();
     }
   }),
 );
 
 test("a check ends although the journal goes on growing", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 300);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 300 });
   const add = () => journal.append(Buffer.from(`${"x".repeat(200)}\n`));
   for (let i = 0; i < 20; i++) await add();
   let reads = 0;
   const growing = {
     ...disk,
-    async read(path: string, from: number, to: number) {
+    async withFile<T>(path: string, use: (file: ReadableFile) => T | Promise<T>) {
       if (++reads % 30 === 0) await add(); // a file becomes full in less time than all are read in
       if (reads > 2_000) throw new Error("it does not end");
-      return disk.read(path, from, to);
+      return disk.withFile(path, use);
     },
   };
   const { files } = await checkJournal(dir.file("eventsPost.jsonl"), growing);

@@ -18,13 +18,16 @@ import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
 
 setDefaultTimeout(60_000);
 
-const quiet = () => {};
 const event = (userId: string) =>
   Buffer.from(`{"userId":"${userId}","name":"add_revenue","value":1}\n`);
 
 /** A journal of one frame for each of `users`; returns the positions behind them. */
-async function append(directory: string, users: string, segmentBytes?: number): Promise<number[]> {
-  const journal = await openJournal(directory, quiet, disk, segmentBytes);
+async function append(
+  directory: string,
+  users: string,
+  segmentBytes = Infinity,
+): Promise<number[]> {
+  const journal = await openJournal({ directory, segmentBytes });
   const ends: number[] = [];
   for (const user of users) ends.push(await journal.append(event(user)));
   await journal.close();
@@ -87,7 +90,7 @@ test("acknowledged frames before a torn one are no torn tail, whichever byte has
     for (let at = from; at < end; at++) {
       writeFileSync(path, whole.subarray(0, whole.length - cut));
       change(path, at);
-      const opening = openJournal(dir.path, quiet);
+      const opening = openJournal({ directory: dir.path });
       const refused = await opening.then((journal) => journal.close()).catch((error) => error);
       const { files } = await checkJournal(path, disk);
       const [file] = files;
@@ -108,7 +111,7 @@ test("acknowledged frames before a torn one are no torn tail, whichever byte has
 test("a damage of any length is mended by frames that every reader takes", async () => {
   for (const mib of [15, 17, 30, 33]) {
     using dir = tempDir();
-    const journal = await openJournal(dir.path, quiet);
+    const journal = await openJournal({ directory: dir.path });
     await journal.append(event("a"));
     const lines = Buffer.alloc(event("b").length * 20_000, event("b"));
     const from = journal.end();
@@ -165,7 +168,7 @@ test("a repair that dies between its steps can be done again", async () => {
 
 test("what a repair says that posts the events it has moved aside posts them", async () => {
   await using desk = await openDesk();
-  const journal = await openJournal(desk.dir.path, quiet);
+  const journal = await openJournal({ directory: desk.dir.path });
   await journal.append(event("a"));
   const end = await journal.append(Buffer.concat([event("b"), event("c"), event("d")]));
   await journal.append(event("e"));

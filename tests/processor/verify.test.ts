@@ -332,7 +332,7 @@ test("what a tool holds it holds until it is done, however long it asks for noth
 
 test("a retry reads nothing of segments that are about to go", async () => {
   await using ledger = await openLedger();
-  const journal = await openJournal(ledger.dataDir, quiet, disk, 200);
+  const journal = await openJournal({ directory: ledger.dataDir, segmentBytes: 200 });
   for (let i = 0; i < 5; i++) await journal.append(Buffer.from(`${event(`user${i}`, 1)}\nbad\n`));
   await journal.close();
   const path = join(ledger.dataDir, "eventsPost.jsonl");
@@ -363,7 +363,7 @@ test("a retry reads nothing of segments that are about to go", async () => {
 
 test("SIGINT and SIGTERM end a tool at once", async () => {
   await using ledger = await openLedger();
-  const journal = await openJournal(ledger.dataDir, quiet);
+  const journal = await openJournal({ directory: ledger.dataDir });
   await journal.close();
   const database = openDatabase(() => ledger.url, "test", 1);
   const done = Promise.withResolvers<void>();
