@@ -15,7 +15,7 @@ import { listSegmentFiles, readHeader, type SegmentFile } from "./segments.ts";
 
 /**
  * Bytes `from` to `to` of a file that cannot be read. `lostBytes` of the journal are lost with them: as
- * many, or more at the end of an older copy that was restored.
+ * many; more at the end of an older copy that was restored; 0 at the end of a file whose length is wrong.
  */
 export interface Damage {
   from: number;
@@ -25,17 +25,10 @@ export interface Damage {
 }
 
 /** What a file of the journal holds; `base` is the position of its first byte. */
-export interface CheckedFile {
-  path: string;
-  base: number;
+export interface CheckedFile extends SegmentFile {
   bytes: number;
   frames: number;
   damage: Damage[];
-  /**
-   * Where the next file begins, if this one does not end there; else `null`. Rot changes no lengths: bytes
-   * were inserted or removed, and nobody knows where.
-   */
-  nextBase: number | null;
   /** At the end of the active file: a frame that was never acknowledged, or is just being written. */
   tornBytes: number;
 }
@@ -48,55 +41,50 @@ export interface CheckedJournal {
 
 /** Reads every byte of the journal at `active`. */
 export async function checkJournal(active: string, disk: Disk): Promise<CheckedJournal> {
-  /** Segments that are whole: they never change, and are not read again. */
-  const whole = new Map<string, CheckedFile>();
-  for (;;) {
-    const before = await listSegmentFiles(active, disk);
-    const checked = await checkFiles(active, before, disk, whole);
-    // A file that was renamed or removed in the meantime was not checked as what it is.
-    const after = await listSegmentFiles(active, disk);
-    if (Bun.deepEquals(before, after)) return checked;
-    for (const file of checked.files)
-      if (file.path !== active && !isDamaged(file)) whole.set(file.path, file);
-  }
-}
-
-export function isDamaged({ damage, nextBase }: CheckedFile): boolean {
-  return damage.length > 0 || nextBase !== null;
-}
-
-async function checkFiles(
-  active: string,
-  segments: SegmentFile[],
-  disk: Disk,
-  whole: ReadonlyMap<string, CheckedFile>,
-): Promise<CheckedJournal> {
-  const headers = [];
-  for (const path of [...segments.map(({ path }) => path), active])
-    headers.push(await disk.withFile(path, readHeader));
-  const id = headers.findLast((header) => header)?.id ?? null;
-  const activeBase = headers.at(-1)?.base;
+  const id = await findId(active, disk);
   const files: CheckedFile[] = [];
-  for (const [i, segment] of segments.entries()) {
-    const nextBase = segments[i + 1]?.base ?? activeBase;
-    const file =
-      whole.get(segment.path) ??
-      (await disk.withFile(segment.path, async (opened) => {
-        const checked = await checkFile({ ...segment, id, file: opened, isActive: false });
-        // Where the header of the active file is unreadable, or a rotation is under way, any length is right.
-        const isRight = nextBase === undefined || segment.base + opened.bytes === nextBase;
-        return { ...checked, nextBase: isRight ? null : nextBase };
-      }));
-    if (file) files.push(file);
-  }
-  const last = files.at(-1);
-  const base = activeBase ?? (last ? last.base + last.bytes : 0);
-  const checked = await disk.withFile(active, (file) =>
-    // Empty: a rotation that died half-way, or nothing at all.
-    file.bytes === 0 ? null : checkFile({ path: active, base, id, file, isActive: true }),
-  );
-  if (checked) files.push(checked);
+  let last: CheckedFile | null;
+  do {
+    for (const segment of await listNew())
+      await disk.withFile(segment.path, async (file) => {
+        files.push(await checkFile({ ...segment, id, file, isActive: false }));
+      });
+    last = await disk.withFile(active, checkActive);
+    // If the active file was renamed in the meantime, it is checked again as a segment.
+  } while ((await listNew()).length > 0);
+  // Empty: a rotation that died half-way, or nothing at all.
+  if (last?.bytes) files.push(last);
+  for (const [i, file] of files.entries()) checkLength(file, files[i + 1]);
   return { id, files };
+
+  async function listNew() {
+    const checked = files.at(-1)?.base ?? -1;
+    return (await listSegmentFiles(active, disk)).filter(({ base }) => base > checked);
+  }
+
+  async function checkActive(file: ReadableFile) {
+    const before = files.at(-1);
+    const expected = before ? before.base + before.bytes : 0;
+    const base = (await readHeader(file))?.base ?? expected;
+    return checkFile({ path: active, base, id, file, isActive: true });
+  }
+}
+
+/** The id in the newest file that has an intact header. */
+async function findId(active: string, disk: Disk): Promise<string | null> {
+  const segments = await listSegmentFiles(active, disk);
+  for (const { path } of [{ path: active }, ...segments.toReversed()]) {
+    const header = await disk.withFile(path, readHeader);
+    if (header) return header.id;
+  }
+  return null;
+}
+
+/** Rot changes no lengths: in a file of the wrong length, bytes were inserted or removed, nobody knows where. */
+function checkLength({ base, bytes, damage }: CheckedFile, next: CheckedFile | undefined): void {
+  if (!next || next.base === base + bytes) return;
+  const what = `it ends at position ${base + bytes}, but the next file begins at ${next.base}`;
+  damage.push({ from: bytes, to: bytes, lostBytes: 0, what });
 }
 
 async function checkFile(opened: {
@@ -107,35 +95,28 @@ async function checkFile(opened: {
   isActive: boolean;
 }): Promise<CheckedFile> {
   const { path, base, id, file, isActive } = opened;
-  const size = file.bytes;
-  const checked: CheckedFile = {
-    path,
-    base,
-    bytes: size,
-    frames: 0,
-    damage: [],
-    nextBase: null,
-    tornBytes: 0,
-  };
+  const { bytes: size } = file;
+  const damage: Damage[] = [];
+  let frameCount = 0;
+  let tornBytes = 0;
   const header = encodeJournalHeader(id ?? "…", base);
-  let at = header.length;
+  const hasHeader = header.equals(await file.read(0, header.length));
+  let at = hasHeader ? header.length : 0;
   /** Where unreadable bytes begin, and why they are unreadable. */
-  let bad: { from: number; what: string } | null = null;
+  let bad = hasHeader
+    ? null
+    : { from: 0, what: `it does not begin with ${header.toString().trim()}` };
   const endBad = (to: number) => {
-    if (bad) checked.damage.push({ ...bad, to, lostBytes: to - bad.from });
+    if (bad) damage.push({ ...bad, to, lostBytes: to - bad.from });
     bad = null;
   };
-  if (!header.equals(await file.read(0, header.length))) {
-    bad = { from: 0, what: `it does not begin with ${header.toString().trim()}` };
-    at = 0;
-  }
   while (at < size) {
     const bytes = await file.read(at, at + MAX_FRAME_BYTES + MAX_HEADER_BYTES);
     if (bytes.length === 0) break;
     const isEnd = at + bytes.length >= size;
     const { frames, endIndex, rest } = parseFrames(bytes);
     if (frames.length > 0) endBad(at);
-    checked.frames += frames.length;
+    frameCount += frames.length;
     if (rest === "nothing" || (rest === "short" && !isEnd && endIndex > 0)) {
       at += endIndex;
       continue;
@@ -144,7 +125,7 @@ async function checkFile(opened: {
     const mayBeTorn = rest === "short" || !rest.hasMore;
     if (isActive && isEnd && mayBeTorn && at + endIndex > 0) {
       endBad(at + endIndex);
-      checked.tornBytes = size - at - endIndex;
+      tornBytes = size - at - endIndex;
       break;
     }
     bad ??= { from: at + endIndex, what: rest === "short" ? "a frame is cut short" : rest.fault };
@@ -153,5 +134,5 @@ async function checkFile(opened: {
     else at += isEnd ? bytes.length : Math.max(endIndex + 1, bytes.length - MAX_HEADER_BYTES);
   }
   endBad(size);
-  return checked;
+  return { path, base, bytes: size, frames: frameCount, damage, tornBytes };
 }

@@ -2,15 +2,11 @@
  * Everything the journal asks of the operating system. It is passed in as a value, so that a test can
  * pass a disk that tears writes, fills up or lies.
  */
-import { constants, fdatasync, fstatSync, fsync, statfsSync, statSync } from "node:fs";
+import { constants, fstatSync, statfsSync, statSync } from "node:fs";
 import { type FileHandle, mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
-import { promisify } from "node:util";
 
 import { type Lock, tryLock } from "../lock.ts";
-
-const syncData = promisify(fdatasync);
-const syncAll = promisify(fsync);
 
 /** An open file. It stays readable when it is renamed or removed. */
 export interface ReadableFile {
@@ -73,7 +69,7 @@ export const disk: Disk = {
         await writer.flush();
       },
       // The asynchronous call: a disk that stalls must not block GET and /healthz.
-      sync: () => syncData(handle.fd),
+      sync: () => handle.datasync(),
       truncate: (bytes) => handle.truncate(bytes),
       is(path, bytes) {
         const here = fstatSync(handle.fd);
@@ -83,12 +79,8 @@ export const disk: Disk = {
       close: () => handle.close(),
     };
   },
-  withFile: (path, use) =>
-    ifExists(
-      withHandle(path, (handle) => use(readable(handle))),
-      null,
-    ),
-  syncDirectory: (path) => withHandle(path, ({ fd }) => syncAll(fd)),
+  withFile: (path, use) => ifExists(path, (handle) => use(readable(handle))),
+  syncDirectory: (path) => withHandle(path, (handle) => handle.sync()),
   async makeDirectory(path) {
     const made = await mkdir(path, { recursive: true });
     if (!made) return;
@@ -103,10 +95,7 @@ export const disk: Disk = {
   modifiedMs: async (path) => (await stat(path)).mtimeMs,
   size: async (path) => statSync(path, { throwIfNoEntry: false })?.size ?? 0,
   async syncFile(path) {
-    await ifExists(
-      withHandle(path, ({ fd }) => syncData(fd)),
-      undefined,
-    );
+    await ifExists(path, (handle) => handle.datasync());
   },
   lock: tryLock,
   now: () => Date.now(),
@@ -152,12 +141,13 @@ function readable(handle: FileHandle): ReadableFile {
   };
 }
 
-/** What `found` resolves to, or `otherwise` where there is no such file. */
-async function ifExists<T>(found: Promise<T>, otherwise: T): Promise<T> {
+/** What `use` returns for the open file; `null` where there is no such file. */
+async function ifExists<T>(path: string, use: (handle: FileHandle) => T | Promise<T>) {
   try {
-    return await found;
+    return await withHandle(path, use);
   } catch (error) {
-    if ((error as { code?: string }).code === "ENOENT") return otherwise;
+    const { code, path: missing } = error as NodeJS.ErrnoException;
+    if (code === "ENOENT" && missing === path) return null;
     throw error;
   }
 }

@@ -26,23 +26,17 @@ export interface Repaired extends Damage {
 }
 
 /**
- * Throws where the damage cannot be replaced by frames of the same length: bytes were inserted or removed,
- * so nobody knows the positions of the frames behind them.
+ * Throws where no frame of the same length can replace the damage: bytes were inserted or removed, so
+ * nobody knows the positions of the frames behind them.
  */
-export function requireRepairable(file: CheckedFile, id: string): void {
-  const { path, base, bytes, damage, nextBase } = file;
-  const isTooShort = damage.some(({ from, lostBytes }) => {
+export function requireRepairable({ path, base, damage }: CheckedFile, id: string): void {
+  for (const { from, lostBytes, what } of damage) {
     const left = from === 0 ? lostBytes - encodeJournalHeader(id, base).length : lostBytes;
-    return left !== 0 && left < MIN_FILLER_BYTES;
-  });
-  if (nextBase === null && !isTooShort) return;
-  const what =
-    nextBase === null
-      ? "the damage is shorter than a frame"
-      : `it ends at position ${base + bytes}, but the next file begins at ${nextBase}`;
-  throw new Error(
-    `cannot repair ${path}: ${what}. Bytes were inserted or removed, by an editor perhaps: restore this file from a copy`,
-  );
+    if (left < MIN_FILLER_BYTES && !(from === 0 && left === 0))
+      throw new Error(
+        `cannot repair ${path}: ${what}; bytes were inserted or removed, so restore it from a copy`,
+      );
+  }
 }
 
 /** Repairs `file` of journal `id`, which is repairable. */
@@ -107,18 +101,13 @@ export function* fillers(bytes: number, movedTo: string | null): Generator<Buffe
 
 /** A frame of `bytes` bytes that says what is lost: without the file's name where that does not fit. */
 function fillerOf(bytes: number, lostBytes: number, file: string | null): Buffer {
+  const left = bytes - MIN_FILLER_BYTES;
+  const payloadBytes = left - `${left}`.length + 1;
+  // 98 has one digit less than the 100 bytes that are left: then the time has one more.
+  const atMs = `${payloadBytes}`.length < `${left}`.length ? 10 : 0;
+  const payload = Buffer.alloc(payloadBytes, " ");
   const marks = [encodeLost(lostBytes, file), encodeLost(lostBytes, null)];
-  // Where the number of payload bytes gets one more digit, there is a length that no frame has: then
-  // the time gets one more digit.
-  for (const atMs of [0, 10]) {
-    for (let digits = 1; digits <= 9; digits++) {
-      const payloadBytes = bytes - encodeFrame([], 0, atMs).length + 1 - digits;
-      if (payloadBytes < 0 || `${payloadBytes}`.length !== digits) continue;
-      const payload = Buffer.alloc(payloadBytes, " ");
-      marks.find(({ length }) => length <= payloadBytes)?.copy(payload);
-      if (payloadBytes > 0) payload[payloadBytes - 1] = 10;
-      return encodeFrame([payload], payloadBytes, atMs);
-    }
-  }
-  throw new RangeError(`no frame is ${bytes} bytes long`);
+  marks.find(({ length }) => length <= payloadBytes)?.copy(payload);
+  if (payloadBytes > 0) payload[payloadBytes - 1] = 10;
+  return encodeFrame([payload], payloadBytes, atMs);
 }

@@ -104,10 +104,14 @@ export async function openJournal(options: {
   let file: JournalFile | null = null;
   try {
     file = await disk.openForAppend(path);
-    const tail = await recover(path, file, disk);
-    if (tail.cutBytes > 0)
-      say(`${path}: cut off ${tail.cutBytes} bytes of a frame that was never acknowledged`);
-    return writer({ ...tail, path, file, lock, disk, segmentBytes });
+    const last = (await listSegments(path, disk)).at(-1);
+    const { id, base, end, tornBytes } = await recover(path, file, last);
+    // Also what a killed process wrote but did not sync is about to be built upon.
+    await file.sync();
+    await disk.syncDirectory(directory);
+    if (tornBytes > 0)
+      say(`${path}: cut off ${tornBytes} bytes of a frame that was never acknowledged`);
+    return writer({ path, id, base, end, file, lock, disk, segmentBytes });
   } catch (error) {
     await file?.close();
     lock.release();
@@ -117,47 +121,26 @@ export async function openJournal(options: {
   }
 }
 
-/** Where the writer resumes: the active file's header, and the offset behind its last whole frame. */
-interface Tail {
-  id: string;
-  base: number;
-  end: number;
-  cutBytes: number;
-}
-
-/** Makes the file begin where the last segment ends, and end behind its last whole frame; synced. */
-async function recover(path: string, file: JournalFile, disk: Disk): Promise<Tail> {
-  const last = (await listSegments(path, disk)).at(-1);
-  const tail = await findOrBegin(path, file, last);
-  if (tail.cutBytes > 0) await file.truncate(tail.end);
-  // Also what a killed process wrote but did not sync is about to be built upon.
-  await file.sync();
-  await disk.syncDirectory(dirname(path));
-  return tail;
-}
-
-/** Finds the tail of the file, or begins the file where there is none. */
-async function findOrBegin(
-  path: string,
-  file: JournalFile,
-  last: Segment | undefined,
-): Promise<Tail> {
+/** Makes the file begin where the last segment ends, and end behind its last whole frame. */
+async function recover(path: string, file: JournalFile, last: Segment | undefined) {
   const head = await file.read(0, MAX_HEADER_BYTES);
   const header = parseJournalHeader(head);
-  if (header && last && (last.id !== header.id || last.to !== header.base)) {
+  if (!header) {
+    // A start that died while it wrote the header leaves a piece of it, or zeros; a rotation that
+    // died leaves no file at all.
+    if (file.bytes >= MAX_HEADER_BYTES || head.includes("\n"))
+      throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
+    const { id, base, bytes } = await begin(file, last?.id ?? newJournalId(), last?.to ?? 0);
+    return { id, base, end: bytes, tornBytes: 0 };
+  }
+  const { id, base } = header;
+  if (last && (last.id !== id || last.to !== base)) {
     const required = `the next file begins at ${last.to} of journal ${last.id}`;
     throw new JournalDamage(last.path, last.to - last.base, `${required}, and ${path} does not`);
   }
-  if (header) {
-    const end = await findEnd(path, file, header.bytes);
-    return { id: header.id, base: header.base, end, cutBytes: file.bytes - end };
-  }
-  // A start that died while it wrote the header leaves a piece of it, or zeros; a rotation that
-  // died leaves no file at all.
-  if (file.bytes >= MAX_HEADER_BYTES || head.includes("\n"))
-    throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
-  const { id, base, bytes } = await begin(file, last?.id ?? newJournalId(), last?.to ?? 0);
-  return { id, base, end: bytes, cutBytes: 0 };
+  const end = await findEnd(path, file, header.bytes);
+  if (end < file.bytes) await file.truncate(end);
+  return { id, base, end, tornBytes: file.bytes - end };
 }
 
 /** Makes a file the empty one that begins at `base` of the journal. */

@@ -3,7 +3,7 @@ import { dirname, join } from "node:path";
 
 import type { Database } from "../ledger/database.ts";
 import { decodeEvent, InvalidEvent } from "../event/event.ts";
-import { checkJournal, type CheckedFile, isDamaged } from "../journal/check.ts";
+import { checkJournal, type CheckedFile } from "../journal/check.ts";
 import { disk } from "../journal/disk.ts";
 import {
   MIN_FILLER_BYTES,
@@ -32,19 +32,16 @@ export async function check(path: string, print: Print): Promise<number> {
   if (files.length === 0) throw new Error(`${path}: there is no journal here`);
   for (const file of files) describe(file, print);
   const damage = files.flatMap((file) => file.damage);
-  const misfits = files.filter(({ nextBase }) => nextBase !== null).length;
   const frames = files.reduce((sum, file) => sum + file.frames, 0);
   const bytes = damage.reduce((sum, { from, to }) => sum + to - from, 0);
-  const found = `journal ${id ?? "(unknown)"}: ${frames} whole frames in ${files.length} files`;
-  if (!files.some(isDamaged)) print(`${found}; nothing is damaged`);
-  else {
-    const wrong = misfits > 0 ? `, and ${misfits} files of the wrong length` : "";
-    print(
-      `${found}; damaged: ${damage.length} ranges, ${bytes} bytes${wrong}. Restore them from a copy, or stop ` +
-        "the server and run bun run processor.ts --check --repair, which moves them aside and keeps the rest",
-    );
-  }
-  return damage.length + misfits;
+  print(
+    `journal ${id ?? "(unknown)"}: ${frames} whole frames in ${files.length} files; ` +
+      (damage.length === 0
+        ? "nothing is damaged"
+        : `damaged: ${damage.length} ranges, ${bytes} bytes. Restore them from a copy, or stop the server and ` +
+          "run bun run processor.ts --check --repair, which moves them aside and keeps the rest"),
+  );
+  return damage.length;
 }
 
 /**
@@ -66,7 +63,7 @@ export async function repair(path: string, database: Database, print: Print): Pr
     const posted = checkpoint?.position ?? 0;
     const last = files.at(-1);
     if (last) addMissingTail(last, posted);
-    const damaged = files.filter(isDamaged);
+    const damaged = files.filter(({ damage }) => damage.length > 0);
     if (damaged.length === 0) return print(`${path}: nothing is damaged`);
     for (const file of damaged) requireRepairable(file, id);
     for (const file of damaged) {
@@ -118,15 +115,10 @@ function addMissingTail({ base, bytes, tornBytes, damage }: CheckedFile, posted:
 }
 
 function describe(file: CheckedFile, print: Print): void {
-  const { path, base, frames, bytes, damage, nextBase, tornBytes } = file;
+  const { path, frames, bytes, damage, tornBytes } = file;
   print(`${path}: ${frames} whole frames, ${bytes} bytes`);
   for (const { from, to, what } of damage)
     print(`${path}: damaged from byte ${from} to ${to}: ${what}`);
-  if (nextBase !== null)
-    print(
-      `${path}: damaged: it ends at position ${base + bytes}, but the next file begins at ${nextBase}; ` +
-        "--repair cannot mend that, restore it from a copy",
-    );
   if (tornBytes > 0)
     print(
       `${path}: the last ${tornBytes} bytes are not a whole frame: they are just being written, or were ` +

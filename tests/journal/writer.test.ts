@@ -14,7 +14,6 @@ import { type Journal, JournalFull, openJournal } from "../../lib/journal/writer
 import { openJournalReader } from "../../lib/journal/reader.ts";
 import { tempDir } from "../support/programs.ts";
 
-const quiet = () => {};
 const line = (text: string) => Buffer.from(`${text}\n`);
 
 /** The real disk with some of its calls replaced, and a list of those that were made. */
@@ -37,10 +36,10 @@ function strangeDisk(
         await (strange[name]?.(file, bytes) ?? file[name](bytes as never));
       };
       return {
+        ...file,
         append: call("append"),
         sync: call("sync"),
         truncate: call("truncate"),
-        is: (path: string, bytes: number) => file.is(path, bytes),
         close: call("close"),
       } as unknown as JournalFile;
     },
@@ -56,7 +55,10 @@ async function withJournal(use: (journal: Journal, path: string) => Promise<unkn
 }
 
 /** Opens the journal once more and returns the event lines that a reader finds. */
-async function reopen(directory: string, say: (line: string) => void = quiet): Promise<string[]> {
+async function reopen(
+  directory: string,
+  say: (line: string) => void = () => {},
+): Promise<string[]> {
   await (await openJournal({ directory, say })).close();
   return readLines(`${directory}/eventsPost.jsonl`);
 }
@@ -133,7 +135,7 @@ test("after a failed sync nothing is acknowledged, and it never syncs again", as
   expect(answers.map(({ status }) => status)).toEqual(["rejected", "rejected"]);
   delete strange.sync;
   calls.length = 0;
-  await expect(journal.append(line("c"))).rejects.toThrow("check the disk, then start again");
+  await expect(journal.append(line("c"))).rejects.toThrow("check the disk, then restart");
   expect(journal.trouble()).toContain("cannot sync");
   expect(calls).toEqual([]);
   await journal.close();
@@ -167,8 +169,8 @@ test.each([
   await withJournal(async (journal, path) => {
     await journal.append(line("before"));
     change(path);
-    await expect(journal.append(line("after"))).rejects.toThrow("somebody changed the file");
-    await expect(journal.append(line("later"))).rejects.toThrow("nothing more is taken");
+    await expect(journal.append(line("after"))).rejects.toThrow("another program changed it");
+    await expect(journal.append(line("later"))).rejects.toThrow("no more events are accepted");
   });
 });
 
@@ -242,7 +244,7 @@ test.each(["rename", "syncDirectory"] as const)(
     const journal = await openJournal({ directory: dir.path, disk: breaking, segmentBytes: 100 });
     await journal.append(line("first"));
     isBroken = true;
-    await expect(journal.append(line("second"))).rejects.toThrow("begin another file after");
+    await expect(journal.append(line("second"))).rejects.toThrow("begin the file after");
     await journal.close();
     expect(opened).toBe(2);
     expect(calls.filter((name) => name === "close")).toHaveLength(2);
