@@ -33,21 +33,15 @@ export interface CheckedFile extends SegmentFile {
   tornBytes: number;
 }
 
-export interface CheckedJournal {
-  /** The id of the journal; `null` when no file has it. */
-  id: string | null;
-  files: CheckedFile[];
-}
-
-/** Reads every byte of the journal at `active`. */
-export async function checkJournal(active: string, disk: Disk): Promise<CheckedJournal> {
+/** Reads every byte of the journal at `active`. `id` is `null` when no file has an intact header. */
+export async function checkJournal(active: string, disk: Disk) {
   const id = await findId(active, disk);
   const files: CheckedFile[] = [];
   let last: CheckedFile | null;
   do {
     for (const segment of await listNew())
       await disk.withFile(segment.path, async (file) => {
-        files.push(await checkFile({ ...segment, id, file, isActive: false }));
+        files.push(await checkFile(segment, file, { id, isActive: false }));
       });
     last = await disk.withFile(active, checkActive);
     // If the active file was renamed in the meantime, it is checked again as a segment.
@@ -66,7 +60,7 @@ export async function checkJournal(active: string, disk: Disk): Promise<CheckedJ
     const before = files.at(-1);
     const expected = before ? before.base + before.bytes : 0;
     const base = (await readHeader(file))?.base ?? expected;
-    return checkFile({ path: active, base, id, file, isActive: true });
+    return checkFile({ path: active, base }, file, { id, isActive: true });
   }
 }
 
@@ -87,20 +81,16 @@ function checkLength({ base, bytes, damage }: CheckedFile, next: CheckedFile | u
   damage.push({ from: bytes, to: bytes, lostBytes: 0, what });
 }
 
-async function checkFile(opened: {
-  path: string;
-  base: number;
-  id: string | null;
-  file: ReadableFile;
-  isActive: boolean;
-}): Promise<CheckedFile> {
-  const { path, base, id, file, isActive } = opened;
-  const { bytes: size } = file;
+async function checkFile(
+  { path, base }: SegmentFile,
+  { bytes: size, read }: ReadableFile,
+  { id, isActive }: { id: string | null; isActive: boolean },
+): Promise<CheckedFile> {
   const damage: Damage[] = [];
   let frameCount = 0;
   let tornBytes = 0;
   const header = encodeJournalHeader(id ?? "…", base);
-  const hasHeader = header.equals(await file.read(0, header.length));
+  const hasHeader = header.equals(await read(0, header.length));
   let at = hasHeader ? header.length : 0;
   /** Where unreadable bytes begin, and why they are unreadable. */
   let bad = hasHeader
@@ -111,7 +101,7 @@ async function checkFile(opened: {
     bad = null;
   };
   while (at < size) {
-    const bytes = await file.read(at, at + MAX_FRAME_BYTES + MAX_HEADER_BYTES);
+    const bytes = await read(at, at + MAX_FRAME_BYTES + MAX_HEADER_BYTES);
     if (bytes.length === 0) break;
     const isEnd = at + bytes.length >= size;
     const { frames, endIndex, rest } = parseFrames(bytes);

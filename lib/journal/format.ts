@@ -108,7 +108,7 @@ export function frameTime(header: string): number {
 }
 
 /** What follows the whole frames at the start of a buffer. */
-export type Rest =
+type Rest =
   | "nothing"
   /** A frame that is not all there (yet). */
   | "short"
@@ -116,11 +116,7 @@ export type Rest =
   | { fault: string; hasMore: boolean };
 
 /** Parses the whole frames at the start of `bytes`. The last of them ends at `endIndex`. */
-export function parseFrames(bytes: Buffer): {
-  frames: ParsedFrame[];
-  endIndex: number;
-  rest: Rest;
-} {
+export function parseFrames(bytes: Buffer) {
   const frames: ParsedFrame[] = [];
   let endIndex = 0;
   for (;;) {

@@ -16,7 +16,13 @@ import {
   parseFrames,
   parseJournalHeader,
 } from "./format.ts";
-import { listSegmentFiles, openSegment, readSegment, type SegmentFile } from "./segments.ts";
+import {
+  listSegmentFiles,
+  openSegment,
+  readSegment,
+  type Segment,
+  type SegmentFile,
+} from "./segments.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
 /** The largest frame fits. */
@@ -46,56 +52,15 @@ export interface JournalReader {
   sync(): Promise<void>;
 }
 
-/** A file of the journal; a segment never changes again. */
-interface Place {
-  path: string;
-  base: number;
-  headerBytes: number;
-  isSegment: boolean;
-}
-
-/** Opens the journal whose active file is `path`; `null` when that is no journal (yet). */
+/** Opens the journal whose active file is `path`; `null` when that is not a journal (yet). */
 export async function openJournalReader(
   path: string,
   disk: Disk = realDisk,
 ): Promise<JournalReader | null> {
-  // The active file first: if it is renamed in between, the list has it under its new name.
-  const active = await disk.withFile(path, (file) => readActiveHeader(path, file));
-  if (active === "events") return null;
-  const files = await listSegmentFiles(path, disk);
-  const lastFile = files.at(-1);
-  const last = lastFile && (await openSegment(lastFile, disk));
-  if (last === null) return openJournalReader(path, disk);
-  const id = active?.id ?? last?.id;
-  if (!id) return null;
-  const isRenamed = files.some(({ base }) => base === active?.base);
-  if (active && last && !isRenamed && (last.id !== id || last.to !== active.base)) {
-    const what = `the file before it is ${last.path}, which ends at position ${last.to}`;
-    throw new JournalDamage(path, 0, what);
-  }
-  return readerOf({ path, disk, id, start: files[0]?.base ?? active?.base ?? 0, files });
-}
-
-/** The header of the active file: `null` while it is being created, "events" for a file of mere events. */
-async function readActiveHeader(
-  path: string,
-  file: ReadableFile,
-): Promise<JournalHeader | "events" | null> {
-  const head = await file.read(0, 2 * MAX_HEADER_BYTES);
-  const header = parseJournalHeader(head);
-  if (!header && holdsFrame(head)) throw headerDamage(path);
-  return header ?? (head.includes("\n") ? "events" : null);
-}
-
-function readerOf(opened: {
-  path: string;
-  disk: Disk;
-  id: string;
-  start: number;
-  files: SegmentFile[];
-}): JournalReader {
-  const { path, disk, id, start } = opened;
-  let { files } = opened;
+  const found = await findFiles(path, disk);
+  if (!found) return null;
+  const { id, start } = found;
+  let { files } = found;
 
   return {
     id,
@@ -117,9 +82,9 @@ function readerOf(opened: {
         // A segment that another one follows needs no look at the active file, and no new list: with a
         // list for each, nobody caught up behind a few thousand small segments.
         if (indexOf(position) === files.length - 1) {
-          const found = await withActive(async (file, { base, bytes }) => {
-            const place = { path, base, headerBytes: bytes, isSegment: false };
-            return base <= position ? await readFrames(file, place, position) : base;
+          const found = await withActive(async (file, header) => {
+            const active = { ...header, path, to: Infinity, headerBytes: header.bytes };
+            return active.base <= position ? await readFrames(file, active, position) : active.base;
           });
           if (Array.isArray(found)) return found;
           activeBase = found;
@@ -162,7 +127,7 @@ function readerOf(opened: {
         throw new JournalDamage(file.path, opened.bytes, what);
       }
       if (position > segment.to) throw missing(file.path, opened.bytes, position);
-      return readFrames(opened, { ...segment, isSegment: true }, position);
+      return readFrames(opened, segment, position);
     });
   }
 
@@ -175,15 +140,51 @@ function readerOf(opened: {
   }
 }
 
-/** Reads the frames from `position` on, at most a block of them, or one that is larger. */
-async function readFrames(file: ReadableFile, place: Place, position: number): Promise<Frame[]> {
-  const { path, base, headerBytes, isSegment } = place;
+/** The id of the journal, where it begins, and its segments; `null` when it is not one (yet). */
+async function findFiles(
+  path: string,
+  disk: Disk,
+): Promise<{ id: string; start: number; files: SegmentFile[] } | null> {
+  // The active file first: if it is renamed in between, the list has it under its new name.
+  const active = await disk.withFile(path, (file) => readActiveHeader(path, file));
+  if (active === "events") return null;
+  const files = await listSegmentFiles(path, disk);
+  const lastFile = files.at(-1);
+  const last = lastFile && (await openSegment(lastFile, disk));
+  if (last === null) return findFiles(path, disk);
+  const id = active?.id ?? last?.id;
+  if (!id) return null;
+  const isRenamed = files.some(({ base }) => base === active?.base);
+  if (active && last && !isRenamed && (last.id !== id || last.to !== active.base)) {
+    const what = `the file before it is ${last.path}, which ends at position ${last.to}`;
+    throw new JournalDamage(path, 0, what);
+  }
+  return { id, start: files[0]?.base ?? active?.base ?? 0, files };
+}
+
+/** The header of the active file: `null` while it is being created, "events" for a file of mere events. */
+async function readActiveHeader(
+  path: string,
+  file: ReadableFile,
+): Promise<JournalHeader | "events" | null> {
+  const head = await file.read(0, 2 * MAX_HEADER_BYTES);
+  const header = parseJournalHeader(head);
+  if (!header && holdsFrame(head)) throw headerDamage(path);
+  return header ?? (head.includes("\n") ? "events" : null);
+}
+
+/**
+ * Reads the frames from `position` on, at most a block of them, or one that is larger. The active file
+ * is a segment without an end.
+ */
+async function readFrames(file: ReadableFile, segment: Segment, position: number) {
+  const { path, base, to, headerBytes } = segment;
   const from = Math.max(position - base, headerBytes);
   for (let block = BLOCK_BYTES; ; block = Math.min(2 * block, MAX_BLOCK_BYTES)) {
     const bytes = await file.read(from, from + block);
     const { frames, endIndex, rest } = parseFrames(bytes);
     if (frames.length > 0)
-      return frames.map(({ fromIndex, toIndex, header, payload }) => {
+      return frames.map(({ fromIndex, toIndex, header, payload }): Frame => {
         const begin = base + from;
         return { from: begin + fromIndex, to: begin + toIndex, header, payload };
       });
@@ -191,7 +192,7 @@ async function readFrames(file: ReadableFile, place: Place, position: number): P
     const { fault, hasMore } =
       typeof rest === "object" ? rest : { fault: "a frame is cut short", hasMore: false };
     // Whatever lies in a segment was acknowledged.
-    if (hasMore || (isSegment && base + from + bytes.length > position))
+    if (hasMore || (to < Infinity && base + from + bytes.length > position))
       throw new JournalDamage(path, from + endIndex, fault);
     return [];
   }

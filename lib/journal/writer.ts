@@ -45,8 +45,6 @@ const NO_ROOM = new Set(["ENOSPC", "EDQUOT", "EFBIG"]);
 export class JournalFull extends Error {}
 /** The journal accepts nothing more until the program is restarted. */
 export class JournalFailed extends Error {}
-/** Another running process writes the journal. */
-export class JournalHeld extends Error {}
 
 export interface Journal {
   /** Identifies this journal among all that post to one ledger. */
@@ -87,8 +85,8 @@ interface Waiting {
 
 /**
  * Opens the journal in `directory`: creates what is missing, and truncates a torn last frame. A file is
- * full at `segmentBytes`, but holds at least one frame. Throws JournalHeld, JournalDamage, JournalFull,
- * or the error of the disk.
+ * full at `segmentBytes`, but holds at least one frame. Throws JournalDamage, JournalFull, or an
+ * Error: another process writes it, or what the disk says.
  */
 export async function openJournal(options: {
   directory: string;
@@ -100,18 +98,18 @@ export async function openJournal(options: {
   await disk.makeDirectory(directory);
   const path = join(directory, JOURNAL_FILE);
   const lock = disk.lock(join(directory, JOURNAL_LOCK));
-  if (!lock) throw new JournalHeld(`${path} is being written by another process; stop it first`);
+  if (!lock) throw new Error(`${path} is being written by another process; stop it first`);
   let file: JournalFile | null = null;
   try {
     file = await disk.openForAppend(path);
     const last = (await listSegments(path, disk)).at(-1);
-    const { id, base, end, tornBytes } = await recover(path, file, last);
+    const { header, end, tornBytes } = await recover(path, file, last);
     // Also what a killed process wrote but did not sync is about to be built upon.
     await file.sync();
     await disk.syncDirectory(directory);
     if (tornBytes > 0)
       say(`${path}: cut off ${tornBytes} bytes of a frame that was never acknowledged`);
-    return writer({ path, id, base, end, file, lock, disk, segmentBytes });
+    return writer({ path, file, header, end, lock, disk, segmentBytes });
   } catch (error) {
     await file?.close();
     lock.release();
@@ -130,17 +128,16 @@ async function recover(path: string, file: JournalFile, last: Segment | undefine
     // died leaves no file at all.
     if (file.bytes >= MAX_HEADER_BYTES || head.includes("\n"))
       throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
-    const { id, base, bytes } = await begin(file, last?.id ?? newJournalId(), last?.to ?? 0);
-    return { id, base, end: bytes, tornBytes: 0 };
+    const begun = await begin(file, last?.id ?? newJournalId(), last?.to ?? 0);
+    return { header: begun, end: begun.bytes, tornBytes: 0 };
   }
-  const { id, base } = header;
-  if (last && (last.id !== id || last.to !== base)) {
+  if (last && (last.id !== header.id || last.to !== header.base)) {
     const required = `the next file begins at ${last.to} of journal ${last.id}`;
     throw new JournalDamage(last.path, last.to - last.base, `${required}, and ${path} does not`);
   }
   const end = await findEnd(path, file, header.bytes);
   if (end < file.bytes) await file.truncate(end);
-  return { id, base, end, tornBytes: file.bytes - end };
+  return { header, end, tornBytes: file.bytes - end };
 }
 
 /** Makes a file the empty one that begins at `base` of the journal. */
@@ -171,21 +168,20 @@ async function findEnd(path: string, file: JournalFile, headerBytes: number): Pr
 
 function writer(opened: {
   path: string;
-  id: string;
-  base: number;
-  end: number;
   file: JournalFile;
+  header: JournalHeader;
+  end: number;
   lock: Lock;
   disk: Disk;
   segmentBytes: number;
 }): Journal {
-  const { path, id, lock, disk, segmentBytes } = opened;
-  let { file, base, end } = opened;
+  const { path, lock, disk, segmentBytes } = opened;
+  let { file, header, end } = opened;
   /** Whether the active file has a frame: without one it is not full. */
-  const hasFrames = () => end > encodeJournalHeader(id, base).length;
+  const hasFrames = () => end > header.bytes;
   /** Not behind a header without a frame: that is never posted, and requests would wait for it. */
-  const position = () => (hasFrames() ? base + end : base);
-  let waiting: Waiting[] = [];
+  const position = () => (hasFrames() ? header.base + end : header.base);
+  const waiting: Waiting[] = [];
   let committing: Promise<void> | null = null;
   let failed: JournalFailed | null = null;
   let full: JournalFull | null = null;
@@ -193,7 +189,7 @@ function writer(opened: {
   const listeners: ((commit: Commit) => void)[] = [];
 
   return {
-    id,
+    id: header.id,
     path,
     end: position,
     trouble() {
@@ -229,15 +225,9 @@ function writer(opened: {
 
   function takeGroup(): Waiting[] {
     let bytes = 0;
-    let count = 0;
-    for (const { lines } of waiting) {
-      if (count > 0 && bytes + lines.length > MAX_GROUP_BYTES) break;
-      bytes += lines.length;
-      count++;
-    }
-    const group = waiting.slice(0, count);
-    waiting = waiting.slice(count);
-    return group;
+    const isOver = ({ lines }: Waiting) => (bytes += lines.length) > MAX_GROUP_BYTES;
+    const count = waiting.findIndex(isOver);
+    return waiting.splice(0, count < 0 ? waiting.length : Math.max(count, 1));
   }
 
   async function commit(group: Waiting[]) {
@@ -254,12 +244,12 @@ function writer(opened: {
       const syncMs = performance.now() - writtenMs;
       // In a file that was removed, replaced or truncated, nobody would find these events again.
       if (!file.is(path, end + frame.length)) throw fail("continue", "another program changed it");
-      const from = base + end;
+      const from = header.base + end;
       end += frame.length;
       full = null;
       const commit = { from, atMs, bytes: frame.length, appends: group.length, syncMs };
       for (const listener of listeners) listener(commit);
-      for (const { resolve } of group) resolve(base + end);
+      for (const { resolve } of group) resolve(header.base + end);
     } catch (error) {
       for (const { reject } of group) reject(error as Error);
     }
@@ -280,15 +270,15 @@ function writer(opened: {
       throw new JournalFailed(`cannot create ${nextPath}: ${codeOf(error)}`);
     });
     try {
-      const header = await begin(next, id, base + end).catch(unlessFull);
+      const begun = await begin(next, header.id, header.base + end).catch(unlessFull);
       await next.sync();
-      await disk.rename(path, segmentPath(path, base)).catch(unlessFull);
+      await disk.rename(path, segmentPath(path, header.base)).catch(unlessFull);
       await disk.syncDirectory(dirname(path));
       await disk.rename(nextPath, path);
       await disk.syncDirectory(dirname(path));
       await file.close();
       file = next;
-      base = header.base;
+      header = begun;
       end = header.bytes;
     } catch (error) {
       // A handle that is collected as garbage ends the process.
