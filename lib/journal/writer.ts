@@ -36,7 +36,7 @@ export const JOURNAL_LOCK = "eventsPost.lock";
 const NEXT_FILE = "eventsPost.next";
 
 /** Waiting appends share a frame of up to this size: one write stays well under a second. */
-const MAX_GROUP_BYTES = 8 * 1024 * 1024;
+export const MAX_GROUP_BYTES = 8 * 1024 * 1024;
 /** The disk is reported as full for this long after an append found no room. */
 const FULL_MS = 5_000;
 const NO_ROOM = new Set(["ENOSPC", "EDQUOT", "EFBIG"]);

@@ -1,4 +1,4 @@
-/** The journal in many files: nothing that holds for one file ends where a segment does. */
+/** The journal in many files: whatever holds for one file also holds across segments. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import {
   copyFileSync,
@@ -75,7 +75,7 @@ async function rotated(directory: string) {
   return { id: journal.id, positions };
 }
 
-test("a full file becomes a segment named by its base, and positions go on", async () => {
+test("a full file becomes a segment named by its base, and positions continue", async () => {
   using dir = tempDir();
   const { id, positions } = await rotated(dir.path);
   const files = [...segments(dir.path).toSorted(byBase), "eventsPost.jsonl"];
@@ -92,7 +92,7 @@ test("a full file becomes a segment named by its base, and positions go on", asy
   expect(await readLines(dir.file("eventsPost.jsonl"))).toEqual([..."0123456789"]);
 });
 
-test("a start goes on behind the last segment, also where the rotation had died half-way", async () => {
+test("a start resumes behind the last segment, also where a rotation died half-way", async () => {
   using dir = tempDir();
   const { id, positions } = await rotated(dir.path);
   const end = positions.at(-1) as number;
@@ -100,7 +100,7 @@ test("a start goes on behind the last segment, also where the rotation had died 
   renameSync(dir.file("eventsPost.jsonl"), dir.file(`eventsPost.${base.base}.jsonl`));
   const journal = await openJournal({ directory: dir.path, segmentBytes: 300 });
   expect(journal.id).toBe(id);
-  // Behind the last frame, not behind the new file's header: nobody would ever post that.
+  // Behind the last frame, not behind the new file's header, which is never posted.
   expect(journal.end()).toBe(end);
   expect(await journal.append(Buffer.alloc(0))).toBe(end);
   await journal.append(line("next"));
@@ -108,7 +108,7 @@ test("a start goes on behind the last segment, also where the rotation had died 
   expect(await readLines(dir.file("eventsPost.jsonl"))).toEqual([..."0123456789", "next"]);
 });
 
-test("a journal without its oldest files is read from where it begins; without one between, named", async () => {
+test("a journal without its oldest files is read from where it begins; a gap is reported as damage", async () => {
   using dir = tempDir();
   await rotated(dir.path);
   const [first = "", second = "", third = ""] = segments(dir.path).toSorted(byBase);
@@ -120,7 +120,7 @@ test("a journal without its oldest files is read from where it begins; without o
   await expect(openJournal({ directory: dir.path })).rejects.toThrow(second);
 });
 
-test("a segment of another journal, or one that is cut, is named by the next start", async () => {
+test("a segment of another journal, or one that is too short, is named by the next start", async () => {
   using dir = tempDir();
   using other = tempDir();
   await rotated(dir.path);
@@ -184,12 +184,12 @@ test("a file that is rotated between the read of its header and of its frames is
 test.each([
   ["a reader that opens", openJournalReader],
   ["a start", listSegments],
-])("%s does not take a segment for damage that is let go of meanwhile", async (_, look) => {
+])("%s does not mistake a segment that is deleted in the meantime for damage", async (_, look) => {
   for (let at = 0, calls = 1; calls > at; at++) {
     using dir = tempDir();
     await rotated(dir.path);
     calls = 0;
-    /** After the `at`-th call the oldest segment is gone. */
+    /** After call number `at` the oldest segment is gone. */
     const passing = <T>(result: T): T => {
       if (calls++ === at) rmSync(dir.file(segments(dir.path).toSorted(byBase)[0] as string));
       return result;
@@ -207,7 +207,7 @@ test.each([
   }
 });
 
-test("a segment that goes while its last frame is compared with the checkpoint is not missed", async () => {
+test("a segment deleted while its last frame is compared with the checkpoint is not damage", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const ledger = openDatabase(() => database.url, "test", 1);
@@ -244,13 +244,13 @@ test("a segment that goes while its last frame is compared with the checkpoint i
     expect(reads).toBeGreaterThan(at);
     await Bun.write(dir.file(posted), kept);
   }
-  // Where it is kept, and another, that is damage.
+  // A segment that is there with other events is damage.
   await Bun.write(dir.file(posted), kept.toString().replace("ann", "eve"));
   await expect(open(disk)).rejects.toThrow("is damaged");
   await ledger.close();
 });
 
-test("processor.ts JOURNAL beside another that posts the same and lets go of it goes on", async () => {
+test("processor.ts JOURNAL continues beside another processor that posts and deletes the same segments", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
@@ -271,7 +271,7 @@ test("processor.ts JOURNAL beside another that posts the same and lets go of it 
   await ledger.close();
 });
 
-test("a server that reads its marks while segments go asks the ledger once more", async () => {
+test("a server that reads its marks while segments are deleted asks the ledger again", async () => {
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   for (const name of ["a", "b"]) await journal.append(line(event(name)));
@@ -296,7 +296,7 @@ test("a server that reads its marks while segments go asks the ledger once more"
   await journal.close();
 });
 
-test("a reader asks no more of the disk for each file, however many there are", async () => {
+test("a reader makes no more calls for each file, however many files there are", async () => {
   const callsPerFile = async (files: number) => {
     using dir = tempDir();
     const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
@@ -326,7 +326,7 @@ test("a reader asks no more of the disk for each file, however many there are", 
   expect(await callsPerFile(300)).toBeLessThanOrEqual(await callsPerFile(30));
 });
 
-test("a batch is handed over only when the reader itself has synced what it read", async () => {
+test("a batch is returned only after the reader itself has synced what it read", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const calls: string[] = [];
@@ -350,7 +350,7 @@ test("a batch is handed over only when the reader itself has synced what it read
   expect((await batches.next(Promise.resolve()))?.events).toBe(1);
   expect(calls.at(-1)).toBe("sync");
 
-  // And when the writer has taken it back meanwhile, its sync having failed, there is no batch.
+  // There is no batch when the writer has meanwhile truncated the frame, because its sync failed.
   await journal.append(line(event("bob")));
   const size = statSync(path).size;
   const taking = { ...strange, syncFile: async () => truncateSync(path, size - 20) };
@@ -367,7 +367,7 @@ test("a batch is handed over only when the reader itself has synced what it read
 
 const KILLS = IS_LONG ? 3 : 1;
 
-test("a server that is killed while it begins one segment after the other: every event counts once", async () => {
+test("every event counts once when a server is killed while it begins one segment after another", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const env = { JOURNAL_SEGMENT_BYTES: "2000" };
@@ -409,7 +409,7 @@ test("a server that is killed while it begins one segment after the other: every
   expect(posted.code).toBe(0);
   expect(await balances(second.url)).toEqual(found);
 
-  // And from the last file alone: what is missing before it is not passed over in silence.
+  // And from the last file alone: what is missing before it is not skipped silently.
   await using third = await testDatabase();
   const last = segments(dir.file("data")).toSorted(byBase).at(-1) as string;
   mkdirSync(dir.file("alone"));

@@ -16,7 +16,7 @@ import { tempDir } from "../support/programs.ts";
 
 const line = (text: string) => Buffer.from(`${text}\n`);
 
-/** The real disk with some of its calls replaced, and a list of those that were made. */
+/** The real disk with some calls replaced, and a list of the calls that were made. */
 function strangeDisk(
   strange: Partial<
     Record<keyof JournalFile, (file: JournalFile, bytes?: Uint8Array) => Promise<void>>
@@ -99,7 +99,7 @@ test("a new file is synced, and its directory, before anything is appended", asy
   expect(calls).toEqual(["truncate", "append", "sync", "syncDirectory", "close"]);
 });
 
-test("every append that waits shares the next sync", async () => {
+test("all waiting appends share the next sync", async () => {
   using dir = tempDir();
   const { disk, calls } = strangeDisk({});
   const journal = await openJournal({ directory: dir.path, disk });
@@ -110,7 +110,7 @@ test("every append that waits shares the next sync", async () => {
   expect(await reopen(dir.path)).toEqual(Array.from({ length: 100 }, (_, i) => `${i}`));
 });
 
-test("an append is answered after the sync, not before", async () => {
+test("an append resolves after the sync, not before", async () => {
   using dir = tempDir();
   const gate = Promise.withResolvers<void>();
   const { disk, strange } = strangeDisk({});
@@ -142,7 +142,7 @@ test("after a failed sync nothing is acknowledged, and it never syncs again", as
   expect((await reopen(dir.path))[0]).toBe("before");
 });
 
-test("a full disk refuses what does not fit, keeps the file whole, and goes on once there is room", async () => {
+test("a full disk rejects what does not fit, keeps the file whole, and resumes once there is room", async () => {
   using dir = tempDir();
   const { disk, strange } = strangeDisk({});
   const journal = await openJournal({ directory: dir.path, disk });
@@ -165,7 +165,7 @@ test.each([
   ["moved away", (path: string) => renameSync(path, `${path}.old`)],
   ["replaced", (path: string) => (rmSync(path), writeFileSync(path, "x"))],
   ["cut", (path: string) => truncateSync(path, 80)],
-])("a journal that somebody has %s acknowledges nothing more", async (_what, change) => {
+])("a journal that another program has %s acknowledges nothing more", async (_what, change) => {
   await withJournal(async (journal, path) => {
     await journal.append(line("before"));
     change(path);
@@ -174,8 +174,8 @@ test.each([
   });
 });
 
-test("the real disk really syncs: a file that no system can sync is an error", async () => {
-  // For these Linux and macOS answer EINVAL or ENOTSUP; a call that is not made answers nothing.
+test("the real disk really syncs: a file that cannot be synced is an error", async () => {
+  // Linux and macOS answer EINVAL or ENOTSUP; a call that is never made answers nothing.
   const refused = /EINVAL|ENOTSUP|EOPNOTSUPP|ENOTTY/;
   const file = await disk.openForAppend("/dev/null");
   await expect(file.sync()).rejects.toThrow(refused);
@@ -184,7 +184,7 @@ test("the real disk really syncs: a file that no system can sync is an error", a
   await expect(disk.syncDirectory("/dev/null")).rejects.toThrow(refused);
 });
 
-test("each folder that is made is synced into the one above it", async () => {
+test("each directory that is created is synced into its parent", async () => {
   using dir = tempDir();
   const synced: string[] = [];
   const { syncDirectory } = disk;
@@ -200,7 +200,7 @@ test("each folder that is made is synced into the one above it", async () => {
   expect(synced.toSorted()).toEqual([dir.path, dir.file("a")]);
 });
 
-test("a start reads the end of a large file, and nothing of it is cut off", async () => {
+test("a start finds the end of a large file and truncates nothing", async () => {
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path });
   const large = line("x".repeat(13 * 1024 * 1024));
@@ -214,7 +214,7 @@ test("a start reads the end of a large file, and nothing of it is cut off", asyn
   await again.close();
 });
 
-test("a disk without room for a new journal is said in a line that names the file and what to do", async () => {
+test("a disk without room for a new journal gives an error that names the file and what to do", async () => {
   using dir = tempDir();
   const { disk } = strangeDisk({
     append: () => Promise.reject(Object.assign(new Error("write"), { code: "ENOSPC" })),
@@ -223,11 +223,11 @@ test("a disk without room for a new journal is said in a line that names the fil
   await expect(opening).rejects.toThrow(
     `cannot begin ${dir.file("eventsPost.jsonl")}: no room (ENOSPC); free some space and start again`,
   );
-  await (await openJournal({ directory: dir.path })).close(); // with room it starts
+  await (await openJournal({ directory: dir.path })).close(); // once there is room, it starts
 });
 
 test.each(["rename", "syncDirectory"] as const)(
-  "a rotation that fails at %s leaves no file open: as garbage it would end the process",
+  "a rotation that fails at %s leaves no file open, which as garbage would end the process",
   async (call) => {
     using dir = tempDir();
     const { disk, calls } = strangeDisk({});
@@ -252,7 +252,7 @@ test.each(["rename", "syncDirectory"] as const)(
 );
 
 test.each(["open", "rename"] as const)(
-  "no room at the %s of the next file is a full disk, and passes",
+  "no room at the %s of the next file counts as a full disk, and passes",
   async (call) => {
     using dir = tempDir();
     let isFull = false;
@@ -281,7 +281,7 @@ test.each(["open", "rename"] as const)(
   },
 );
 
-test("a disk that was full is not held to be full for ever", async () => {
+test("a full disk is reported as full for a limited time", async () => {
   using dir = tempDir();
   const { disk, strange } = strangeDisk({});
   let nowMs = 1_000_000;
@@ -294,7 +294,7 @@ test("a disk that was full is not held to be full for ever", async () => {
   await journal.close();
 });
 
-test("a tail torn at any byte is cut off, and what was whole stays", async () => {
+test("a tail torn at any byte is truncated, and whole frames stay", async () => {
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path });
   await journal.append(line("first"));
@@ -314,7 +314,7 @@ test("a tail torn at any byte is cut off, and what was whole stays", async () =>
   }
 });
 
-test("a file that died while it was made begins anew, whatever is there of its header", async () => {
+test("a file whose creation died begins anew, whatever part of its header is there", async () => {
   using dir = tempDir();
   const path = dir.file("eventsPost.jsonl");
   const header = '{"journal":"3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11","base":0,"version":1}';
@@ -338,7 +338,7 @@ test("damage before the tail names the file and the byte, and nothing is changed
     bad[at] = (bad[at] as number) ^ 1;
     writeFileSync(path, bad);
     const opened = openJournal({ directory: dir.path });
-    // The time of a frame is told, not relied upon: a flipped digit in it goes unnoticed.
+    // Only reports depend on the time of a frame: a flipped digit in it goes unnoticed.
     if (JSON.parse(good.toString().split("\n")[1] ?? "").frame.at !== frameTime(bad)) {
       await (await opened.catch(() => null))?.close();
       continue;
@@ -352,7 +352,7 @@ function frameTime(bytes: Buffer): number | null {
   return Number(/"at":(\d+)\}\}$/.exec(bytes.toString("latin1").split("\n")[1] ?? "")?.[1] ?? null);
 }
 
-test("a file that is no journal is refused and left alone", async () => {
+test("a file that is not a journal is refused and left alone", async () => {
   using dir = tempDir();
   const path = dir.file("eventsPost.jsonl");
   const events = readFileSync(`${import.meta.dir}/../fixtures/assignment.jsonl`);
@@ -363,7 +363,7 @@ test("a file that is no journal is refused and left alone", async () => {
   expect(readFileSync(path).equals(events)).toBe(true);
 });
 
-test("a second writer is refused while the first lives", async () => {
+test("a second writer is refused while the first one lives", async () => {
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path });
   await expect(openJournal({ directory: dir.path })).rejects.toThrow("written by another process");
@@ -371,7 +371,7 @@ test("a second writer is refused while the first lives", async () => {
   expect(await reopen(dir.path)).toEqual([]);
 });
 
-test("a reader takes a frame that is not all there for the end, until it is", async () => {
+test("to a reader an incomplete frame is the end until it is complete", async () => {
   await withJournal(async (journal, path) => {
     await journal.append(line("first"));
     const whole = readFileSync(path);
@@ -386,7 +386,7 @@ test("a reader takes a frame that is not all there for the end, until it is", as
   });
 });
 
-test("a reader names damage as soon as something follows it", async () => {
+test("a reader reports damage as soon as something follows it", async () => {
   await withJournal(async (journal, path) => {
     const end = await journal.append(line("first"));
     appendFileSync(path, "garbage\n");
@@ -400,7 +400,7 @@ test("a reader names damage as soon as something follows it", async () => {
   });
 });
 
-test("frames larger than what is read at once are read whole", async () => {
+test("frames larger than a block are read whole", async () => {
   await withJournal(async (journal, path) => {
     const large = Array.from({ length: 5 }, (_, i) => `${i}`.repeat(3 << 20));
     for (const text of large) await journal.append(line(text));
