@@ -131,7 +131,12 @@ function openAddress({ HOST: hostname, PORT: port, TLS_CERT: cert, TLS_KEY: key 
 /** An embedded Postgres on the same disk keeps some room for itself. */
 function openServerJournal(settings: AppSettings, say: (line: string) => void): Promise<Journal> {
   const { DATA_DIR, DATABASE_URL, JOURNAL_SEGMENT_BYTES: segmentBytes } = settings;
-  return openJournal(DATA_DIR, say, DATABASE_URL ? disk : leavingRoom(disk), segmentBytes);
+  return openJournal({
+    directory: DATA_DIR,
+    say,
+    disk: DATABASE_URL ? disk : leavingRoom(disk),
+    segmentBytes,
+  });
 }
 
 function renewCertificate(server: Listener, log: Log): void {

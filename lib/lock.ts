@@ -1,9 +1,9 @@
 /**
- * A lock on a file that a dead process cannot keep: the operating system lets go of it.
+ * A lock on a file that a dead process cannot keep: the operating system releases it.
  *
- * Bun has no `flock`, so SQLite takes the lock (`fcntl` on Unix, `LockFileEx` on Windows) on an
- * empty database file. It also holds between the threads of one process. Measured: free again at
- * once after kill -9 of the holder. The file itself stays; it says nothing by being there.
+ * Bun has no `flock`, so SQLite acquires the lock (`fcntl` on Unix, `LockFileEx` on Windows) on an
+ * empty database file. It also excludes the other threads of the process. Measured: it is free at
+ * once after kill -9 of the holder. The file itself stays; its existence means nothing.
  */
 import { Database } from "bun:sqlite";
 
@@ -12,19 +12,19 @@ export interface Lock {
 }
 
 /**
- * All that are held: a database that nobody refers to is collected, and its lock with it. A second
- * processor then followed the same journal, two seconds after the first had begun.
+ * All locks that are held: a database without references is garbage-collected, and its lock with it.
+ * A second processor then followed the same journal, two seconds after the first had begun.
  */
 const held = new Set<Database>();
 
-/** Takes the lock of `path`, or answers `null` when somebody alive has it. Never waits. */
+/** Acquires the lock of `path`; `null` when a living process holds it. Never waits. Throws an Error. */
 export function tryLock(path: string): Lock | null {
   let db: Database | null = null;
   try {
     db = new Database(path, { create: true });
     db.run("pragma journal_mode = memory");
     db.run("begin exclusive");
-    // A file that may only be read is opened all the same, and locked by nobody: really write.
+    // A read-only file can be opened, but "begin exclusive" does not lock it: really write.
     db.run("pragma user_version = 0");
   } catch (error) {
     db?.close();
@@ -42,7 +42,7 @@ export function tryLock(path: string): Lock | null {
   };
 }
 
-/** Waits for the lock of `path`, asking every `everyMs`, until `signal` says to stop (`null`). */
+/** Waits for the lock of `path`, polling every `everyMs`; `null` when `signal` is aborted first. */
 export async function waitForLock(
   path: string,
   signal: AbortSignal,

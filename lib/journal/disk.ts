@@ -1,35 +1,41 @@
 /**
- * What the journal asks of the operating system, and nothing else does. It arrives as a value, so
- * that a test can hand in a disk that tears, fills up or lies.
+ * Everything the journal asks of the operating system. It is passed in as a value, so that a test can
+ * pass a disk that tears writes, fills up or lies.
  */
-import { constants, fdatasync, fstatSync, fsync, statfsSync, statSync } from "node:fs";
-import { mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
+import { constants, fstatSync, statfsSync, statSync } from "node:fs";
+import { type FileHandle, mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
-import { promisify } from "node:util";
 
 import { type Lock, tryLock } from "../lock.ts";
 
-const syncData = promisify(fdatasync);
-const syncAll = promisify(fsync);
+/** An open file. It stays readable when it is renamed or removed. */
+export interface ReadableFile {
+  /** Its length when it was opened. */
+  readonly bytes: number;
+  /** Bytes `from` to `to`, fewer at the end of what was there when it was opened. */
+  read(from: number, to: number): Promise<Buffer>;
+}
 
 /** A file that is open for appending. Every call but `append` is one system call. */
-export interface JournalFile {
-  /** Writes all of `bytes` at the end; rejects with the `code` of the system (`ENOSPC`, …). */
+export interface JournalFile extends ReadableFile {
+  /** Writes all of `bytes` at the end; rejects with the system's `code` (`ENOSPC`, …). */
   append(bytes: Uint8Array): Promise<void>;
   /** Returns once the bytes are on the disk (`fdatasync`). */
   sync(): Promise<void>;
   truncate(bytes: number): Promise<void>;
-  /** Whether this file still goes by `path`, and is `bytes` long. */
+  /** Whether `path` is still the name of this file, and the file is `bytes` long. */
   is(path: string, bytes: number): boolean;
   close(): Promise<void>;
 }
 
 export interface Disk {
-  /** Opens `path` for appending; makes it where it is missing. */
+  /** Opens `path` for appending; creates it where it is missing. */
   openForAppend(path: string): Promise<JournalFile>;
+  /** Calls `use` with the file open for reading, and closes it; `null` where there is no such file. */
+  withFile<T>(path: string, use: (file: ReadableFile) => T | Promise<T>): Promise<T | null>;
   /** Syncs a directory, so that the names in it are on the disk too. */
   syncDirectory(path: string): Promise<void>;
-  /** Makes `path` and what is above it, each synced into its parent. */
+  /** Creates `path` and the directories above it, each synced into its parent. */
   makeDirectory(path: string): Promise<void>;
   /** The names in a directory. */
   list(path: string): Promise<string[]>;
@@ -39,11 +45,9 @@ export interface Disk {
   modifiedMs(path: string): Promise<number>;
   /** 0 where there is no such file. */
   size(path: string): Promise<number>;
-  /** Bytes `from` to `to` of the file, fewer at its end, none where there is no such file. */
-  read(path: string, from: number, to: number): Promise<Buffer>;
-  /** Syncs bytes that another process may have written, where the file is (still) there. */
+  /** Syncs bytes that another process may have written, if the file is (still) there. */
   syncFile(path: string): Promise<void>;
-  /** Takes the lock of `path` for as long as this process lives, or answers `null`. */
+  /** Acquires the lock of `path` for the life of this process; `null` when another process holds it. */
   lock(path: string): Lock | null;
   /** Milliseconds since 1970. */
   now(): number;
@@ -53,18 +57,19 @@ export const disk: Disk = {
   async openForAppend(path) {
     // Bun.file(path).writer() and Bun.write begin at the start of the file: only a descriptor that
     // is itself open for append appends.
-    const handle = await open(path, constants.O_APPEND | constants.O_CREAT | constants.O_WRONLY);
+    const handle = await open(path, constants.O_APPEND | constants.O_CREAT | constants.O_RDWR);
     return {
+      ...readable(handle),
       async append(bytes) {
-        // ENOSPC comes from write() for large pieces and from flush() for small ones; who awaits
-        // only one of them hears that all is well. A writer is used once: what a failed one may
-        // still hold must not come out later.
+        // ENOSPC comes from write() for large pieces and from flush() for small ones: awaiting only
+        // one of them would report success. A writer is used once, since what a failed one still
+        // holds must not come out later.
         const writer = Bun.file(handle.fd).writer();
         await writer.write(bytes);
         await writer.flush();
       },
-      // The asynchronous call: a disk that stalls must not keep GET and /healthz waiting.
-      sync: () => syncData(handle.fd),
+      // The asynchronous call: a disk that stalls must not block GET and /healthz.
+      sync: () => handle.datasync(),
       truncate: (bytes) => handle.truncate(bytes),
       is(path, bytes) {
         const here = fstatSync(handle.fd);
@@ -74,7 +79,8 @@ export const disk: Disk = {
       close: () => handle.close(),
     };
   },
-  syncDirectory: (path) => withHandle(path, (fd) => syncAll(fd)),
+  withFile: (path, use) => ifExists(path, (handle) => use(readable(handle))),
+  syncDirectory: (path) => withHandle(path, (handle) => handle.sync()),
   async makeDirectory(path) {
     const made = await mkdir(path, { recursive: true });
     if (!made) return;
@@ -87,35 +93,21 @@ export const disk: Disk = {
   rename,
   remove: (path) => rm(path, { force: true }),
   modifiedMs: async (path) => (await stat(path)).mtimeMs,
-  size: (path) =>
-    there(
-      stat(path).then(({ size }) => size),
-      0,
-    ),
-  read: (path, from, to) =>
-    there(
-      Bun.file(path)
-        .slice(from, to)
-        .arrayBuffer()
-        .then((bytes) => Buffer.from(bytes)),
-      Buffer.alloc(0),
-    ),
-  syncFile: (path) =>
-    there(
-      withHandle(path, (fd) => syncData(fd)),
-      undefined,
-    ),
+  size: async (path) => statSync(path, { throwIfNoEntry: false })?.size ?? 0,
+  async syncFile(path) {
+    await ifExists(path, (handle) => handle.datasync());
+  },
   lock: tryLock,
   now: () => Date.now(),
 };
 
-/** So much of a disk is left alone, or a twentieth of a small one. */
-const LEFT_BYTES = 64 * 1024 * 1024;
+/** An append leaves this much of the disk free, or a twentieth of a small disk. */
+const RESERVED_BYTES = 64 * 1024 * 1024;
 
 /**
- * `disk` for a journal that shares it with the private Postgres: an append finds no room while there
- * is still some for what has been acknowledged to be posted. With the last byte taken Postgres fails
- * again and again, until it has no room for its own log either and goes down, and reads with it.
+ * `disk` for a journal that shares it with the embedded Postgres: an append finds no room while there
+ * is still enough to post what has been acknowledged. When Postgres gets the last byte it fails again
+ * and again, until it has no room for its own log either and goes down, and reads with it.
  */
 export function leavingRoom(disk: Disk): Disk {
   return {
@@ -126,10 +118,10 @@ export function leavingRoom(disk: Disk): Disk {
         ...file,
         async append(bytes) {
           const { bsize, blocks, bavail } = statfsSync(dirname(path)); // 8 µs
-          const left = Math.min(LEFT_BYTES, (blocks * bsize) / 20);
-          // Some file systems know no size.
-          if (blocks > 0 && bavail * bsize - bytes.length < left)
-            throw Object.assign(new Error("left to Postgres"), { code: "ENOSPC" });
+          const reserved = Math.min(RESERVED_BYTES, (blocks * bsize) / 20);
+          // Some file systems report no size.
+          if (blocks > 0 && bavail * bsize - bytes.length < reserved)
+            throw Object.assign(new Error("reserved for Postgres"), { code: "ENOSPC" });
           await file.append(bytes);
         },
       };
@@ -137,20 +129,33 @@ export function leavingRoom(disk: Disk): Disk {
   };
 }
 
-/** What is found, or `otherwise` where there is no such file. */
-async function there<T>(found: Promise<T>, otherwise: T): Promise<T> {
+function readable(handle: FileHandle): ReadableFile {
+  const { size } = fstatSync(handle.fd);
+  return {
+    bytes: size,
+    async read(from, to) {
+      const bytes = Buffer.allocUnsafe(Math.max(0, Math.min(to, size) - from));
+      const { bytesRead } = await handle.read(bytes, 0, bytes.length, from);
+      return bytes.subarray(0, bytesRead);
+    },
+  };
+}
+
+/** What `use` returns for the open file; `null` where there is no such file. */
+async function ifExists<T>(path: string, use: (handle: FileHandle) => T | Promise<T>) {
   try {
-    return await found;
+    return await withHandle(path, use);
   } catch (error) {
-    if ((error as { code?: string }).code === "ENOENT") return otherwise;
+    const { code, path: missing } = error as NodeJS.ErrnoException;
+    if (code === "ENOENT" && missing === path) return null;
     throw error;
   }
 }
 
-async function withHandle<T>(path: string, use: (fd: number) => Promise<T>): Promise<T> {
+async function withHandle<T>(path: string, use: (handle: FileHandle) => T | Promise<T>) {
   const handle = await open(path, "r");
   try {
-    return await use(handle.fd);
+    return await use(handle);
   } finally {
     await handle.close();
   }

@@ -1,14 +1,13 @@
 /**
- * Reads a journal while it is being written, through all its files. A frame that is not all there,
- * or does not fit its checksum yet, is the end for now; what lies behind more bytes and cannot be
- * read is damage.
+ * Reads a journal while it is being written, through all its files. A frame that is not complete, or does
+ * not match its checksum yet, is the end for now. What cannot be read and has more behind it is damage.
  *
- * The active file may become a segment at any moment, and another one take its name. So its header is
- * looked at before and after each read: the same base means that it was the same file all along.
+ * At any moment the active file may be renamed to a segment, and a segment may be deleted. So each read
+ * opens a file once, and takes header, length and frames from that descriptor: a rename changes nothing
+ * for what is being read, and the next read finds the new file.
  */
-import { disk as realDisk, type Disk } from "./disk.ts";
+import { disk as realDisk, type Disk, type ReadableFile } from "./disk.ts";
 import {
-  type Frame,
   holdsFrame,
   JournalDamage,
   type JournalHeader,
@@ -17,60 +16,51 @@ import {
   parseFrames,
   parseJournalHeader,
 } from "./format.ts";
-import { listSegmentFiles, openSegment, type Segment, type SegmentFile } from "./segments.ts";
+import {
+  listSegmentFiles,
+  openSegment,
+  readSegment,
+  type Segment,
+  type SegmentFile,
+} from "./segments.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
+/** The largest frame fits. */
+const MAX_BLOCK_BYTES = MAX_FRAME_BYTES + MAX_HEADER_BYTES;
+
+/** A whole frame: `from` and `to` are positions of the journal, `header` lacks its newline. */
+export interface Frame {
+  from: number;
+  to: number;
+  header: string;
+  payload: Buffer;
+}
 
 export interface JournalReader {
-  /** Names the journal. */
+  /** The id of the journal. */
   readonly id: string;
   /** The position of the first byte that is kept: 0, unless old segments were removed. */
   readonly start: number;
   /**
-   * The whole frames from `position` on, as many as one read brings, with positions of the
-   * journal; none when there is nothing new. Throws JournalDamage, or when the file is replaced.
+   * The whole frames from `position` on, as many as one read returns; none when there is nothing new.
+   * Throws JournalDamage, or an Error when the file was replaced.
    */
   read(position: number): Promise<Frame[]>;
   /** The position behind the last byte that is there now, whole frame or not. */
   end(): Promise<number>;
-  /** Returns once all that could be read so far is on the disk. */
+  /** Returns once everything that could be read so far is on the disk. */
   sync(): Promise<void>;
 }
 
-/** Where a position is: a segment has an end that stays. */
-interface Place {
-  path: string;
-  base: number;
-  headerBytes: number;
-  to?: number;
-}
-
-/** Opens the journal whose active file is `path`, or returns `null` when it is not (yet) one. */
+/** Opens the journal whose active file is `path`; `null` when that is not a journal (yet). */
 export async function openJournalReader(
   path: string,
   disk: Disk = realDisk,
 ): Promise<JournalReader | null> {
-  let id: string | undefined;
-  // In this order: what is renamed in between is then found by its new name.
-  const head = await readHead();
-  const active = headerOf(head);
-  // A file of mere events, whatever is called like a segment beside it.
-  if (!active && head.includes("\n")) return null;
-  let files = await listSegmentFiles(path, disk);
-  const lastFile = files.at(-1);
-  const last = lastFile && (await openSegment(lastFile, disk));
-  if (last === null) return openJournalReader(path, disk);
-  id = active?.id ?? last?.id;
-  if (!id) return null;
-  const isRenamed = files.some(({ base }) => base === active?.base);
-  if (active && last && !isRenamed && (last.id !== id || last.to !== active.base))
-    throw new JournalDamage(
-      path,
-      0,
-      `the file before it is ${last.path}, which ends at ${last.to}`,
-    );
-  const start = files[0]?.base ?? active?.base ?? 0;
-  let segment: Segment | undefined;
+  const found = await findFiles(path, disk);
+  if (!found) return null;
+  const { id, start } = found;
+  let { files } = found;
 
   return {
     id,
@@ -78,103 +68,136 @@ export async function openJournalReader(
     sync: () => disk.syncFile(path),
     async end() {
       for (;;) {
-        const before = await readHeader();
-        const size = await disk.size(path);
-        const after = await readHeader();
-        if (before && before.base === after?.base) return before.base + size;
-        if (before || after) continue;
+        const end = await withActive((file, { base }) => base + file.bytes);
+        if (end !== null) return end;
         const last = (await listSegmentFiles(path, disk)).at(-1);
-        if (!last) throw notHere();
+        if (!last) throw replaced();
         const segment = await openSegment(last, disk);
         if (segment) return segment.to;
       }
     },
     async read(position) {
-      let wanted = BLOCK_BYTES;
       for (;;) {
-        const place = await find(position);
-        const from = Math.max(position - place.base, place.headerBytes);
-        const bytes = await disk.read(place.path, from, from + wanted);
-        if (!place.to && (await readHeader())?.base !== place.base) continue;
-        if (place.to && bytes.length === 0 && position < place.to) {
-          segment = undefined; // let go of since it was found
-          files = [];
-          continue;
+        let activeBase: number | null = null;
+        // A segment that another one follows needs no look at the active file, and no new list: with a
+        // list for each, nobody caught up behind a few thousand small segments.
+        if (indexOf(position) === files.length - 1) {
+          const found = await withActive(async (file, header) => {
+            const active = { ...header, path, to: Infinity, headerBytes: header.bytes };
+            return active.base <= position ? await readFrames(file, active, position) : active.base;
+          });
+          if (Array.isArray(found)) return found;
+          activeBase = found;
+          files = await listSegmentFiles(path, disk);
         }
-        const { frames, end, rest } = parseFrames(bytes);
-        const begin = place.base + from;
-        if (frames.length > 0)
-          return frames.map((frame) => ({
-            ...frame,
-            from: begin + frame.from,
-            to: begin + frame.to,
-          }));
-        const all = MAX_FRAME_BYTES + MAX_HEADER_BYTES;
-        if (rest !== "nothing" && bytes.length === wanted && wanted < all) {
-          wanted = Math.min(2 * wanted, all);
-          continue;
-        }
-        const fault = typeof rest === "object" ? rest.fault : "a frame is cut short";
-        const behind = typeof rest === "object" ? rest.behind : false;
-        if (behind || (place.to && begin + bytes.length > position))
-          throw new JournalDamage(place.path, from + end, fault);
-        return [];
+        const frames = await readSegmentAt(position, activeBase);
+        if (frames) return frames;
+        files = []; // the segment was deleted since it was listed
       }
     },
   };
 
-  async function find(position: number): Promise<Place> {
-    if (segment && segment.base <= position && position < segment.to) return segment;
-    const active = await readHeader();
-    if (active && active.base <= position)
-      return { path, base: active.base, headerBytes: active.bytes };
-    // The last file of a list may not be the last any more. To look each time what there is took longer
-    // than to post it: behind a few thousand small files nobody caught up.
-    const isBefore = ({ base }: SegmentFile) => base <= position;
-    if (files.findLastIndex(isBefore) === files.length - 1)
-      files = await listSegmentFiles(path, disk);
-    if (files.length === 0 && !active) throw notHere();
-    const at = files.findLastIndex(isBefore);
-    const file = files[at];
-    const opened = file && (await openSegment(file, disk));
-    if (opened === null) {
-      files = [];
-      return find(position);
-    }
-    const next = files[at + 1]?.base ?? active?.base ?? 0;
-    if (opened && opened.id !== id)
-      throw new JournalDamage(opened.path, 0, "it belongs to another journal");
-    if (opened && next > opened.base && next !== opened.to) {
-      const end = opened.to - opened.base;
-      throw new JournalDamage(opened.path, end, `the next file begins at position ${next}`);
-    }
-    segment = opened;
-    // At its end and no active file: that is just being made.
-    if (segment && position < segment.to + (active ? 0 : 1)) return segment;
-    const what = `no file of this journal holds its position ${position}`;
-    throw new JournalDamage(segment?.path ?? path, segment ? segment.to - segment.base : 0, what);
+  /** Index of the last segment that begins at or before `position`; -1 if there is none. */
+  function indexOf(position: number): number {
+    return files.findLastIndex(({ base }) => base <= position);
   }
 
-  /** The header of the active file, `null` for the moment in which one takes the place of another. */
-  async function readHeader(): Promise<JournalHeader | null> {
-    return headerOf(await readHead());
+  /** What `use` returns for the active file; `null` in the moment in which a new one takes its name. */
+  function withActive<T>(use: (file: ReadableFile, header: JournalHeader) => T | Promise<T>) {
+    return disk.withFile(path, async (file) => {
+      const header = await readActiveHeader(path, file);
+      if (header === "events") throw headerDamage(path);
+      if (header && header.id !== id) throw replaced();
+      return header && (await use(file, header));
+    });
   }
 
-  function readHead(): Promise<Buffer> {
-    return disk.read(path, 0, 2 * MAX_HEADER_BYTES);
+  /** The frames from `position` on in its segment; `null` if that was deleted. */
+  async function readSegmentAt(position: number, activeBase: number | null) {
+    const index = indexOf(position);
+    const file = files[index];
+    if (files.length === 0 && activeBase === null) throw replaced();
+    if (!file) throw missing(path, 0, position);
+    const nextBase = files[index + 1]?.base ?? activeBase;
+    return disk.withFile(file.path, async (opened) => {
+      const segment = await readSegment(file, opened);
+      if (segment.id !== id) throw new JournalDamage(file.path, 0, "it belongs to another journal");
+      if (nextBase !== null && nextBase !== segment.to) {
+        const what = `the next file begins at position ${nextBase}`;
+        throw new JournalDamage(file.path, opened.bytes, what);
+      }
+      if (position > segment.to) throw missing(file.path, opened.bytes, position);
+      return readFrames(opened, segment, position);
+    });
   }
 
-  function headerOf(head: Buffer): JournalHeader | null {
-    const header = parseJournalHeader(head);
-    // Whole frames, too, may lie in another journal, at the same place.
-    if (header && id && header.id !== id) throw notHere();
-    // A file that is just being made has no whole line yet, one of mere events has no frames.
-    if (!header && (id ? head.includes("\n") : holdsFrame(head)))
-      throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
-    return header;
+  function missing(path: string, offset: number, position: number): JournalDamage {
+    return new JournalDamage(path, offset, `no file of this journal holds position ${position}`);
   }
 
-  function notHere(): Error {
-    return new Error(`${path} is not the journal any more that it was`);
+  function replaced(): Error {
+    return new Error(`${path} was replaced by another journal`);
   }
+}
+
+/** The id of the journal, where it begins, and its segments; `null` when it is not one (yet). */
+async function findFiles(
+  path: string,
+  disk: Disk,
+): Promise<{ id: string; start: number; files: SegmentFile[] } | null> {
+  // The active file first: if it is renamed in between, the list has it under its new name.
+  const active = await disk.withFile(path, (file) => readActiveHeader(path, file));
+  if (active === "events") return null;
+  const files = await listSegmentFiles(path, disk);
+  const lastFile = files.at(-1);
+  const last = lastFile && (await openSegment(lastFile, disk));
+  if (last === null) return findFiles(path, disk);
+  const id = active?.id ?? last?.id;
+  if (!id) return null;
+  const isRenamed = files.some(({ base }) => base === active?.base);
+  if (active && last && !isRenamed && (last.id !== id || last.to !== active.base)) {
+    const what = `the file before it is ${last.path}, which ends at position ${last.to}`;
+    throw new JournalDamage(path, 0, what);
+  }
+  return { id, start: files[0]?.base ?? active?.base ?? 0, files };
+}
+
+/** The header of the active file: `null` while it is being created, "events" for a file of mere events. */
+async function readActiveHeader(
+  path: string,
+  file: ReadableFile,
+): Promise<JournalHeader | "events" | null> {
+  const head = await file.read(0, 2 * MAX_HEADER_BYTES);
+  const header = parseJournalHeader(head);
+  if (!header && holdsFrame(head)) throw headerDamage(path);
+  return header ?? (head.includes("\n") ? "events" : null);
+}
+
+/**
+ * Reads the frames from `position` on, at most a block of them, or one that is larger. The active file
+ * is a segment without an end.
+ */
+async function readFrames(file: ReadableFile, segment: Segment, position: number) {
+  const { path, base, to, headerBytes } = segment;
+  const from = Math.max(position - base, headerBytes);
+  for (let block = BLOCK_BYTES; ; block = Math.min(2 * block, MAX_BLOCK_BYTES)) {
+    const bytes = await file.read(from, from + block);
+    const { frames, endIndex, rest } = parseFrames(bytes);
+    if (frames.length > 0)
+      return frames.map(({ fromIndex, toIndex, header, payload }): Frame => {
+        const begin = base + from;
+        return { from: begin + fromIndex, to: begin + toIndex, header, payload };
+      });
+    if (rest !== "nothing" && bytes.length === block && block < MAX_BLOCK_BYTES) continue;
+    const { fault, hasMore } =
+      typeof rest === "object" ? rest : { fault: "a frame is cut short", hasMore: false };
+    // Whatever lies in a segment was acknowledged.
+    if (hasMore || (to < Infinity && base + from + bytes.length > position))
+      throw new JournalDamage(path, from + endIndex, fault);
+    return [];
+  }
+}
+
+function headerDamage(path: string): JournalDamage {
+  return new JournalDamage(path, 0, "it does not begin with the header of a journal");
 }

@@ -1,17 +1,22 @@
 /**
  * The files of a journal. `eventsPost.jsonl` is the active one, which grows; a full one is renamed
  * to `eventsPost.<base>.jsonl`, a segment, and never changes again. `base` is the position of its
- * first byte (its header), so the names tell the order, and each file begins where the one before
- * it ends. The oldest may have been removed: then the first one's base is not 0.
+ * first byte (its header), so the names give the order, and each file begins where the one before
+ * it ends. The oldest may have been removed: then the first base is not 0.
  */
 import { basename, dirname, join } from "node:path";
 
-import type { Disk } from "./disk.ts";
-import { JournalDamage, MAX_HEADER_BYTES, parseJournalHeader } from "./format.ts";
+import type { Disk, ReadableFile } from "./disk.ts";
+import {
+  JournalDamage,
+  type JournalHeader,
+  MAX_HEADER_BYTES,
+  parseJournalHeader,
+} from "./format.ts";
 
 export interface Segment {
   path: string;
-  /** Names the journal. */
+  /** The id of its journal. */
   id: string;
   /** The position of its first byte, and of the first one behind it. */
   base: number;
@@ -19,21 +24,21 @@ export interface Segment {
   headerBytes: number;
 }
 
-/** What the active file `active` is called when it is full. */
+/** A file that is a segment by its name. */
+export type SegmentFile = Pick<Segment, "path" | "base">;
+
+/** The path of the active file `active` once it is full. */
 export function segmentPath(active: string, base: number): string {
   return `${stem(active)}.${base}.jsonl`;
 }
 
-/** The active file of the journal that `path` is a full file of; of anything else `path` itself. */
+/** The active file of the journal of which `path` is a segment; `path` itself if it is none. */
 export async function activeOf(path: string, disk: Disk): Promise<string> {
   const [, stem, base] = /^(.*)\.(\d{1,15})\.jsonl$/s.exec(path) ?? [];
   if (stem === undefined) return path;
-  const header = parseJournalHeader(await disk.read(path, 0, MAX_HEADER_BYTES));
+  const header = await disk.withFile(path, readHeader);
   return header?.base === Number(base) ? `${stem}.jsonl` : path;
 }
-
-/** A file that is a segment by its name. */
-export type SegmentFile = Pick<Segment, "path" | "base">;
 
 /** The files that are segments of `active` by their names, in order. */
 export async function listSegmentFiles(active: string, disk: Disk): Promise<SegmentFile[]> {
@@ -48,25 +53,33 @@ export async function listSegmentFiles(active: string, disk: Disk): Promise<Segm
   return files.toSorted((a, b) => a.base - b.base);
 }
 
-/**
- * The segment in a file; `null` when it is there no more: a processor may let go of old ones at any
- * moment, and that was taken for damage. Throws JournalDamage.
- */
-export async function openSegment(
+/** The header of an open file of a journal; `null` when it does not begin with one. */
+export async function readHeader(file: ReadableFile): Promise<JournalHeader | null> {
+  return parseJournalHeader(await file.read(0, MAX_HEADER_BYTES));
+}
+
+/** The segment in a file that is open. Throws JournalDamage. */
+export async function readSegment(
   { path, base }: SegmentFile,
-  disk: Disk,
-): Promise<Segment | null> {
-  const header = parseJournalHeader(await disk.read(path, 0, MAX_HEADER_BYTES));
-  const to = base + (await disk.size(path));
-  if (header?.base === base && to > base)
-    return { path, id: header.id, base, to, headerBytes: header.bytes };
-  if (!(await disk.list(dirname(path))).includes(basename(path))) return null;
-  throw new JournalDamage(path, 0, `it does not begin with the header of position ${base}`);
+  file: ReadableFile,
+): Promise<Segment> {
+  const header = await readHeader(file);
+  if (header?.base !== base)
+    throw new JournalDamage(path, 0, `it does not begin with the header of position ${base}`);
+  return { path, id: header.id, base, to: base + file.bytes, headerBytes: header.bytes };
 }
 
 /**
- * The segments of `active`, oldest first, each ending where the next begins: reads something of each
- * of them. Throws JournalDamage.
+ * The segment in a file; `null` if the file is gone: a processor may delete old ones at any moment,
+ * which is no damage. Throws JournalDamage.
+ */
+export function openSegment(file: SegmentFile, disk: Disk): Promise<Segment | null> {
+  return disk.withFile(file.path, (opened) => readSegment(file, opened));
+}
+
+/**
+ * The segments of `active`, oldest first, each ending where the next begins. Reads the header of each.
+ * Throws JournalDamage.
  */
 export async function listSegments(active: string, disk: Disk): Promise<Segment[]> {
   const segments: Segment[] = [];

@@ -1,15 +1,15 @@
 /**
- * A source in the journal. What the server takes of a source in one request is one run of lines in
- * one frame, and so all of it or nothing is there after a crash: first the mark, which says the bytes
- * of the source that were taken and their SHA-256 up to there as the sender gave it,
+ * A source in the journal. What the server accepts of a source in one request is one run of lines in
+ * one frame, so a crash leaves all of it or nothing. The run begins with a mark, which states the range
+ * of the source's bytes and the SHA-256 of the source up to their end, as the sender gave it:
  *
  *     {"source":{"name":"events.jsonl","from":0,"to":580,"digest":"…","events":2}}
  *
- * then that many event lines. Bad lines are taken, but not journaled. Where an event's line in the
- * source is longer than in the journal (CRLF, spaces, bad or blank lines before it), `ends` says
- * where each ends in the source, counted from `from`: behind its last byte that counts, not behind
- * its newline, which somebody else may have got in the next piece. An event line is never taken for
- * a mark: it has a `userId` beside its `source`.
+ * `events` event lines follow. Bad lines count as stored, but are not journaled. Where an event's line
+ * is longer in the source than in the journal (CRLF, spaces, bad or blank lines before it), `ends`
+ * states where each event ends in the source, relative to `from`: behind its last significant byte, not
+ * behind its newline, which may arrive with the next piece. An event line cannot be mistaken for a mark:
+ * it has a `userId` beside its `source`.
  */
 export interface SourceMark {
   name: string;
@@ -26,7 +26,7 @@ export function encodeSourceMark(mark: SourceMark): Buffer {
   return Buffer.from(`${JSON.stringify({ source: mark })}\n`);
 }
 
-/** The mark that `line` is, or `null`. */
+/** The mark in `line`, or `null` when it is not a mark. */
 export function parseSourceMark(line: Uint8Array): SourceMark | null {
   if (line.length < BEGIN.length || BEGIN.compare(line, 0, BEGIN.length) !== 0) return null;
   try {

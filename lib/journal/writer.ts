@@ -1,15 +1,15 @@
 /**
- * The writer of the journal. Its promise: when `append` returns, the lines are on the disk, and a
- * start after any kind of death finds them.
+ * The writer of the journal. It promises: when `append` resolves, the lines are on the disk, and the
+ * next start finds them, however this process dies.
  *
- * A frame that would make the file larger than a segment may be begins a new one: see `rotate`.
+ * A frame that would make the file larger than a segment may be begins a new file: see `rotate`.
  *
- * Group commit: while one frame is written and synced, all that arrives waits together and shares
- * the next. The order in `commit` is the promise: write, sync, answer.
+ * Group commit: while one frame is written and synced, everything that arrives waits together and
+ * shares the next one. The order in `commit` is the promise: write, sync, answer.
  *
- * States: open → full (no room: nothing acknowledged, tries again with each append) → open;
- * open → failed (a sync failed: what is on the disk is unknown from here on, so it never syncs
- * again and takes nothing more until the program starts anew and reads the tail).
+ * States: open → full (no room: nothing is acknowledged, and the next append tries again) → open;
+ * open → failed (a sync failed: what is on the disk is unknown from then on, so it never syncs again
+ * and accepts nothing more until the program is restarted and reads the tail).
  */
 import { dirname, join } from "node:path";
 
@@ -26,49 +26,47 @@ import {
   parseFrames,
   parseJournalHeader,
 } from "./format.ts";
-import { listSegments, segmentPath } from "./segments.ts";
+import { listSegments, type Segment, segmentPath } from "./segments.ts";
 import type { Lock } from "../lock.ts";
 
 export const JOURNAL_FILE = "eventsPost.jsonl";
-/** Whoever writes the journal, or mends it, holds this. */
+/** Held by the process that writes or repairs the journal. */
 export const JOURNAL_LOCK = "eventsPost.lock";
-/** The next file, until it gets its name. */
+/** The next file, until it is renamed to `eventsPost.jsonl`. */
 const NEXT_FILE = "eventsPost.next";
 
-/** Appends that wait are put together up to this size: one write stays well under a second. */
-const GROUP_BYTES = 8 * 1024 * 1024;
-/** A full disk is believed to be full for so long. */
+/** Waiting appends share a frame of up to this size: one write stays well under a second. */
+export const MAX_GROUP_BYTES = 8 * 1024 * 1024;
+/** The disk is reported as full for this long after an append found no room. */
 const FULL_MS = 5_000;
 const NO_ROOM = new Set(["ENOSPC", "EDQUOT", "EFBIG"]);
 
-/** There is no room for the lines; none is kept. Room makes it work again, without a restart. */
+/** There is no room for the lines; none of them is stored. It resumes without a restart once there is room. */
 export class JournalFull extends Error {}
-/** The journal takes nothing more until the program is started again. */
+/** The journal accepts nothing more until the program is restarted. */
 export class JournalFailed extends Error {}
-/** The journal belongs to another process that lives. */
-export class JournalHeld extends Error {}
 
 export interface Journal {
-  /** Names this journal among all that post to one ledger. */
+  /** Identifies this journal among all that post to one ledger. */
   readonly id: string;
   /** Its active file. */
   readonly path: string;
-  /** The position behind all that is acknowledged: where its last frame ends. */
+  /** The position behind everything that is acknowledged: where the last frame ends. */
   end(): number;
   /** Why nothing can be appended now, or `null`. */
   trouble(): string | null;
   /**
-   * Puts whole event lines, each with its newline, on the disk together; returns the position
+   * Stores whole event lines, each with its newline, on the disk together; resolves to the position
    * behind them. Rejects with JournalFull or JournalFailed: then none of them is acknowledged.
    */
   append(lines: Uint8Array): Promise<number>;
   /** Calls `listener` after each commit. */
   onCommit(listener: (commit: Commit) => void): void;
-  /** Finishes what waits, lets go of the file and of the lock. */
+  /** Finishes the waiting appends, closes the file and releases the lock. */
   close(): Promise<void>;
 }
 
-/** What a commit was, for whoever counts. */
+/** What a commit did, for the metrics. */
 export interface Commit {
   /** The position at which its frame begins, and when it was written. */
   from: number;
@@ -86,25 +84,32 @@ interface Waiting {
 }
 
 /**
- * Opens the journal in `directory`, making what is missing, cutting off a torn last frame. A file is
- * full at `segmentBytes`, and holds one frame at least. Throws
- * JournalHeld, JournalDamage, JournalFull, or what the disk says.
+ * Opens the journal in `directory`: creates what is missing, and truncates a torn last frame. A file is
+ * full at `segmentBytes`, but holds at least one frame. Throws JournalDamage, JournalFull, or an
+ * Error: another process writes it, or what the disk says.
  */
-export async function openJournal(
-  directory: string,
-  say: (line: string) => void,
-  disk: Disk = realDisk,
-  segmentBytes = Number.POSITIVE_INFINITY,
-): Promise<Journal> {
+export async function openJournal(options: {
+  directory: string;
+  say?: (line: string) => void;
+  disk?: Disk;
+  segmentBytes?: number;
+}): Promise<Journal> {
+  const { directory, say = () => {}, disk = realDisk, segmentBytes = Infinity } = options;
   await disk.makeDirectory(directory);
   const path = join(directory, JOURNAL_FILE);
   const lock = disk.lock(join(directory, JOURNAL_LOCK));
-  if (!lock) throw new JournalHeld(`${path} is being written by another process; stop it first`);
+  if (!lock) throw new Error(`${path} is being written by another process; stop it first`);
   let file: JournalFile | null = null;
   try {
     file = await disk.openForAppend(path);
-    const { id, base, end } = await recover(path, file, disk, say);
-    return writer({ path, id, base, end, file, lock, disk, segmentBytes });
+    const last = (await listSegments(path, disk)).at(-1);
+    const { header, end, tornBytes } = await recover(path, file, last);
+    // Also what a killed process wrote but did not sync is about to be built upon.
+    await file.sync();
+    await disk.syncDirectory(directory);
+    if (tornBytes > 0)
+      say(`${path}: cut off ${tornBytes} bytes of a frame that was never acknowledged`);
+    return writer({ path, file, header, end, lock, disk, segmentBytes });
   } catch (error) {
     await file?.close();
     lock.release();
@@ -114,38 +119,28 @@ export async function openJournal(
   }
 }
 
-/** Makes the file begin where the last segment ends, and end behind its last whole frame; synced. */
-async function recover(path: string, file: JournalFile, disk: Disk, say: (line: string) => void) {
-  const last = (await listSegments(path, disk)).at(-1);
-  const size = await disk.size(path);
-  const head = await disk.read(path, 0, MAX_HEADER_BYTES);
-  let header = parseJournalHeader(head);
-  let end = size;
+/** Makes the file begin where the last segment ends, and end behind its last whole frame. */
+async function recover(path: string, file: JournalFile, last: Segment | undefined) {
+  const head = await file.read(0, MAX_HEADER_BYTES);
+  const header = parseJournalHeader(head);
   if (!header) {
     // A start that died while it wrote the header leaves a piece of it, or zeros; a rotation that
     // died leaves no file at all.
-    const begun = size < MAX_HEADER_BYTES && !head.includes("\n");
-    if (size > 0 && !begun)
+    if (file.bytes >= MAX_HEADER_BYTES || head.includes("\n"))
       throw new JournalDamage(path, 0, "it does not begin with the header of a journal");
-    header = await begin(file, last?.id ?? newJournalId(), last?.to ?? 0);
-    end = header.bytes;
-  } else if (last && (last.id !== header.id || last.to !== header.base)) {
-    const wanted = `the next file begins at ${last.to} of journal ${last.id}`;
-    throw new JournalDamage(last.path, last.to - last.base, `${wanted}, and ${path} does not`);
-  } else {
-    end = await findEnd(path, header.bytes, size, disk);
-    if (end < size) {
-      say(`${path}: cut off ${size - end} bytes of a frame that was never acknowledged`);
-      await file.truncate(end);
-    }
+    const begun = await begin(file, last?.id ?? newJournalId(), last?.to ?? 0);
+    return { header: begun, end: begun.bytes, tornBytes: 0 };
   }
-  // Also what a killed process wrote but did not sync is about to be built upon.
-  await file.sync();
-  await disk.syncDirectory(dirname(path));
-  return { id: header.id, base: header.base, end };
+  if (last && (last.id !== header.id || last.to !== header.base)) {
+    const required = `the next file begins at ${last.to} of journal ${last.id}`;
+    throw new JournalDamage(last.path, last.to - last.base, `${required}, and ${path} does not`);
+  }
+  const end = await findEnd(path, file, header.bytes);
+  if (end < file.bytes) await file.truncate(end);
+  return { header, end, tornBytes: file.bytes - end };
 }
 
-/** Makes an empty file the one that begins at `base` of the journal. */
+/** Makes a file the empty one that begins at `base` of the journal. */
 async function begin(file: JournalFile, id: string, base: number): Promise<JournalHeader> {
   const header = encodeJournalHeader(id, base);
   await file.truncate(0);
@@ -153,41 +148,40 @@ async function begin(file: JournalFile, id: string, base: number): Promise<Journ
   return { id, base, bytes: header.length };
 }
 
-/** Reads the frames at the end of the file and returns where the last whole one ends. */
-async function findEnd(path: string, first: number, size: number, disk: Disk): Promise<number> {
-  // Two of the largest frames: however they lie, a whole frame's header is in here.
-  const window = 2 * (MAX_FRAME_BYTES + MAX_HEADER_BYTES);
-  let from = Math.max(first, size - window);
-  let bytes = await disk.read(path, from, size);
-  if (from > first) {
+/** The offset behind the last whole frame, found in the last bytes of the file. */
+async function findEnd(path: string, file: JournalFile, headerBytes: number): Promise<number> {
+  // Two of the largest frames: wherever they lie, the header of a whole frame is among these bytes.
+  const windowBytes = 2 * (MAX_FRAME_BYTES + MAX_HEADER_BYTES);
+  let from = Math.max(headerBytes, file.bytes - windowBytes);
+  let bytes = await file.read(from, file.bytes);
+  if (from > headerBytes) {
     const skip = findFrame(bytes);
     if (skip < 0) throw new JournalDamage(path, from, "no frame begins in what follows");
     bytes = bytes.subarray(skip);
     from += skip;
   }
-  const { end, rest } = parseFrames(bytes);
-  if (typeof rest === "object" && rest.behind)
-    throw new JournalDamage(path, from + end, rest.fault);
-  return from + end;
+  const { endIndex, rest } = parseFrames(bytes);
+  if (typeof rest === "object" && rest.hasMore)
+    throw new JournalDamage(path, from + endIndex, rest.fault);
+  return from + endIndex;
 }
 
 function writer(opened: {
   path: string;
-  id: string;
-  base: number;
-  end: number;
   file: JournalFile;
+  header: JournalHeader;
+  end: number;
   lock: Lock;
   disk: Disk;
   segmentBytes: number;
 }): Journal {
-  const { path, id, lock, disk, segmentBytes } = opened;
-  let { file, base, end } = opened;
-  /** Whether the active file has a frame: before the first one nothing is full. */
-  const hasFrames = () => end > encodeJournalHeader(id, base).length;
-  /** Not behind a header that no frame follows yet: nobody would ever post that, and many would wait. */
-  const position = () => (hasFrames() ? base + end : base);
-  let waiting: Waiting[] = [];
+  const { path, lock, disk, segmentBytes } = opened;
+  let { file, header, end } = opened;
+  /** Whether the active file has a frame: without one it is not full. */
+  const hasFrames = () => end > header.bytes;
+  /** Not behind a header without a frame: that is never posted, and requests would wait for it. */
+  const position = () => (hasFrames() ? header.base + end : header.base);
+  const waiting: Waiting[] = [];
   let committing: Promise<void> | null = null;
   let failed: JournalFailed | null = null;
   let full: JournalFull | null = null;
@@ -195,18 +189,19 @@ function writer(opened: {
   const listeners: ((commit: Commit) => void)[] = [];
 
   return {
-    id,
+    id: header.id,
     path,
     end: position,
     trouble() {
-      // Whoever asks before it sends would never send again, and so never learn that there is room.
+      // A caller that asks before it appends would otherwise never append again, nor find the room.
       if (disk.now() - fullAtMs > FULL_MS) full = null;
       return (failed ?? full)?.message ?? null;
     },
     append(lines) {
       if (failed) return Promise.reject(failed);
       if (lines.length === 0) return Promise.resolve(position());
-      if (lines.length > MAX_FRAME_BYTES) return Promise.reject(new RangeError("too much at once"));
+      if (lines.length > MAX_FRAME_BYTES)
+        return Promise.reject(new RangeError(`more than ${MAX_FRAME_BYTES} bytes in one append`));
       return new Promise((resolve, reject) => {
         waiting.push({ lines, resolve, reject });
         committing ??= commitAll();
@@ -214,8 +209,8 @@ function writer(opened: {
     },
     onCommit: (listener) => void listeners.push(listener),
     async close() {
-      // A request that was waiting may append again before this goes on: the file must not be
-      // closed under a commit.
+      // A request that was waiting may append again before this resumes: the file must not be
+      // closed during a commit.
       while (committing) await committing;
       failed ??= new JournalFailed(`${path} is closed`);
       await file.close();
@@ -230,15 +225,9 @@ function writer(opened: {
 
   function takeGroup(): Waiting[] {
     let bytes = 0;
-    let count = 0;
-    for (const { lines } of waiting) {
-      if (count > 0 && bytes + lines.length > GROUP_BYTES) break;
-      bytes += lines.length;
-      count++;
-    }
-    const group = waiting.slice(0, count);
-    waiting = waiting.slice(count);
-    return group;
+    const isOver = ({ lines }: Waiting) => (bytes += lines.length) > MAX_GROUP_BYTES;
+    const count = waiting.findIndex(isOver);
+    return waiting.splice(0, count < 0 ? waiting.length : Math.max(count, 1));
   }
 
   async function commit(group: Waiting[]) {
@@ -253,53 +242,50 @@ function writer(opened: {
       const writtenMs = performance.now();
       await sync();
       const syncMs = performance.now() - writtenMs;
-      // Removed, replaced or cut by somebody, it has taken events that nobody finds again.
-      if (!file.is(path, end + frame.length)) throw fail("go on with", "somebody changed the file");
-      const from = base + end;
+      // In a file that was removed, replaced or truncated, nobody would find these events again.
+      if (!file.is(path, end + frame.length)) throw fail("continue", "another program changed it");
+      const from = header.base + end;
       end += frame.length;
       full = null;
       const commit = { from, atMs, bytes: frame.length, appends: group.length, syncMs };
       for (const listener of listeners) listener(commit);
-      for (const { resolve } of group) resolve(base + end);
+      for (const { resolve } of group) resolve(header.base + end);
     } catch (error) {
       for (const { reject } of group) reject(error as Error);
     }
   }
 
   /**
-   * The next file is whole and on the disk before the full one gives its name away, and that before
-   * the next one takes it. So a crash leaves both files, or the full one alone, never neither.
+   * The next file is whole and synced before the full one gives up its name, and that is synced before
+   * the next one gets it. So a crash leaves both files, or the full one alone, never neither.
    */
   async function rotate() {
     const nextPath = join(dirname(path), NEXT_FILE);
-    // Until the full file gives its name away nothing has changed, and the next append tries again.
-    const next = await disk.openForAppend(nextPath).catch((error) => {
-      const code = codeOf(error);
-      throw NO_ROOM.has(code)
-        ? noRoom(error)
-        : new JournalFailed(`cannot make ${nextPath} (${code})`);
-    });
+    // Until the full file gives up its name nothing has changed, and the next append tries again.
     const unlessFull = (error: unknown) => {
       throw NO_ROOM.has(codeOf(error)) ? noRoom(error) : error;
     };
-    let header: JournalHeader;
+    const next = await disk.openForAppend(nextPath).catch((error) => {
+      if (NO_ROOM.has(codeOf(error))) throw noRoom(error);
+      throw new JournalFailed(`cannot create ${nextPath}: ${codeOf(error)}`);
+    });
     try {
-      header = await begin(next, id, base + end).catch(unlessFull);
+      const begun = await begin(next, header.id, header.base + end).catch(unlessFull);
       await next.sync();
-      await disk.rename(path, segmentPath(path, base)).catch(unlessFull);
+      await disk.rename(path, segmentPath(path, header.base)).catch(unlessFull);
       await disk.syncDirectory(dirname(path));
       await disk.rename(nextPath, path);
       await disk.syncDirectory(dirname(path));
       await file.close();
+      file = next;
+      header = begun;
+      end = header.bytes;
     } catch (error) {
       // A handle that is collected as garbage ends the process.
       await next.close().catch(() => {});
       if (error instanceof JournalFull) throw error;
-      throw fail("begin another file after", codeOf(error));
+      throw fail("begin the file after", codeOf(error));
     }
-    file = next;
-    base = header.base;
-    end = header.bytes;
   }
 
   async function write(frame: Buffer) {
@@ -308,7 +294,7 @@ function writer(opened: {
     } catch (error) {
       const failure = noRoom(error);
       if (failure === failed) throw failed;
-      // Take back the piece that found room: the next frame must begin where the last one ended.
+      // Remove the piece that found room: the next frame must begin where the last one ended.
       await file.truncate(end).catch((error) => {
         throw fail("truncate", String(error));
       });
@@ -316,31 +302,31 @@ function writer(opened: {
     }
   }
 
-  /** What it means that bytes could not be written. */
+  /** The failure of a write: passing when the disk is full, otherwise final. */
   function noRoom(error: unknown): JournalFull | JournalFailed {
     const code = codeOf(error);
     if (!NO_ROOM.has(code)) return fail("append to", code);
     fullAtMs = disk.now();
     full = new JournalFull(
-      `cannot append to ${path}: no room (${code}); free some space and it goes on by itself`,
+      `cannot append to ${path}: no room (${code}); free some space and it resumes by itself`,
     );
     return full;
   }
 
   async function sync() {
-    // After a failed sync the kernel may have dropped the dirty pages and answer the next one with
-    // success (the fsync trouble that databases met in 2018): there is no second try.
+    // After a failed sync the kernel may have dropped the dirty pages, and the next sync succeeds
+    // without them (the fsync problem that databases met in 2018): there is no second attempt.
     await file.sync().catch(async (error) => {
       const failure = fail("sync", codeOf(error));
-      // A reader whose own sync of the same bytes is answered with success must not find them.
+      // A reader whose own sync of these bytes succeeds must not find them.
       await file.truncate(end).catch(() => {});
       throw failure;
     });
   }
 
-  function fail(what: string, code: string): JournalFailed {
+  function fail(what: string, why: string): JournalFailed {
     failed = new JournalFailed(
-      `cannot ${what} ${path} (${code}); nothing more is taken: check the disk, then start again`,
+      `cannot ${what} ${path}: ${why}; no more events are accepted: check the disk, then restart`,
     );
     return failed;
   }

@@ -1,8 +1,8 @@
 /**
- * The journal on a simulated disk. The oracle is the list of what was acknowledged: after any number
- * of crashes it is all there, once and in whole, and whatever else is there was at least sent.
+ * The journal on a simulated disk. The oracle is the list of acknowledged lines: after any number of
+ * crashes all of them are there, once and whole, and any other line was at least sent.
  *
- * A seed that fails is printed; FAULT_SEED=N runs that one, FAULT_SEEDS=N so many from
+ * A failing seed is printed; FAULT_SEED=N runs that one, FAULT_SEEDS=N runs N seeds from
  * FAULT_SEED_FIRST on.
  */
 import { expect, test } from "bun:test";
@@ -20,7 +20,7 @@ const PATH = "data/eventsPost.jsonl";
 const LIMIT_MS = 120_000 + 30 * Number(FAULT_SEEDS);
 
 test(
-  "what was acknowledged survives every crash of the simulated disk, once and whole",
+  "acknowledged lines survive every crash of the simulated disk, once and whole",
   async () => {
     const first = Number(FAULT_SEED ?? FAULT_SEED_FIRST ?? Math.floor(Math.random() * 2 ** 30));
     const count = FAULT_SEED ? 1 : Number(FAULT_SEEDS);
@@ -31,13 +31,13 @@ test(
       });
     }
     figure("disk seeds", count);
-    // About nine a life: fewer, and the lives end before anything happens.
+    // About nine a seed: with fewer, the lives would end before anything happens.
     if (count > 1) expect(acknowledged).toBeGreaterThan(5 * count);
   },
   LIMIT_MS,
 );
 
-/** Some lives of one journal, each ended by a crash; returns how many lines were acknowledged. */
+/** Several lives of one journal, each ended by a crash; returns how many lines were acknowledged. */
 async function live(seed: number): Promise<number> {
   const random = randomOf(seed);
   const odds = {
@@ -46,7 +46,7 @@ async function live(seed: number): Promise<number> {
     failedChange: random() * 0.02,
   };
   const disk = new SimulatedDisk(random, odds);
-  // Small enough that a life rotates some times, or not at all.
+  // So small that a life rotates a few times, or not at all.
   const segmentBytes = 100 + Math.floor(random() ** 2 * 100_000);
   const acknowledged = new Set<string>();
   const sent = new Set<string>();
@@ -55,7 +55,7 @@ async function live(seed: number): Promise<number> {
     disk.crash();
   }
   Object.assign(odds, { noRoom: 0, failedSync: 0, failedChange: 0 });
-  const journal = await openJournal("data", () => {}, disk.mount(), segmentBytes);
+  const journal = await openJournal({ directory: "data", disk: disk.mount(), segmentBytes });
   await journal.append(Buffer.from("last\n"));
   sent.add("last");
   acknowledged.add("last");
@@ -64,7 +64,7 @@ async function live(seed: number): Promise<number> {
 }
 
 test(
-  "a flipped bit in any file of a journal is named, or costs the last frame; no line is ever wrong",
+  "a flipped bit in any file of a journal is reported, or costs the last frame; no line is ever wrong",
   async () => {
     const first = Number(FAULT_SEED ?? FAULT_SEED_FIRST ?? Math.floor(Math.random() * 2 ** 30));
     const count = FAULT_SEED ? 1 : Number(FAULT_SEEDS);
@@ -81,11 +81,11 @@ test(
   LIMIT_MS,
 );
 
-test("what could not be synced is nowhere for a reader, though its own sync of it succeeds", async () => {
+test("a reader never finds what could not be synced, although its own sync succeeds", async () => {
   const odds = { noRoom: 0, failedSync: 0, failedChange: 0 };
   const disk = new SimulatedDisk(randomOf(1), odds);
   const mounted = disk.mount();
-  const journal = await openJournal("data", () => {}, mounted);
+  const journal = await openJournal({ directory: "data", disk: mounted });
   await journal.append(Buffer.from("good\n"));
   odds.failedSync = 1;
   const refused = journal.append(Buffer.from("bad\n"));
@@ -95,10 +95,10 @@ test("what could not be synced is nowhere for a reader, though its own sync of i
   expect(await readAll(disk, mounted)).toEqual(["good"]);
 });
 
-test("a journal that is closed answers first what has come before", async () => {
+test("closing a journal answers the appends that came before", async () => {
   const disk = new SimulatedDisk(randomOf(1), HARMLESS);
   const mounted = disk.mount();
-  const journal = await openJournal("data", () => {}, mounted);
+  const journal = await openJournal({ directory: "data", disk: mounted });
   const first = journal.append(Buffer.from("first\n"));
   const behind = journal.append(Buffer.from("behind\n"));
   const closing = journal.close();
@@ -107,16 +107,20 @@ test("a journal that is closed answers first what has come before", async () => 
   await expect(journal.append(Buffer.from("late\n"))).rejects.toThrow(JournalFailed);
 });
 
-test("a frame whose length has rotted so that it reaches over all behind it is named", async () => {
+test("a frame whose rotten length extends over everything behind it is reported", async () => {
   expect(await flip(1_081_058_769)).toBe("named");
 });
 
-/** A journal of some segments with one bit flipped; returns what became of that. */
+/** A journal of several segments with one bit flipped; returns what came of it. */
 async function flip(seed: number): Promise<"named" | "healed" | "without effect"> {
   const random = randomOf(seed);
   const disk = new SimulatedDisk(random, HARMLESS);
   const mounted = disk.mount();
-  const journal = await openJournal("data", () => {}, mounted, 100 + random() * 2_000);
+  const journal = await openJournal({
+    directory: "data",
+    disk: mounted,
+    segmentBytes: 100 + random() * 2_000,
+  });
   const frames: string[] = [];
   for (let i = Math.ceil(random() * 12); i > 0; i--) {
     frames.push(`${seed}.${i}${"x".repeat(Math.floor(random() ** 4 * 1_000))}`);
@@ -139,13 +143,15 @@ async function flip(seed: number): Promise<"named" | "healed" | "without effect"
     const whole = frames.slice(0, lines.length);
     if (lines.join() !== whole.join())
       throw new Error(`wrong lines: ${lines.join().slice(0, 200)}`);
-    if (lines.length < frames.length - 1) throw new Error(`${path}: lost without a word`);
+    if (lines.length < frames.length - 1) throw new Error(`${path}: lost silently`);
     return lines.length < frames.length;
   };
   const isThere = (await openJournalReader(PATH, mounted).catch(orDamage)) !== null;
   const read = isThere ? await readAll(disk, mounted, journal.id).catch(orDamage) : null;
   if (read && !(read instanceof JournalDamage)) here(read);
-  const again = await openJournal("data", () => {}, mounted, 2_000).catch(orDamage);
+  const again = await openJournal({ directory: "data", disk: mounted, segmentBytes: 2_000 }).catch(
+    orDamage,
+  );
   if (again instanceof JournalDamage) return "named";
   if (!isThere) throw new Error(`${path}: no reader finds the journal, and nobody says why`);
   const left = await readAll(disk, mounted, journal.id).catch(orDamage);
@@ -165,9 +171,9 @@ async function oneLife(
   segmentBytes: number,
 ): Promise<void> {
   const mounted = disk.mount();
-  // Opening may fail, or be cut by the crash: then this life was a short one.
+  // Opening may fail or be interrupted by the crash: then this life was a short one.
   const journal = await within(
-    openJournal("data", () => {}, mounted, segmentBytes),
+    openJournal({ directory: "data", disk: mounted, segmentBytes }),
     400,
     (error) => {
       if (error instanceof JournalDamage) throw error;
@@ -218,7 +224,7 @@ function check(lines: string[], acknowledged: Set<string>, sent: Set<string>): v
     if (!sent.has(line)) throw new Error(`never sent: ${line.slice(0, 20)}`);
 }
 
-/** What `promise` gives within so many turns, or `null`. */
+/** What `promise` resolves to within `turns` microtasks, or `null`. */
 async function within<T>(
   promise: Promise<T>,
   turns: number,
@@ -240,7 +246,7 @@ async function within<T>(
 }
 
 test(
-  "a repair that the power ends: the file is as it was, or mended, and what was taken out is kept",
+  "a power cut during a repair leaves the file as it was or repaired, and keeps what was taken out",
   async () => {
     const first = Number(FAULT_SEED ?? FAULT_SEED_FIRST ?? Math.floor(Math.random() * 2 ** 30));
     const count = FAULT_SEED ? 1 : Math.ceil(Number(FAULT_SEEDS) / 5);
@@ -260,7 +266,7 @@ test(
 async function dieMending(seed: number): Promise<"untouched" | "mended"> {
   const random = randomOf(seed);
   const disk = new SimulatedDisk(random, HARMLESS);
-  const journal = await openJournal("data", () => {}, disk.mount());
+  const journal = await openJournal({ directory: "data", disk: disk.mount() });
   for (let i = 0; i < 3; i++) await journal.append(Buffer.from(`${"x".repeat(9_000)}${i}\n`));
   await journal.close();
   let bad = Buffer.alloc(0);
@@ -279,9 +285,10 @@ async function dieMending(seed: number): Promise<"untouched" | "mended"> {
   disk.crash();
   const mounted = disk.mount();
   const [now] = (await checkJournal(PATH, mounted)).files as [CheckedFile];
-  const lost = await mounted.read(`${PATH}.lost-${damage.from}`, 0, 100_000);
+  const contents = (path: string) => mounted.withFile(path, (file) => file.read(0, file.bytes));
+  const lost = (await contents(`${PATH}.lost-${damage.from}`)) ?? Buffer.alloc(0);
   if (now.damage.length > 0) {
-    if (!bad.equals(await mounted.read(PATH, 0, 100_000))) throw new Error("half mended");
+    if (!bad.equals((await contents(PATH)) ?? Buffer.alloc(0))) throw new Error("half mended");
     return "untouched";
   }
   if (!lost.equals(bad.subarray(damage.from, damage.to)))

@@ -255,7 +255,7 @@ async function mutateJournal(seed: number) {
   };
   await reading().catch(orDamage);
   await checkJournal("data/eventsPost.jsonl", mounted);
-  const journal = await openJournal("data", () => {}, mounted).catch(orDamage);
+  const journal = await openJournal({ directory: "data", disk: mounted }).catch(orDamage);
   if (!journal) return;
   good.add("new\n");
   await journal.append(Buffer.from("new\n"));

@@ -1,10 +1,10 @@
 /**
- * A disk in memory that does what disks do when the power fails: what was not synced is lost page by
- * page, out of order, or stays; a file whose name was not synced may be gone; writes are cut short,
- * there is no room, a sync fails and forgets what it should have written: the next one then succeeds
- * and has written nothing, as Linux has it. All by one seed.
+ * A disk in memory that behaves like disks when the power fails: unsynced pages are lost or kept, in any
+ * order; a file whose name was not synced may be gone; writes are cut short, there is no room. A sync
+ * that fails forgets what it should have written, and the next one succeeds without writing it, as on
+ * Linux. One seed determines everything.
  */
-import type { Disk, JournalFile } from "../../lib/journal/disk.ts";
+import type { Disk, JournalFile, ReadableFile } from "../../lib/journal/disk.ts";
 
 const PAGE = 4096;
 
@@ -22,19 +22,19 @@ export function randomOf(seed: number): () => number {
 interface SimulatedFile {
   /** What a program reads. */
   bytes: Buffer;
-  /** What is on the platter: survives the crash for sure. */
+  /** What is on the platter: it survives a crash. */
   platter: Buffer;
   /** The pages that the next sync writes. */
   dirty: Set<number>;
 }
 
-/** What was done to the directory: a file got a name, or (`null`) a name was taken away. */
+/** A change of the directory: a file got a name, or (`null`) a name was removed. */
 type Naming = Map<string, SimulatedFile | null>;
 
 export interface Odds {
   noRoom: number;
   failedSync: number;
-  /** Of a cut, a rename, a sync of the directory. */
+  /** Of a truncation, a rename, a sync of the directory. */
   failedChange: number;
 }
 
@@ -42,10 +42,10 @@ export const HARMLESS: Odds = { noRoom: 0, failedSync: 0, failedChange: 0 };
 
 export class SimulatedDisk {
   private files = new Map<string, SimulatedFile>();
-  /** The directory as it is on the platter, and what was done to it since, in order. */
+  /** The directory on the platter, and the changes since, in order. */
   private named = new Map<string, SimulatedFile>();
   private namings: Naming[] = [];
-  /** Each crash ends a life: calls that belong to an earlier one never come back. */
+  /** Each crash ends a life: calls of an earlier life never settle. */
   private life = 0;
   private locked = -1;
   syncs = 0;
@@ -59,12 +59,19 @@ export class SimulatedDisk {
   mount(): Disk {
     const life = ++this.life;
     const alive = async <T>(act: () => T): Promise<T> => {
-      // Somewhere in between is the moment at which a crash may come.
+      // A crash may happen at any of these turns.
       for (let turns = Math.floor(this.random() * 3); turns >= 0; turns--) await Promise.resolve();
       if (life !== this.life) return new Promise<never>(() => {});
       return act();
     };
     const fail = (code: string) => Object.assign(new Error(code), { code });
+    const readable = (file: SimulatedFile): ReadableFile => {
+      const size = file.bytes.length;
+      return {
+        bytes: size,
+        read: (from, to) => alive(() => Buffer.from(file.bytes.subarray(from, Math.min(to, size)))),
+      };
+    };
     const openForAppend = (path: string): JournalFile => {
       const file = this.files.get(path) ?? { bytes: empty, platter: empty, dirty: new Set() };
       if (!this.files.has(path)) this.name(new Map([[path, file]]));
@@ -74,6 +81,7 @@ export class SimulatedDisk {
         for (let page = pageOf(from); page * PAGE < file.bytes.length; page++) file.dirty.add(page);
       };
       return {
+        ...readable(file),
         append: (bytes) =>
           alive(() => {
             if (this.random() < this.odds.noRoom) {
@@ -102,6 +110,7 @@ export class SimulatedDisk {
         close: () => alive(() => {}),
       };
     };
+    const files = () => this.files;
     return {
       openForAppend: (path) => alive(() => openForAppend(path)),
       syncDirectory: () =>
@@ -122,8 +131,10 @@ export class SimulatedDisk {
       remove: (path) => alive(() => this.name(new Map([[path, null]]))),
       modifiedMs: () => alive(() => 0),
       size: (path) => alive(() => this.files.get(path)?.bytes.length ?? 0),
-      read: (path, from, to) =>
-        alive(() => Buffer.from(this.files.get(path)?.bytes.subarray(from, to) ?? empty)),
+      async withFile(path, use) {
+        const file = await alive(() => files().get(path));
+        return file ? use(readable(file)) : null;
+      },
       syncFile: (path) =>
         alive(() => {
           const file = this.files.get(path);
@@ -145,7 +156,7 @@ export class SimulatedDisk {
   /** The power fails. */
   crash(): void {
     this.life++;
-    // Of what was done to the directory since its last sync, anything may have arrived.
+    // Any of the changes of the directory since its last sync may have arrived.
     for (const naming of this.namings) if (this.random() < 0.5) apply(this.named, naming);
     this.files = new Map(this.named);
     this.namings = [];
@@ -160,7 +171,7 @@ export class SimulatedDisk {
     this.namings.push(naming);
   }
 
-  /** Of what was not synced, any page may be there, or zeros, or be missing at the end. */
+  /** Any unsynced page may be there, be zeros, or be missing at the end. */
   private leftOf({ bytes, platter, dirty }: SimulatedFile): Buffer {
     const longest = Math.max(bytes.length, platter.length);
     const shortest = Math.min(platter.length, bytes.length);
@@ -175,12 +186,12 @@ export class SimulatedDisk {
     return left;
   }
 
-  /** The files that have something in them, in the order of their names. */
+  /** The files that are not empty, in the order of their names. */
   paths(): string[] {
     return [...this.files.keys()].filter((path) => this.files.get(path)?.bytes.length).toSorted();
   }
 
-  /** Changes what is on the disk, as rot or a person does. */
+  /** Changes what is on the disk, as rot or an editor does. */
   change(path: string, change: (bytes: Buffer) => Buffer): void {
     const file = this.files.get(path);
     if (file) file.bytes = file.platter = change(Buffer.from(file.bytes));
@@ -190,7 +201,7 @@ export class SimulatedDisk {
 const empty = Buffer.alloc(0);
 const pageOf = (byte: number) => Math.floor(byte / PAGE);
 
-/** Writes the dirty pages to the platter, those that `arrives` lets; clean are then all of them. */
+/** Writes those dirty pages to the platter for which `arrives` is true; all of them are clean afterwards. */
 function flush(file: SimulatedFile, arrives = () => true): void {
   const { bytes, platter, dirty } = file;
   const written = Buffer.alloc(bytes.length);

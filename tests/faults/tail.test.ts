@@ -1,4 +1,4 @@
-/** Every way in which the end of a journal can be cut, and every bit of it flipped. */
+/** The end of a journal cut at every byte, and with every bit flipped. */
 import { expect, test } from "bun:test";
 
 import type { Disk } from "../../lib/journal/disk.ts";
@@ -10,7 +10,7 @@ import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
 const PATH = "data/eventsPost.jsonl";
 const ID = "3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11";
 
-/** A journal of so many frames of one or two events each, and where each frame begins. */
+/** A journal of `count` frames of one or two events each, and where each frame begins. */
 function makeJournal(count: number) {
   const random = randomOf(1);
   const parts = [encodeJournalHeader(ID, 0)];
@@ -38,19 +38,19 @@ function makeJournal(count: number) {
 
 let starts = 0;
 
-/** What is left after a start on these bytes, or the damage that it named. */
+/** What is left after a start on these bytes, or the damage that it reported. */
 async function start(bytes: Buffer): Promise<string[] | JournalDamage> {
   const disk = new SimulatedDisk(randomOf(1), HARMLESS);
   const mounted = disk.mount();
   await mounted.openForAppend(PATH);
   disk.change(PATH, () => bytes);
   try {
-    await (await openJournal("data", () => {}, mounted)).close();
-    // What one start has healed the next finds whole. Of all starts this takes half as long again.
+    await (await openJournal({ directory: "data", disk: mounted })).close();
+    // What one start has healed, the next one finds whole. For all starts this would take half as long again.
     const say = (line: string) => {
       throw new Error(`the next start, too: ${line}`);
     };
-    if (starts++ % 4 === 0) await openJournal("data", say, mounted);
+    if (starts++ % 4 === 0) await openJournal({ directory: "data", say, disk: mounted });
   } catch (error) {
     if (error instanceof JournalDamage) return error;
     throw error;
@@ -82,7 +82,7 @@ test("a journal cut at any byte of its last 200 frames keeps exactly the whole o
   expect(await start(bytes)).toEqual(whole);
 }, 300_000);
 
-test("a flipped bit in the last 20 frames is named with its frame; in the very last, cut off", async () => {
+test("a flipped bit in the last 20 frames is reported with its frame; the very last is truncated", async () => {
   const { bytes, frames } = makeJournal(30);
   const all = frames.flatMap(({ lines }) => lines).join();
   const butLast = frames.slice(0, -1).flatMap(({ lines }) => lines);
@@ -93,7 +93,7 @@ test("a flipped bit in the last 20 frames is named with its frame; in the very l
       flipped[byte] = (flipped[byte] as number) ^ (1 << (bit & 7));
       const found = await start(flipped);
       const named = found instanceof JournalDamage && found.message.includes(`at byte ${from}:`);
-      // When a frame was written is told to people, and nothing relies on it.
+      // The time of a frame is only reported; nothing relies on it.
       const unnoticed = byte >= at[0] && byte < at[1] && `${found}` === all;
       const healed = index === 19 && `${found}` === butLast.join();
       if (!named && !unnoticed && !healed) throw new Error(`bit ${bit}: ${found}`);
@@ -102,7 +102,7 @@ test("a flipped bit in the last 20 frames is named with its frame; in the very l
   expect(butLast.length).toBeGreaterThan(29);
 }, 300_000);
 
-/** Flips each bit from byte `from` to byte `to` in turn, and hands over what a reader then finds. */
+/** Flips each bit from byte `from` to byte `to` in turn, and passes on what a reader then finds. */
 async function eachFlip(
   disk: SimulatedDisk,
   path: string,
@@ -121,7 +121,7 @@ async function eachFlip(
   }
 }
 
-/** The journal's name, and its frames with their positions. */
+/** The journal's id, and its frames with their positions. */
 async function read(mounted: Disk): Promise<string> {
   const reader = await openJournalReader(PATH, mounted);
   if (!reader) return "no journal";
@@ -136,10 +136,10 @@ async function read(mounted: Disk): Promise<string> {
   }
 }
 
-test("no bit of a journal's name makes it another journal", async () => {
+test("no flipped bit of a journal's id makes it another journal", async () => {
   const disk = new SimulatedDisk(randomOf(1), HARMLESS);
   const mounted = disk.mount();
-  const journal = await openJournal("data", () => {}, mounted);
+  const journal = await openJournal({ directory: "data", disk: mounted });
   await journal.append(Buffer.from("line\n"));
   const [name] = encodeJournalHeader(journal.id, 0).toString().split(journal.id) as [string];
   await eachFlip(disk, PATH, [name.length, name.length + journal.id.length], (found, bit) => {
@@ -148,10 +148,10 @@ test("no bit of a journal's name makes it another journal", async () => {
   expect(await read(disk.mount())).toStartWith(journal.id);
 });
 
-test("no bit of the headers of many files puts an event elsewhere", async () => {
+test("no flipped bit of any header moves an event", async () => {
   const disk = new SimulatedDisk(randomOf(1), HARMLESS);
   const mounted = disk.mount();
-  const journal = await openJournal("data", () => {}, mounted, 250);
+  const journal = await openJournal({ directory: "data", disk: mounted, segmentBytes: 250 });
   for (let i = 0; i < 6; i++) await journal.append(Buffer.from(`line ${i} ${"x".repeat(100)}\n`));
   const whole = await read(mounted);
   const header = encodeJournalHeader(journal.id, 0).length; // its newline, too

@@ -1,4 +1,4 @@
-/** The journal in many files: nothing that holds for one file ends where a segment does. */
+/** The journal in many files: whatever holds for one file also holds across segments. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import {
   copyFileSync,
@@ -13,7 +13,7 @@ import {
 
 import { openDatabase } from "../../lib/ledger/database.ts";
 import { BatchLimit } from "../../lib/processor/fold.ts";
-import { type Disk, disk } from "../../lib/journal/disk.ts";
+import { type Disk, disk, type ReadableFile } from "../../lib/journal/disk.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { openJournalReader } from "../../lib/journal/reader.ts";
 import { post } from "../../lib/ledger/ledger.ts";
@@ -28,7 +28,6 @@ import { IS_LONG } from "../support/random.ts";
 
 setDefaultTimeout(60_000);
 
-const quiet = () => {};
 const line = (text: string) => Buffer.from(`${text}\n`);
 const event = (userId: string, value = 1, more = {}) =>
   JSON.stringify({ userId, name: "add_revenue", value, ...more });
@@ -48,19 +47,36 @@ async function readLines(path: string): Promise<string[]> {
   return lines;
 }
 
+/** The real disk, with a call of `before` before each read of a file. */
+function onRead(before: (path: string, from: number) => Promise<void>): Disk {
+  return {
+    ...disk,
+    withFile: (path, use) =>
+      disk.withFile(path, (file) =>
+        use({
+          ...file,
+          async read(from, to) {
+            await before(path, from);
+            return file.read(from, to);
+          },
+        }),
+      ),
+  };
+}
+
 const segments = (directory: string) =>
   readdirSync(directory).filter((name) => /^eventsPost\.\d+\.jsonl$/.test(name));
 
 /** A journal of ten appends in files of at most 300 bytes. */
 async function rotated(directory: string) {
-  const journal = await openJournal(directory, quiet, disk, 300);
+  const journal = await openJournal({ directory, segmentBytes: 300 });
   const positions: number[] = [];
   for (let i = 0; i < 10; i++) positions.push(await journal.append(line(`${i}`)));
   await journal.close();
   return { id: journal.id, positions };
 }
 
-test("a full file becomes a segment named by its base, and positions go on", async () => {
+test("a full file becomes a segment named by its base, and positions continue", async () => {
   using dir = tempDir();
   const { id, positions } = await rotated(dir.path);
   const files = [...segments(dir.path).toSorted(byBase), "eventsPost.jsonl"];
@@ -77,15 +93,15 @@ test("a full file becomes a segment named by its base, and positions go on", asy
   expect(await readLines(dir.file("eventsPost.jsonl"))).toEqual([..."0123456789"]);
 });
 
-test("a start goes on behind the last segment, also where the rotation had died half-way", async () => {
+test("a start resumes behind the last segment, also where a rotation died half-way", async () => {
   using dir = tempDir();
   const { id, positions } = await rotated(dir.path);
   const end = positions.at(-1) as number;
   const base = JSON.parse(readFileSync(dir.file("eventsPost.jsonl"), "utf8").split("\n")[0] ?? "");
   renameSync(dir.file("eventsPost.jsonl"), dir.file(`eventsPost.${base.base}.jsonl`));
-  const journal = await openJournal(dir.path, quiet, disk, 300);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 300 });
   expect(journal.id).toBe(id);
-  // Behind the last frame, not behind the new file's header: nobody would ever post that.
+  // Behind the last frame, not behind the new file's header, which is never posted.
   expect(journal.end()).toBe(end);
   expect(await journal.append(Buffer.alloc(0))).toBe(end);
   await journal.append(line("next"));
@@ -93,7 +109,7 @@ test("a start goes on behind the last segment, also where the rotation had died 
   expect(await readLines(dir.file("eventsPost.jsonl"))).toEqual([..."0123456789", "next"]);
 });
 
-test("a journal without its oldest files is read from where it begins; without one between, named", async () => {
+test("a journal without its oldest files is read from where it begins; a gap is reported as damage", async () => {
   using dir = tempDir();
   await rotated(dir.path);
   const [first = "", second = "", third = ""] = segments(dir.path).toSorted(byBase);
@@ -102,10 +118,10 @@ test("a journal without its oldest files is read from where it begins; without o
   expect("0123456789").toEndWith(left.join(""));
   rmSync(dir.file(third));
   await expect(readLines(dir.file("eventsPost.jsonl"))).rejects.toThrow(second);
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow(second);
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow(second);
 });
 
-test("a segment of another journal, or one that is cut, is named by the next start", async () => {
+test("a segment of another journal, or one that is too short, is named by the next start", async () => {
   using dir = tempDir();
   using other = tempDir();
   await rotated(dir.path);
@@ -113,14 +129,14 @@ test("a segment of another journal, or one that is cut, is named by the next sta
   const last = segments(dir.path).toSorted(byBase).at(-1) as string;
   renameSync(dir.file(last), dir.file("kept"));
   renameSync(other.file(segments(other.path).toSorted(byBase).at(-1) as string), dir.file(last));
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow("belongs to another journal");
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow("belongs to another journal");
   await Bun.write(dir.file(last), readFileSync(dir.file("kept")).subarray(0, -5));
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow("is damaged at byte");
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow("is damaged at byte");
 });
 
 test("a reader follows while the writer rotates with every append", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   const reader = await openJournalReader(dir.file("eventsPost.jsonl"));
   if (!reader) throw new Error("no journal");
   const found: string[] = [];
@@ -145,20 +161,16 @@ test("a reader follows while the writer rotates with every append", async () => 
   expect(found).toEqual(Array.from({ length: 200 }, (_, i) => `${i}`));
 });
 
-test("a file that is rotated away between the look at its header and the read is not taken for the next", async () => {
+test("a file that is rotated between the read of its header and of its frames is not mistaken for the next", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   await journal.append(line("0"));
   let rotate: (() => Promise<unknown>) | null = null;
-  const strange = {
-    ...disk,
-    async read(path: string, from: number, to: number) {
-      const act = from > 0 ? rotate : null;
-      if (act) rotate = null;
-      await act?.();
-      return disk.read(path, from, to);
-    },
-  };
+  const strange = onRead(async (_, from) => {
+    const act = from > 0 ? rotate : null;
+    if (act) rotate = null;
+    await act?.();
+  });
   const reader = await openJournalReader(dir.file("eventsPost.jsonl"), strange);
   if (!reader) throw new Error("no journal");
   rotate = () => journal.append(line("another"));
@@ -173,12 +185,12 @@ test("a file that is rotated away between the look at its header and the read is
 test.each([
   ["a reader that opens", openJournalReader],
   ["a start", listSegments],
-])("%s does not take a segment for damage that is let go of meanwhile", async (_, look) => {
+])("%s does not mistake a segment that is deleted in the meantime for damage", async (_, look) => {
   for (let at = 0, calls = 1; calls > at; at++) {
     using dir = tempDir();
     await rotated(dir.path);
     calls = 0;
-    /** After the `at`-th call the oldest segment is gone. */
+    /** After call number `at` the oldest segment is gone. */
     const passing = <T>(result: T): T => {
       if (calls++ === at) rmSync(dir.file(segments(dir.path).toSorted(byBase)[0] as string));
       return result;
@@ -187,18 +199,20 @@ test.each([
       ...disk,
       list: async (path: string) => passing(await disk.list(path)),
       size: async (path: string) => passing(await disk.size(path)),
-      read: async (path: string, from: number, to: number) =>
-        passing(await disk.read(path, from, to)),
+      withFile: <T>(path: string, use: (file: ReadableFile) => T | Promise<T>) => {
+        passing(null);
+        return disk.withFile(path, async (file) => passing(await use(file)));
+      },
     };
     expect(await look(dir.file("eventsPost.jsonl"), losing)).toBeTruthy();
   }
 });
 
-test("a segment that goes while its last frame is compared with the checkpoint is not missed", async () => {
+test("a segment deleted while its last frame is compared with the checkpoint is not damage", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const ledger = openDatabase(() => database.url, "test", 1);
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   await journal.append(line(event("ann")));
   const path = dir.file("eventsPost.jsonl");
   const open = async (disk: Disk) => {
@@ -218,29 +232,29 @@ test("a segment that goes while its last frame is compared with the checkpoint i
   let reads = 0;
   const losing = (at: number) => ({
     ...disk,
-    async read(name: string, from: number, to: number) {
+    withFile<T>(name: string, use: (file: ReadableFile) => T | Promise<T>) {
       if (name === dir.file(posted) && reads++ === at) rmSync(name);
-      return disk.read(name, from, to);
+      return disk.withFile(name, use);
     },
   });
   const kept = readFileSync(dir.file(posted));
-  for (let at = 0; at < 3; at++) {
+  for (let at = 0; at < 2; at++) {
     reads = 0;
     const batches = await open(losing(at));
     expect((await batches.next(Promise.resolve()))?.from).toBe(batch.to);
     expect(reads).toBeGreaterThan(at);
     await Bun.write(dir.file(posted), kept);
   }
-  // Where it is kept, and another, that is damage.
+  // A segment that is there with other events is damage.
   await Bun.write(dir.file(posted), kept.toString().replace("ann", "eve"));
   await expect(open(disk)).rejects.toThrow("is damaged");
   await ledger.close();
 });
 
-test("processor.ts JOURNAL beside another that posts the same and lets go of it goes on", async () => {
+test("processor.ts JOURNAL continues beside another processor that posts and deletes the same segments", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   for (let i = 0; i < 6; i++) await journal.append(line(event("ann")));
   await journal.close();
   const path = dir.file("eventsPost.jsonl");
@@ -259,9 +273,9 @@ test("processor.ts JOURNAL beside another that posts the same and lets go of it 
   await ledger.close();
 });
 
-test("a server that reads its marks while segments go asks the ledger once more", async () => {
+test("a server that reads its marks while segments are deleted asks the ledger again", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 1);
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   for (const name of ["a", "b"]) await journal.append(line(event(name)));
   const [first = ""] = segments(dir.path);
   const segment = statSync(dir.file(first)).size;
@@ -284,16 +298,19 @@ test("a server that reads its marks while segments go asks the ledger once more"
   await journal.close();
 });
 
-test("a reader asks no more of the disk for each file, however many there are", async () => {
+test("a reader makes no more calls for each file, however many files there are", async () => {
   const callsPerFile = async (files: number) => {
     using dir = tempDir();
-    const journal = await openJournal(dir.path, quiet, disk, 1);
+    const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
     for (let i = 0; i < files; i++) await journal.append(line(`${i}`));
     await journal.close();
     let calls = 0;
     const counting = {
       ...disk,
-      read: (path: string, from: number, to: number) => (calls++, disk.read(path, from, to)),
+      withFile: <T>(path: string, use: (file: ReadableFile) => T | Promise<T>) => (
+        calls++,
+        disk.withFile(path, use)
+      ),
       size: (path: string) => (calls++, disk.size(path)),
       list: (path: string) => (calls++, disk.list(path)),
     };
@@ -311,22 +328,18 @@ test("a reader asks no more of the disk for each file, however many there are", 
   expect(await callsPerFile(300)).toBeLessThanOrEqual(await callsPerFile(30));
 });
 
-test("a batch is handed over only when the reader itself has synced what it read", async () => {
+test("a batch is returned only after the reader itself has synced what it read", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const calls: string[] = [];
   const strange = {
-    ...disk,
+    ...onRead(async (_, from) => void (from > 0 && calls.push("read"))),
     async syncFile(path: string) {
       await disk.syncFile(path);
       calls.push("sync");
     },
-    read(path: string, from: number, to: number) {
-      if (from > 0) calls.push("read");
-      return disk.read(path, from, to);
-    },
   };
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   await journal.append(line(event("ann")));
   const path = dir.file("eventsPost.jsonl");
   const reader = await openJournalReader(path, strange);
@@ -339,7 +352,7 @@ test("a batch is handed over only when the reader itself has synced what it read
   expect((await batches.next(Promise.resolve()))?.events).toBe(1);
   expect(calls.at(-1)).toBe("sync");
 
-  // And when the writer has taken it back meanwhile, its sync having failed, there is no batch.
+  // There is no batch when the writer has meanwhile truncated the frame, because its sync failed.
   await journal.append(line(event("bob")));
   const size = statSync(path).size;
   const taking = { ...strange, syncFile: async () => truncateSync(path, size - 20) };
@@ -356,7 +369,7 @@ test("a batch is handed over only when the reader itself has synced what it read
 
 const KILLS = IS_LONG ? 3 : 1;
 
-test("a server that is killed while it begins one segment after the other: every event counts once", async () => {
+test("every event counts once when a server is killed while it begins one segment after another", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const env = { JOURNAL_SEGMENT_BYTES: "2000" };
@@ -398,7 +411,7 @@ test("a server that is killed while it begins one segment after the other: every
   expect(posted.code).toBe(0);
   expect(await balances(second.url)).toEqual(found);
 
-  // And from the last file alone: what is missing before it is not passed over in silence.
+  // And from the last file alone: what is missing before it is not skipped silently.
   await using third = await testDatabase();
   const last = segments(dir.file("data")).toSorted(byBase).at(-1) as string;
   mkdirSync(dir.file("alone"));

@@ -14,10 +14,9 @@ import { type Journal, JournalFull, openJournal } from "../../lib/journal/writer
 import { openJournalReader } from "../../lib/journal/reader.ts";
 import { tempDir } from "../support/programs.ts";
 
-const quiet = () => {};
 const line = (text: string) => Buffer.from(`${text}\n`);
 
-/** The real disk with some of its calls replaced, and a list of those that were made. */
+/** The real disk with some calls replaced, and a list of the calls that were made. */
 function strangeDisk(
   strange: Partial<
     Record<keyof JournalFile, (file: JournalFile, bytes?: Uint8Array) => Promise<void>>
@@ -37,10 +36,10 @@ function strangeDisk(
         await (strange[name]?.(file, bytes) ?? file[name](bytes as never));
       };
       return {
+        ...file,
         append: call("append"),
         sync: call("sync"),
         truncate: call("truncate"),
-        is: (path: string, bytes: number) => file.is(path, bytes),
         close: call("close"),
       } as unknown as JournalFile;
     },
@@ -50,14 +49,17 @@ function strangeDisk(
 
 async function withJournal(use: (journal: Journal, path: string) => Promise<unknown>) {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   await use(journal, dir.file("eventsPost.jsonl"));
   await journal.close();
 }
 
 /** Opens the journal once more and returns the event lines that a reader finds. */
-async function reopen(directory: string, say: (line: string) => void = quiet): Promise<string[]> {
-  await (await openJournal(directory, say)).close();
+async function reopen(
+  directory: string,
+  say: (line: string) => void = () => {},
+): Promise<string[]> {
+  await (await openJournal({ directory, say })).close();
   return readLines(`${directory}/eventsPost.jsonl`);
 }
 
@@ -93,14 +95,14 @@ test("the file is a header line, then frames with the byte count and the CRC-32 
 test("a new file is synced, and its directory, before anything is appended", async () => {
   using dir = tempDir();
   const { disk, calls } = strangeDisk({});
-  await (await openJournal(dir.path, quiet, disk)).close();
+  await (await openJournal({ directory: dir.path, disk })).close();
   expect(calls).toEqual(["truncate", "append", "sync", "syncDirectory", "close"]);
 });
 
-test("every append that waits shares the next sync", async () => {
+test("all waiting appends share the next sync", async () => {
   using dir = tempDir();
   const { disk, calls } = strangeDisk({});
-  const journal = await openJournal(dir.path, quiet, disk);
+  const journal = await openJournal({ directory: dir.path, disk });
   calls.length = 0;
   await Promise.all(Array.from({ length: 100 }, (_, i) => journal.append(line(`${i}`))));
   expect(calls).toEqual(["append", "sync", "append", "sync"]);
@@ -108,11 +110,11 @@ test("every append that waits shares the next sync", async () => {
   expect(await reopen(dir.path)).toEqual(Array.from({ length: 100 }, (_, i) => `${i}`));
 });
 
-test("an append is answered after the sync, not before", async () => {
+test("an append resolves after the sync, not before", async () => {
   using dir = tempDir();
   const gate = Promise.withResolvers<void>();
   const { disk, strange } = strangeDisk({});
-  const journal = await openJournal(dir.path, quiet, disk);
+  const journal = await openJournal({ directory: dir.path, disk });
   strange.sync = () => gate.promise;
   let answered = false;
   const appended = journal.append(line("a")).then(() => (answered = true));
@@ -126,24 +128,24 @@ test("an append is answered after the sync, not before", async () => {
 test("after a failed sync nothing is acknowledged, and it never syncs again", async () => {
   using dir = tempDir();
   const { disk, strange, calls } = strangeDisk({});
-  const journal = await openJournal(dir.path, quiet, disk);
+  const journal = await openJournal({ directory: dir.path, disk });
   await journal.append(line("before"));
   strange.sync = () => Promise.reject(Object.assign(new Error("bad"), { code: "EIO" }));
   const answers = await Promise.allSettled([journal.append(line("a")), journal.append(line("b"))]);
   expect(answers.map(({ status }) => status)).toEqual(["rejected", "rejected"]);
   delete strange.sync;
   calls.length = 0;
-  await expect(journal.append(line("c"))).rejects.toThrow("check the disk, then start again");
+  await expect(journal.append(line("c"))).rejects.toThrow("check the disk, then restart");
   expect(journal.trouble()).toContain("cannot sync");
   expect(calls).toEqual([]);
   await journal.close();
   expect((await reopen(dir.path))[0]).toBe("before");
 });
 
-test("a full disk refuses what does not fit, keeps the file whole, and goes on once there is room", async () => {
+test("a full disk rejects what does not fit, keeps the file whole, and resumes once there is room", async () => {
   using dir = tempDir();
   const { disk, strange } = strangeDisk({});
-  const journal = await openJournal(dir.path, quiet, disk);
+  const journal = await openJournal({ directory: dir.path, disk });
   await journal.append(line("before"));
   strange.append = async (file, bytes) => {
     await file.append((bytes as Uint8Array).subarray(0, 20));
@@ -163,17 +165,17 @@ test.each([
   ["moved away", (path: string) => renameSync(path, `${path}.old`)],
   ["replaced", (path: string) => (rmSync(path), writeFileSync(path, "x"))],
   ["cut", (path: string) => truncateSync(path, 80)],
-])("a journal that somebody has %s acknowledges nothing more", async (_what, change) => {
+])("a journal that another program has %s acknowledges nothing more", async (_what, change) => {
   await withJournal(async (journal, path) => {
     await journal.append(line("before"));
     change(path);
-    await expect(journal.append(line("after"))).rejects.toThrow("somebody changed the file");
-    await expect(journal.append(line("later"))).rejects.toThrow("nothing more is taken");
+    await expect(journal.append(line("after"))).rejects.toThrow("another program changed it");
+    await expect(journal.append(line("later"))).rejects.toThrow("no more events are accepted");
   });
 });
 
-test("the real disk really syncs: a file that no system can sync is an error", async () => {
-  // For these Linux and macOS answer EINVAL or ENOTSUP; a call that is not made answers nothing.
+test("the real disk really syncs: a file that cannot be synced is an error", async () => {
+  // Linux and macOS answer EINVAL or ENOTSUP; a call that is never made answers nothing.
   const refused = /EINVAL|ENOTSUP|EOPNOTSUPP|ENOTTY/;
   const file = await disk.openForAppend("/dev/null");
   await expect(file.sync()).rejects.toThrow(refused);
@@ -182,7 +184,7 @@ test("the real disk really syncs: a file that no system can sync is an error", a
   await expect(disk.syncDirectory("/dev/null")).rejects.toThrow(refused);
 });
 
-test("each folder that is made is synced into the one above it", async () => {
+test("each directory that is created is synced into its parent", async () => {
   using dir = tempDir();
   const synced: string[] = [];
   const { syncDirectory } = disk;
@@ -198,34 +200,34 @@ test("each folder that is made is synced into the one above it", async () => {
   expect(synced.toSorted()).toEqual([dir.path, dir.file("a")]);
 });
 
-test("a start reads the end of a large file, and nothing of it is cut off", async () => {
+test("a start finds the end of a large file and truncates nothing", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   const large = line("x".repeat(13 * 1024 * 1024));
   for (let i = 0; i < 4; i++) await journal.append(large); // more than it reads
   const end = await journal.append(line("last"));
   await journal.close();
   const said: string[] = [];
-  const again = await openJournal(dir.path, (text) => said.push(text));
+  const again = await openJournal({ directory: dir.path, say: (text) => said.push(text) });
   expect(again.end()).toBe(end);
   expect(said).toEqual([]);
   await again.close();
 });
 
-test("a disk without room for a new journal is said in a line that names the file and what to do", async () => {
+test("a disk without room for a new journal gives an error that names the file and what to do", async () => {
   using dir = tempDir();
   const { disk } = strangeDisk({
     append: () => Promise.reject(Object.assign(new Error("write"), { code: "ENOSPC" })),
   });
-  const opening = openJournal(dir.path, quiet, disk);
+  const opening = openJournal({ directory: dir.path, disk });
   await expect(opening).rejects.toThrow(
     `cannot begin ${dir.file("eventsPost.jsonl")}: no room (ENOSPC); free some space and start again`,
   );
-  await (await openJournal(dir.path, quiet)).close(); // with room it starts
+  await (await openJournal({ directory: dir.path })).close(); // once there is room, it starts
 });
 
 test.each(["rename", "syncDirectory"] as const)(
-  "a rotation that fails at %s leaves no file open: as garbage it would end the process",
+  "a rotation that fails at %s leaves no file open, which as garbage would end the process",
   async (call) => {
     using dir = tempDir();
     const { disk, calls } = strangeDisk({});
@@ -239,10 +241,10 @@ test.each(["rename", "syncDirectory"] as const)(
         await (disk[call] as (...paths: string[]) => Promise<void>)(...paths);
       },
     };
-    const journal = await openJournal(dir.path, quiet, breaking, 100);
+    const journal = await openJournal({ directory: dir.path, disk: breaking, segmentBytes: 100 });
     await journal.append(line("first"));
     isBroken = true;
-    await expect(journal.append(line("second"))).rejects.toThrow("begin another file after");
+    await expect(journal.append(line("second"))).rejects.toThrow("begin the file after");
     await journal.close();
     expect(opened).toBe(2);
     expect(calls.filter((name) => name === "close")).toHaveLength(2);
@@ -250,7 +252,7 @@ test.each(["rename", "syncDirectory"] as const)(
 );
 
 test.each(["open", "rename"] as const)(
-  "no room at the %s of the next file is a full disk, and passes",
+  "no room at the %s of the next file counts as a full disk, and passes",
   async (call) => {
     using dir = tempDir();
     let isFull = false;
@@ -268,7 +270,7 @@ test.each(["open", "rename"] as const)(
         return disk.rename(from, to);
       },
     };
-    const journal = await openJournal(dir.path, () => {}, filling, 300);
+    const journal = await openJournal({ directory: dir.path, disk: filling, segmentBytes: 300 });
     const add = () => journal.append(Buffer.from(`${"x".repeat(200)}\n`));
     const first = await add();
     isFull = true;
@@ -279,11 +281,11 @@ test.each(["open", "rename"] as const)(
   },
 );
 
-test("a disk that was full is not held to be full for ever", async () => {
+test("a full disk is reported as full for a limited time", async () => {
   using dir = tempDir();
   const { disk, strange } = strangeDisk({});
   let nowMs = 1_000_000;
-  const journal = await openJournal(dir.path, quiet, { ...disk, now: () => nowMs });
+  const journal = await openJournal({ directory: dir.path, disk: { ...disk, now: () => nowMs } });
   strange.append = () => Promise.reject(Object.assign(new Error("full"), { code: "ENOSPC" }));
   await expect(journal.append(line("refused"))).rejects.toThrow("no room");
   expect(journal.trouble()).toContain("no room");
@@ -292,9 +294,9 @@ test("a disk that was full is not held to be full for ever", async () => {
   await journal.close();
 });
 
-test("a tail torn at any byte is cut off, and what was whole stays", async () => {
+test("a tail torn at any byte is truncated, and whole frames stay", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   await journal.append(line("first"));
   const whole = await journal.append(line("second"));
   const end = await journal.append(line('{"userId":"third"}'));
@@ -312,7 +314,7 @@ test("a tail torn at any byte is cut off, and what was whole stays", async () =>
   }
 });
 
-test("a file that died while it was made begins anew, whatever is there of its header", async () => {
+test("a file whose creation died begins anew, whatever part of its header is there", async () => {
   using dir = tempDir();
   const path = dir.file("eventsPost.jsonl");
   const header = '{"journal":"3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11","base":0,"version":1}';
@@ -324,7 +326,7 @@ test("a file that died while it was made begins anew, whatever is there of its h
 
 test("damage before the tail names the file and the byte, and nothing is changed", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
+  const journal = await openJournal({ directory: dir.path });
   const start = readFileSync(dir.file("eventsPost.jsonl")).length;
   const first = await journal.append(line("first"));
   await journal.append(line("second"));
@@ -335,8 +337,8 @@ test("damage before the tail names the file and the byte, and nothing is changed
     const bad = Buffer.from(good);
     bad[at] = (bad[at] as number) ^ 1;
     writeFileSync(path, bad);
-    const opened = openJournal(dir.path, quiet);
-    // The time of a frame is told, not relied upon: a flipped digit in it goes unnoticed.
+    const opened = openJournal({ directory: dir.path });
+    // Only reports depend on the time of a frame: a flipped digit in it goes unnoticed.
     if (JSON.parse(good.toString().split("\n")[1] ?? "").frame.at !== frameTime(bad)) {
       await (await opened.catch(() => null))?.close();
       continue;
@@ -350,24 +352,26 @@ function frameTime(bytes: Buffer): number | null {
   return Number(/"at":(\d+)\}\}$/.exec(bytes.toString("latin1").split("\n")[1] ?? "")?.[1] ?? null);
 }
 
-test("a file that is no journal is refused and left alone", async () => {
+test("a file that is not a journal is refused and left alone", async () => {
   using dir = tempDir();
   const path = dir.file("eventsPost.jsonl");
   const events = readFileSync(`${import.meta.dir}/../fixtures/assignment.jsonl`);
   writeFileSync(path, events);
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow("does not begin with the header");
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow(
+    "does not begin with the header",
+  );
   expect(readFileSync(path).equals(events)).toBe(true);
 });
 
-test("a second writer is refused while the first lives", async () => {
+test("a second writer is refused while the first one lives", async () => {
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet);
-  await expect(openJournal(dir.path, quiet)).rejects.toThrow("written by another process");
+  const journal = await openJournal({ directory: dir.path });
+  await expect(openJournal({ directory: dir.path })).rejects.toThrow("written by another process");
   await journal.close();
   expect(await reopen(dir.path)).toEqual([]);
 });
 
-test("a reader takes a frame that is not all there for the end, until it is", async () => {
+test("to a reader an incomplete frame is the end until it is complete", async () => {
   await withJournal(async (journal, path) => {
     await journal.append(line("first"));
     const whole = readFileSync(path);
@@ -382,7 +386,7 @@ test("a reader takes a frame that is not all there for the end, until it is", as
   });
 });
 
-test("a reader names damage as soon as something follows it", async () => {
+test("a reader reports damage as soon as something follows it", async () => {
   await withJournal(async (journal, path) => {
     const end = await journal.append(line("first"));
     appendFileSync(path, "garbage\n");
@@ -396,7 +400,7 @@ test("a reader names damage as soon as something follows it", async () => {
   });
 });
 
-test("frames larger than what is read at once are read whole", async () => {
+test("frames larger than a block are read whole", async () => {
   await withJournal(async (journal, path) => {
     const large = Array.from({ length: 5 }, (_, i) => `${i}`.repeat(3 << 20));
     for (const text of large) await journal.append(line(text));

@@ -1,11 +1,17 @@
-/** Damage in a journal: found wherever it is, taken out without moving a single position. */
+/** Damage in a journal is found wherever it is, and taken out without moving a single position. */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, readdirSync, readFileSync, statSync } from "node:fs";
-import { truncateSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  truncateSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 
-import { disk } from "../../lib/journal/disk.ts";
-import { checkJournal } from "../../lib/journal/check.ts";
+import { disk, type ReadableFile } from "../../lib/journal/disk.ts";
+import { type CheckedFile, checkJournal } from "../../lib/journal/check.ts";
 import { repairFile } from "../../lib/journal/repair.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { openJournalReader } from "../../lib/journal/reader.ts";
@@ -16,11 +22,9 @@ import { IS_LONG, seeded } from "../support/random.ts";
 
 setDefaultTimeout(60_000);
 
-const quiet = () => {};
-
-/** A journal of so many frames in segments; each line says which it is. */
+/** A journal of `frames` frames in segments; the value of each event is its number. */
 async function makeJournal(directory: string, frames: number, segmentBytes: number) {
-  const journal = await openJournal(directory, quiet, disk, segmentBytes);
+  const journal = await openJournal({ directory, segmentBytes });
   for (let i = 0; i < frames; i++)
     await journal.append(Buffer.from(`{"userId":"u","name":"add_revenue","value":${i}}\n`));
   await journal.close();
@@ -44,7 +48,12 @@ async function readFrames(path: string) {
 const filesOf = (directory: string) =>
   readdirSync(directory).filter((name) => /^eventsPost(\.\d+)?\.jsonl$/.test(name));
 
-test("a whole journal is said to be whole, with its frames", async () => {
+async function damageOf(path: string) {
+  const { files } = await checkJournal(path, disk);
+  return files.flatMap(({ damage }) => damage);
+}
+
+test("--check reports an intact journal as such, with the number of its frames", async () => {
   using dir = tempDir();
   await makeJournal(dir.path, 50, 700);
   const { code, stdout } = await run("processor.ts", {
@@ -55,10 +64,10 @@ test("a whole journal is said to be whole, with its frames", async () => {
   expect(stdout).toContain(
     `50 whole frames in ${filesOf(dir.path).length} files; nothing is damaged`,
   );
-  expect(existsSync(join(dir.path, "postgres"))).toBe(false); // it asks no ledger
+  expect(existsSync(join(dir.path, "postgres"))).toBe(false); // the ledger is not needed
 });
 
-test("a torn tail is no damage", async () => {
+test("a torn tail is not damage", async () => {
   using dir = tempDir();
   const { path } = await makeJournal(dir.path, 5, 10_000);
   truncateSync(path, statSync(path).size - 3);
@@ -67,73 +76,107 @@ test("a torn tail is no damage", async () => {
   expect(files[0]?.tornBytes).toBeGreaterThan(10);
 });
 
+/** A journal of 30 frames in small segments, and one of its segments. */
+async function makeSegments(directory: string, random: () => number) {
+  const { path } = await makeJournal(directory, 30, 200 + random() * 2000);
+  const segments = filesOf(directory).filter((name) => name !== "eventsPost.jsonl");
+  const name = segments[Math.floor(random() * segments.length)] as string;
+  const segment = join(directory, name);
+  return { path, segment, base: Number(name.split(".")[1]), bytes: readFileSync(segment) };
+}
+
+const junkOf = (random: () => number, length: number) =>
+  Buffer.from(Array.from({ length }, () => Math.floor(random() * 256)));
+
 test(
-  "whatever bytes are overwritten, put in or taken away: every frame that was spared stays where it was",
+  "whatever bytes are overwritten, a repair keeps every other frame at its position",
   seeded(async (random) => {
-    for (let round = 0; round < (IS_LONG ? 300 : 60); round++) {
+    for (let round = 0; round < (IS_LONG ? 200 : 40); round++) {
       using dir = tempDir();
-      const { path } = await makeJournal(dir.path, 30, 200 + random() * 2000);
+      const { path, segment, base, bytes } = await makeSegments(dir.path, random);
       const before = await readFrames(path);
-      const files = filesOf(dir.path).filter((name) => name !== "eventsPost.jsonl");
-      const name = files[Math.floor(random() * files.length)] as string;
-      const base = Number(name.split(".")[1]);
-      const bytes = readFileSync(dir.file(name));
       const from = Math.floor(random() * bytes.length);
       const length = Math.floor(random() ** 3 * Math.min(400, bytes.length - from));
-      const junk = Buffer.from(Array.from({ length }, () => Math.floor(random() * 256)));
-      const kind = ["overwrite", "insert", "delete"][Math.floor(random() * 3)];
-      const rest = bytes.subarray(from + (kind === "insert" ? 0 : length));
-      // The time of a frame is under no checksum: digits that it lacks shift what follows.
-      if (kind === "delete" && /^\d*$/.test(bytes.toString("latin1", from, from + length)))
-        continue;
-      const put = kind === "delete" ? [] : [junk];
-      writeFileSync(dir.file(name), Buffer.concat([bytes.subarray(0, from), ...put, rest]));
+      junkOf(random, length).copy(bytes, from);
+      writeFileSync(segment, bytes);
 
       const checked = await checkJournal(path, disk);
-      // Whole frames, or digits of a frame's time, may be taken away or put in: that only shows in
-      // the length of the file, and what follows is not where it was.
-      const isSeen = checked.files
-        .flatMap(({ damage }) => damage)
-        .some(({ what }) => !what.startsWith("the next file begins"));
       for (const file of checked.files)
         if (file.damage.length > 0) await repairFile(file, checked.id ?? "", disk);
-      const after = await checkJournal(path, disk);
-      const told = `${kind} ${length} at ${from} of ${name} (${bytes.length})`;
-      expect(
-        after.files.flatMap(({ damage }) => damage),
-        told,
-      ).toEqual([]);
+      const detail = `${length} bytes at ${from} of ${segment} (${bytes.length})`;
+      expect(await damageOf(path), detail).toEqual([]);
       const kept = await readFrames(path);
       for (const [position, line] of before) {
-        const at = position - base;
-        // What lies in the file and touches what was changed may be lost; nothing else.
-        const spared =
-          position < base ||
-          at >= bytes.length ||
-          position + 130 < base + from ||
-          (isSeen && at > from + length);
-        if (spared) expect(kept.get(position), `${told}: frame ${position}`).toBe(line);
+        // A frame that touches the overwritten bytes may be lost, and no other.
+        const isSpared = position + 130 < base + from || position > base + from + length;
+        if (isSpared) expect(kept.get(position), `${detail}: frame ${position}`).toBe(line);
       }
       for (const [position, line] of kept)
         if (!line.startsWith('{"lost":') && line !== "")
-          expect(isSeen ? before.get(position) : line, told).toBe(line);
-      await (await openJournal(dir.path, quiet)).close();
+          expect(before.get(position), detail).toBe(line);
+      await (await openJournal({ directory: dir.path })).close();
     }
   }),
 );
 
-test("a check ends although the journal goes on growing", async () => {
+test(
+  "a segment in which bytes were inserted or removed is reported, and no repair touches it",
+  seeded(async (random) => {
+    for (let round = 0; round < (IS_LONG ? 100 : 20); round++) {
+      using dir = tempDir();
+      const { path, segment, base, bytes } = await makeSegments(dir.path, random);
+      const from = Math.floor(random() * bytes.length);
+      const length = 1 + Math.floor(random() ** 3 * Math.min(400, bytes.length - from - 1));
+      const isInserted = random() < 0.5;
+      const put = isInserted ? junkOf(random, length) : Buffer.alloc(0);
+      const rest = bytes.subarray(from + (isInserted ? 0 : length));
+      const changed = Buffer.concat([bytes.subarray(0, from), put, rest]);
+      writeFileSync(segment, changed);
+
+      const { id, files } = await checkJournal(path, disk);
+      const file = files.find((each) => each.path === segment) as CheckedFile;
+      expect(file.damage.at(-1)?.what).toBe(
+        `it ends at position ${base + changed.length}, but the next file begins at ${base + bytes.length}`,
+      );
+      await expect(repairFile(file, id ?? "", disk)).rejects.toThrow("restore it from a copy");
+      expect(readFileSync(segment)).toEqual(changed);
+      expect(readdirSync(dir.path).filter((name) => /lost|repairing/.test(name))).toEqual([]);
+    }
+  }),
+);
+
+test("--repair changes no file of a journal that holds one of the wrong length", async () => {
+  await using database = await testDatabase();
   using dir = tempDir();
-  const journal = await openJournal(dir.path, quiet, disk, 300);
+  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
+  const { path } = await makeJournal(dir.path, 10, 400);
+  const [first = "", second = ""] = filesOf(dir.path)
+    .filter((name) => name !== "eventsPost.jsonl")
+    .toSorted((a, b) => Number(a.split(".")[1]) - Number(b.split(".")[1]));
+  const rotten = readFileSync(dir.file(first)).fill("x", 100, 110);
+  writeFileSync(dir.file(first), rotten);
+  const cut = readFileSync(dir.file(second)).subarray(0, -1);
+  writeFileSync(dir.file(second), cut);
+  expect((await run("processor.ts", { args: ["--check"], env })).code).toBe(1);
+  const repaired = await run("processor.ts", { args: ["--check", "--repair", path], env });
+  expect(repaired.code).toBe(3);
+  expect(repaired.stderr).toContain(`cannot repair ${dir.file(second)}`);
+  expect(readFileSync(dir.file(first))).toEqual(rotten);
+  expect(readFileSync(dir.file(second))).toEqual(cut);
+});
+
+test("a check ends although the journal keeps growing", async () => {
+  using dir = tempDir();
+  const journal = await openJournal({ directory: dir.path, segmentBytes: 300 });
   const add = () => journal.append(Buffer.from(`${"x".repeat(200)}\n`));
   for (let i = 0; i < 20; i++) await add();
   let reads = 0;
   const growing = {
     ...disk,
-    async read(path: string, from: number, to: number) {
-      if (++reads % 30 === 0) await add(); // a file becomes full in less time than all are read in
-      if (reads > 2_000) throw new Error("it does not end");
-      return disk.read(path, from, to);
+    async withFile<T>(path: string, use: (file: ReadableFile) => T | Promise<T>) {
+      if (++reads % 10 === 0) await add(); // a segment fills up while the others are being read
+      if (reads > 2_000) throw new Error("the check does not end");
+      return disk.withFile(path, use);
     },
   };
   const { files } = await checkJournal(dir.file("eventsPost.jsonl"), growing);
@@ -142,7 +185,7 @@ test("a check ends although the journal goes on growing", async () => {
   await journal.close();
 });
 
-test("a damaged frame is named, moved aside, and everything else is posted once", async () => {
+test("a damaged frame is named and moved aside, and everything else is posted once", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
@@ -155,13 +198,13 @@ test("a damaged frame is named, moved aside, and everything else is posted once"
   expect(checked.stdout).toContain(`damaged from byte ${text.indexOf('{"frame"', 500)}`);
   {
     await using stopped = spawn("app.ts", { env });
-    expect(await stopped.exit()).toBe(1); // but not before somebody has looked at it
+    expect(await stopped.exit()).toBe(1); // until an operator has repaired it
   }
   const repaired = await run("processor.ts", { args: ["--check", "--repair"], env });
   expect(repaired.code).toBe(0);
   const [aside = ""] = /\S+\.lost-\d+/.exec(repaired.stdout) ?? [];
   expect(readFileSync(aside, "latin1")).toContain('"value":5');
-  expect(repaired.stdout).toContain("1 of its lines still are events");
+  expect(repaired.stdout).toContain("1 of their lines are still events");
   expect((await run("processor.ts", { args: ["--check"], env })).code).toBe(0);
 
   await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
@@ -170,7 +213,7 @@ test("a damaged frame is named, moved aside, and everything else is posted once"
   expect(await server.balance("u")).toBe("41");
 });
 
-test("what was damaged after it had been posted stops the start; mended, everything goes on", async () => {
+test("damage to what had been posted stops the start, and after a repair posting resumes", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
@@ -185,13 +228,13 @@ test("what was damaged after it had been posted stops the start; mended, everyth
     expect(stopped.stderr.text()).toContain("but the ledger has posted it up to");
   }
   const repaired = await run("processor.ts", { args: ["--check", "--repair"], env });
-  expect(repaired.stdout).toContain("it had been posted: the balances have its events");
+  expect(repaired.stdout).toContain("they had been posted: the balances include their events");
   expect(repaired.code).toBe(0);
   await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
   await server.post({ userId: "u", name: "add_revenue", value: 1 });
   await until(async () => (await server.balance("u")) === "46");
 
-  // What was lost can be counted by nobody again: it is told, and not taken away unasked.
+  // What was lost cannot be counted again: it is reported, and not subtracted without consent.
   const verified = await run("processor.ts", { args: ["--verify"], env });
   expect(verified.code).toBe(1);
   expect(verified.stdout).toContain('user "u": balance 46, expected 37; off by 9');
@@ -202,7 +245,7 @@ test("what was damaged after it had been posted stops the start; mended, everyth
 });
 
 /** A journal that ends before what the ledger at `databaseUrl` has posted of it. */
-async function putBackOlder(folder: string, databaseUrl: string) {
+async function restoreOlder(folder: string, databaseUrl: string) {
   const env = { DATA_DIR: folder, DATABASE_URL: databaseUrl };
   const { path } = await makeJournal(folder, 5, 10_000);
   const older = readFileSync(path);
@@ -212,11 +255,11 @@ async function putBackOlder(folder: string, databaseUrl: string) {
   return { path, env };
 }
 
-test("a server that has begun on an older copy while the database was away ends once that is back", async () => {
+test("a server that started on an older copy during a database outage ends when the database is back", async () => {
   await using database = await testDatabase();
   await using way = await openProxy(database.url);
   using dir = tempDir();
-  await putBackOlder(dir.path, database.url);
+  await restoreOlder(dir.path, database.url);
   way.cut();
   const args = ["--no-processor"];
   await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url, args });
@@ -228,10 +271,10 @@ test("a server that has begun on an older copy while the database was away ends 
   expect(server.stderr.text()).toContain("but the ledger has posted it up to");
 });
 
-test("an older copy that was put back and has grown since is named, and nothing of it is posted", async () => {
+test("an older copy that was restored and has grown since is named, and nothing of it is posted", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
-  const { path, env } = await putBackOlder(dir.path, database.url);
+  const { path, env } = await restoreOlder(dir.path, database.url);
   await makeJournal(dir.path, 20, 10_000);
   const refused = await run("processor.ts", { args: [path], env });
   expect(refused.stderr).toContain("the ledger has posted another frame at position");
@@ -239,7 +282,7 @@ test("an older copy that was put back and has grown since is named, and nothing 
   expect(await balances(database.url)).toEqual({ u: "20" });
 });
 
-test("--repair refuses while the server writes, and --check does not", async () => {
+test("--repair is refused while a server writes, and --check is not", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
@@ -256,7 +299,7 @@ test("--repair refuses while the server writes, and --check does not", async () 
   await sending;
 });
 
-test("--repair alone is wrong use", async () => {
+test("--repair without --check is invalid use", async () => {
   const { code, stderr } = await run("processor.ts", { args: ["--repair"] });
   expect(code).toBe(2);
   expect(stderr).toContain("--repair requires --check");

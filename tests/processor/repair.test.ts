@@ -1,6 +1,6 @@
 /**
- * What an operator does about a damaged journal, from the first look to the last event posted. Each
- * damage here once left a journal that no tool could mend, or was mended without end.
+ * What an operator does about a damaged journal, from the first check to the last event posted. Each
+ * kind of damage here once left a journal that no tool could repair, or that was repaired without end.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
@@ -18,13 +18,16 @@ import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
 
 setDefaultTimeout(60_000);
 
-const quiet = () => {};
 const event = (userId: string) =>
   Buffer.from(`{"userId":"${userId}","name":"add_revenue","value":1}\n`);
 
-/** A journal of one frame for each of `users`; returns the positions behind them. */
-async function append(directory: string, users: string, segmentBytes?: number): Promise<number[]> {
-  const journal = await openJournal(directory, quiet, disk, segmentBytes);
+/** Appends one frame for each of `users`; returns the positions behind them. */
+async function append(
+  directory: string,
+  users: string,
+  segmentBytes = Infinity,
+): Promise<number[]> {
+  const journal = await openJournal({ directory, segmentBytes });
   const ends: number[] = [];
   for (const user of users) ends.push(await journal.append(event(user)));
   await journal.close();
@@ -57,7 +60,7 @@ async function damageOf(path: string) {
   return files.flatMap(({ damage }) => damage);
 }
 
-test("a rotation that died, or is under way, is no damage", async () => {
+test("a rotation that died, or is in progress, is not damage", async () => {
   using dir = tempDir();
   await append(dir.path, "abcd", 200);
   const path = dir.file("eventsPost.jsonl");
@@ -66,7 +69,7 @@ test("a rotation that died, or is under way, is no damage", async () => {
   expect(await damageOf(path)).toEqual([]);
 });
 
-test("a rotten header of the active file is mended, and the file before it left alone", async () => {
+test("a rotten header of the active file is repaired, and the file before it left alone", async () => {
   await using desk = await openDesk();
   await append(desk.dir.path, "abcd", 200);
   const before = readFileSync(desk.path);
@@ -77,7 +80,7 @@ test("a rotten header of the active file is mended, and the file before it left 
   expect(readFileSync(desk.path)).toEqual(before);
 });
 
-test("acknowledged frames before a torn one are no torn tail, whichever byte has rotted", async () => {
+test("acknowledged frames before a torn one are not a torn tail, whichever byte has rotted", async () => {
   for (const cut of [0, 5]) {
     using dir = tempDir();
     const [, end = 0] = await append(dir.path, "abc");
@@ -87,15 +90,15 @@ test("acknowledged frames before a torn one are no torn tail, whichever byte has
     for (let at = from; at < end; at++) {
       writeFileSync(path, whole.subarray(0, whole.length - cut));
       change(path, at);
-      const opening = openJournal(dir.path, quiet);
+      const opening = openJournal({ directory: dir.path });
       const refused = await opening.then((journal) => journal.close()).catch((error) => error);
       const { files } = await checkJournal(path, disk);
       const [file] = files;
       if (!(refused instanceof JournalDamage)) {
-        expect(file?.damage, `${at}`).toEqual([]); // the time of a frame, under no checksum
+        expect(file?.damage, `${at}`).toEqual([]); // the time of a frame is not under a checksum
         continue;
       }
-      // What was spared stays: the frame behind, unless it is the torn one.
+      // The frame behind it stays, unless it is the torn one.
       expect(file, `${at}`).toMatchObject({
         damage: [{ from, to: end }],
         frames: cut ? 1 : 2,
@@ -105,10 +108,10 @@ test("acknowledged frames before a torn one are no torn tail, whichever byte has
   }
 });
 
-test("a damage of any length is mended by frames that every reader takes", async () => {
+test("damage of any length is replaced by frames that every reader accepts", async () => {
   for (const mib of [15, 17, 30, 33]) {
     using dir = tempDir();
-    const journal = await openJournal(dir.path, quiet);
+    const journal = await openJournal({ directory: dir.path });
     await journal.append(event("a"));
     const lines = Buffer.alloc(event("b").length * 20_000, event("b"));
     const from = journal.end();
@@ -127,7 +130,7 @@ test("a damage of any length is mended by frames that every reader takes", async
   }
 });
 
-test("a damage that is posted in part: both parts are told, and what comes behind is posted", async () => {
+test("of damage that was posted in part both parts are reported, and what follows is posted", async () => {
   await using desk = await openDesk();
   const [, posted = 0] = await append(desk.dir.path, "ab");
   expect((await desk.tool(desk.path)).code).toBe(0);
@@ -136,8 +139,8 @@ test("a damage that is posted in part: both parts are told, and what comes behin
   writeFileSync(desk.path, bytes.fill(0, posted - 30, posted + 30));
   const { code, stdout } = await desk.tool("--check", "--repair");
   expect(code).toBe(0);
-  expect(stdout).toContain("it had been posted");
-  expect(stdout).toContain("it had not been posted: 1 of its lines still are events");
+  expect(stdout).toContain("they had been posted");
+  expect(stdout).toContain("they had not been posted: 1 of their lines are still events");
   expect((await desk.tool("--check")).code).toBe(0);
   expect((await openJournalReader(desk.path).then((reader) => reader?.read(end)))?.length).toBe(2);
   await using server = await startApp({ dataDir: desk.dir.path, databaseUrl: desk.url });
@@ -146,7 +149,7 @@ test("a damage that is posted in part: both parts are told, and what comes behin
   expect(Object.keys(await balances(desk.url))).toEqual([..."abdef"]);
 });
 
-test("a repair that dies between its steps can be done again", async () => {
+test("a repair that dies between its steps can be repeated", async () => {
   await using desk = await openDesk();
   await append(desk.dir.path, "abc");
   expect((await desk.tool(desk.path)).code).toBe(0);
@@ -163,9 +166,9 @@ test("a repair that dies between its steps can be done again", async () => {
   expect(Object.keys(await balances(desk.url))).toEqual([..."abcd"]);
 });
 
-test("what a repair says that posts the events it has moved aside posts them", async () => {
+test("the command that a repair prints posts the events that it has moved aside", async () => {
   await using desk = await openDesk();
-  const journal = await openJournal(desk.dir.path, quiet);
+  const journal = await openJournal({ directory: desk.dir.path });
   await journal.append(event("a"));
   const end = await journal.append(Buffer.concat([event("b"), event("c"), event("d")]));
   await journal.append(event("e"));
@@ -178,7 +181,7 @@ test("what a repair says that posts the events it has moved aside posts them", a
   expect(Object.keys(await balances(desk.url))).toEqual([..."abce"]);
 });
 
-test("what is lost keeps no segment from going, and a rebuild only with --yes from counting", async () => {
+test("lost bytes prevent neither the deletion of segments nor a rebuild with --yes", async () => {
   await using desk = await openDesk();
   await append(desk.dir.path, "abcdef", 300);
   expect((await desk.tool(desk.path)).code).toBe(0);
@@ -199,7 +202,7 @@ test("what is lost keeps no segment from going, and a rebuild only with --yes fr
   expect((await desk.tool("--verify")).code).toBe(0);
 });
 
-test("the last file of a journal stays while no other says which journal it is", async () => {
+test("the last file of a journal is kept while no other one says which journal it is", async () => {
   await using desk = await openDesk();
   await append(desk.dir.path, "abc", 100);
   expect((await desk.tool(desk.path)).code).toBe(0);
@@ -226,7 +229,7 @@ test("the last file of a journal stays while no other says which journal it is",
   );
 });
 
-test("a plain file may lie beside files with numbers in their names", async () => {
+test("a plain file may have neighbours with numbers in their names", async () => {
   await using desk = await openDesk();
   const plain = desk.dir.file("events.jsonl");
   writeFileSync(plain, event("a"));
@@ -237,7 +240,7 @@ test("a plain file may lie beside files with numbers in their names", async () =
   expect((await desk.tool("--verify", plain)).code).toBe(0);
 });
 
-test("all files of a journal, or one of its full ones, are the journal, also while none has its name", async () => {
+test("all files of a journal, or one of its segments, stand for the journal, also while the active file is missing", async () => {
   await using desk = await openDesk();
   await append(desk.dir.path, "abc", 100);
   const all = readdirSync(desk.dir.path).filter((name) => /^eventsPost.*\.jsonl$/.test(name));

@@ -342,7 +342,7 @@ test("a tool keeps its lock and its temporary tables while its connection is idl
 
 test("a retry reads nothing of segments that are about to be deleted", async () => {
   await using ledger = await openLedger();
-  const journal = await openJournal(ledger.dataDir, quiet, disk, 200);
+  const journal = await openJournal({ directory: ledger.dataDir, segmentBytes: 200 });
   for (let i = 0; i < 5; i++) await journal.append(Buffer.from(`${event(`user${i}`, 1)}\nbad\n`));
   await journal.close();
   const path = join(ledger.dataDir, "eventsPost.jsonl");
@@ -376,7 +376,7 @@ test("a retry reads nothing of segments that are about to be deleted", async () 
 
 test("SIGINT and SIGTERM end a tool that waits", async () => {
   await using ledger = await openLedger();
-  const journal = await openJournal(ledger.dataDir, quiet);
+  const journal = await openJournal({ directory: ledger.dataDir });
   await journal.close();
   const database = openDatabase(() => ledger.url, "test", 1);
   const done = Promise.withResolvers<void>();
