@@ -31,8 +31,8 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the sync of the directory at start",
-    "await disk.syncDirectory(dirname(path)); return {",
-    "return {",
+    "await disk.syncDirectory(directory);",
+    "",
     "faults/disk",
   ),
   without("the sync of the next file of a rotation", "await next.sync();", "", "faults/disk"),
@@ -75,8 +75,8 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the lock of the writer",
-    "if (!lock) throw new JournalHeld",
-    "if (false) throw new JournalHeld",
+    "if (!lock) throw new Error(`${path} is being written by another process; stop it first`); let file",
+    "let file",
     "settings",
     "journal/writer",
   ),
@@ -94,8 +94,8 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the position before a header that no frame follows",
-    "hasFrames() ? base + end : base",
-    "base + end",
+    "hasFrames() ? header.base + end : header.base",
+    "header.base + end",
     "journal/rotation",
     "processor/ids",
   ),
@@ -110,26 +110,26 @@ export const BREAKS: readonly Break[] = [
   // Bytes on disk.
   without(
     "the disk space that is left to the embedded Postgres",
-    "if (blocks > 0 && bavail * bsize - bytes.length < left)",
+    "if (blocks > 0 && bavail * bsize - bytes.length < reserved)",
     "if (false)",
     "faults/full",
   ),
   without(
     "the system's sync of a file",
-    "sync: () => syncData(handle.fd)",
+    "sync: () => handle.datasync()",
     "sync: async () => {}",
     "journal/writer",
   ),
   without(
     "the system's sync of a directory",
-    "withHandle(path, (fd) => syncAll(fd))",
+    "withHandle(path, (handle) => handle.sync())",
     "withHandle(path, async () => {})",
     "journal/writer",
   ),
   without(
     "the system's sync of what another process wrote",
-    "withHandle(path, (fd) => syncData(fd))",
-    "withHandle(path, async () => {})",
+    "ifExists(path, (handle) => handle.datasync())",
+    "ifExists(path, async () => {})",
     "journal/writer",
   ),
   without(

@@ -196,6 +196,7 @@ test("lost bytes prevent neither the deletion of segments nor a rebuild with --y
     await using server = await startApp({ ...app, env: { JOURNAL_KEEP_DAYS: "0" } });
     await server.post(event("g").toString());
     await until(() => !readdirSync(desk.dir.path).includes(first), 20_000);
+    await until(() => server.balance("g"));
   }
   expect((await desk.tool("--verify")).stdout).toContain("1 of 7 balances differ");
   expect((await desk.tool("--rebuild", "--yes")).code).toBe(0);
