@@ -140,8 +140,8 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the checksum of a frame",
-    "if (sum !== parseInt(match[2] as string, 16))",
-    "if (false)",
+    "if (found === parseInt(sum, 16)) return",
+    "return",
     "faults/tail",
     "faults/fuzz",
   ),
@@ -152,9 +152,9 @@ export const BREAKS: readonly Break[] = [
     "faults/tail",
   ),
   without(
-    "the reader's second look at the header, after it has read",
-    "if (!place.to && (await readHeader())?.base !== place.base) continue;",
-    "",
+    "the reader's use of one descriptor for the header and the frames of a file",
+    "const header = await readActiveHeader(path, file);",
+    "const header = await disk.withFile(path, (other) => readActiveHeader(path, other));",
     "journal/rotation",
   ),
   without(
@@ -165,7 +165,7 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the rule that tells a torn tail from damage",
-    'rest === "short" || !rest.behind',
+    'rest === "short" || !rest.hasMore',
     "true",
     "processor/repair",
   ),
@@ -324,7 +324,7 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the split of damage that is posted in part",
-    "splitAt(file, checkpoint?.position ?? 0);",
+    "splitAt(file, posted);",
     "",
     "processor/repair",
   ),
