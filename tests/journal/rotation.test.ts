@@ -161,26 +161,41 @@ test("a reader follows while the writer rotates with every append", async () => 
   expect(found).toEqual(Array.from({ length: 200 }, (_, i) => `${i}`));
 });
 
-test("a file that is rotated between the read of its header and of its frames is not mistaken for the next", async () => {
-  using dir = tempDir();
-  const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
-  await journal.append(line("0"));
-  let rotate: (() => Promise<unknown>) | null = null;
-  const strange = onRead(async (_, from) => {
-    const act = from > 0 ? rotate : null;
-    if (act) rotate = null;
-    await act?.();
-  });
-  const reader = await openJournalReader(dir.file("eventsPost.jsonl"), strange);
-  if (!reader) throw new Error("no journal");
-  rotate = () => journal.append(line("another"));
-  const [frame] = await reader.read(0);
-  expect(frame?.payload.toString()).toBe("0\n");
-  expect(frame?.to).toBeLessThan(journal.end());
-  const [next] = await reader.read(frame?.to ?? 0);
-  expect(next?.payload.toString()).toBe("another\n");
-  await journal.close();
-});
+test.each(["it is opened", "its header is read"] as const)(
+  "a file that is rotated right after %s is not mistaken for the next one",
+  async (moment) => {
+    using dir = tempDir();
+    const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
+    await journal.append(line("0"));
+    let rotate: (() => Promise<unknown>) | null = null;
+    const act = async () => {
+      const once = rotate;
+      rotate = null;
+      await once?.();
+    };
+    const rotating: Disk = {
+      ...disk,
+      withFile: (path, use) =>
+        disk.withFile(path, async (file) => {
+          if (moment === "it is opened") await act();
+          const read = async (from: number, to: number) => {
+            if (from > 0) await act();
+            return file.read(from, to);
+          };
+          return use({ ...file, read });
+        }),
+    };
+    const reader = await openJournalReader(dir.file("eventsPost.jsonl"), rotating);
+    if (!reader) throw new Error("no journal");
+    rotate = () => journal.append(line("another"));
+    const [frame] = await reader.read(0);
+    expect(frame?.payload.toString()).toBe("0\n");
+    expect(frame?.to).toBeLessThan(journal.end());
+    const [next] = await reader.read(frame?.to ?? 0);
+    expect(next?.payload.toString()).toBe("another\n");
+    await journal.close();
+  },
+);
 
 test.each([
   ["a reader that opens", openJournalReader],
