@@ -242,8 +242,7 @@ export function createApi(parts: Parts) {
     const [, journalId = "", position] = /^([0-9a-f-]{36}):(\d{1,15})$/.exec(after) ?? [];
     if (!position)
       throw new Problem(422, "`after` must be a `position` from an answer of this API, whole");
-    const waiting = async () => posted.wait(journalId, Number(position), AFTER_MS);
-    if (!(await queried(waiting())))
+    if (!(await queried(posted.wait(journalId, Number(position), AFTER_MS))))
       throw new Problem(504, `not posted within ${AFTER_MS / 1000} s`, {
         headers: { "retry-after": "1" },
       });

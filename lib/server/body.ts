@@ -129,66 +129,51 @@ export async function readEvents(
   const whole = await decompressed(request, reservation);
   reservation.reserveLarge(whole.length);
   const body = offset === 0 ? withoutBom(whole) : whole;
-  const good = new GoodLines(body, whole.length - body.length);
+  const bomBytes = whole.length - body.length;
+  // A good line moves towards the front of the body, if at all, so no second buffer is needed. Only a
+  // last line without newline needs one more byte.
+  const good = body.at(-1) === LF ? body : new Uint8Array(body.length + 1);
+  const ends: number[] = [];
   const errors: Lines["errors"] = [];
+  let goodBytes = 0;
   let rejected = 0;
-  const reject = (line: number, invalid: InvalidEvent) => {
-    onRejected(invalid);
-    if (rejected++ < maxErrors) errors.push({ line, message: invalid.reason });
+  let isPlain = true;
+  const sort = (
+    invalid: InvalidEvent | null | undefined,
+    line: number,
+    at: number,
+    end: number,
+  ) => {
+    if (invalid) {
+      onRejected(invalid);
+      if (rejected++ < maxErrors) errors.push({ line, message: invalid.reason });
+      return;
+    }
+    if (goodBytes !== at || good !== body) good.set(body.subarray(at, end), goodBytes);
+    goodBytes += end - at + 1;
+    good[goodBytes - 1] = LF;
+    ends.push(bomBytes + end);
+    isPlain &&= bomBytes + end === goodBytes - 1;
   };
   const scanner = openScanner();
   eachEvent(
     body,
     scanner,
-    (at, number) => {
-      const invalid = schema?.check(body.subarray(at, scanner.end));
-      if (invalid) reject(number, invalid);
-      else good.add(at, scanner.end - at);
-    },
+    (at, number) => sort(schema?.check(body.subarray(at, scanner.end)), number, at, scanner.end),
     (line, at, number) => {
-      let decoded = decodeEvent(line);
-      if (!(decoded instanceof InvalidEvent)) decoded = schema?.check(line) ?? decoded;
-      if (decoded instanceof InvalidEvent) reject(number, decoded);
-      else good.add(at, line.length);
+      const decoded = decodeEvent(line);
+      const invalid = decoded instanceof InvalidEvent ? decoded : schema?.check(line);
+      sort(invalid, number, at, at + line.length);
     },
   );
-  return { bytes: whole.length, accepted: good.ends.length, rejected, errors, ...good.result() };
-}
-
-/**
- * Collects the good lines of `body` in place: a good line moves towards the front, if at all, so no
- * second buffer is needed. Only a last line without newline needs one more byte.
- */
-class GoodLines {
-  readonly ends: number[] = [];
-  private readonly lines: Uint8Array;
-  private length = 0;
-  private isPlain = true;
-
-  constructor(
-    private readonly body: Uint8Array,
-    private readonly bomBytes: number,
-  ) {
-    this.lines = body.at(-1) === LF ? body : new Uint8Array(body.length + 1);
-  }
-
-  add(at: number, length: number): void {
-    const { body, lines } = this;
-    if (this.length !== at || lines !== body)
-      lines.set(body.subarray(at, at + length), this.length);
-    this.length += length + 1;
-    lines[this.length - 1] = LF;
-    const end = this.bomBytes + at + length;
-    this.ends.push(end);
-    this.isPlain &&= end === this.length - 1;
-  }
-
-  result(): Pick<Lines, "good" | "ends"> {
-    return {
-      good: this.lines.subarray(0, this.length),
-      ends: this.isPlain ? undefined : this.ends,
-    };
-  }
+  return {
+    bytes: whole.length,
+    good: good.subarray(0, goodBytes),
+    accepted: ends.length,
+    rejected,
+    errors,
+    ends: isPlain ? undefined : ends,
+  };
 }
 
 function requireType(request: Request, required: string): void {

@@ -42,62 +42,40 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
     new Histogram({ name: `daybook_${name}`, help, buckets, registers });
 
   const accepted = counter("events_accepted", "Events synced to disk and acknowledged.");
-  const quarantined = counter(
-    "events_quarantined",
-    "Lines that this process quarantined while posting.",
-  );
-  const duplicates = counter(
-    "events_duplicate",
-    "Events that this process did not count, because they had been posted before.",
-  );
-  const postedEvents = counter(
-    "events_posted",
-    "Events that this process posted to the ledger, duplicates included.",
-  );
-  const users = counter("posting_users", "Balances that postings of this process changed.");
+  const quarantined = counter("events_quarantined", "Lines quarantined by this process.");
+  const duplicates = counter("events_duplicate", "Events not counted: posted before.");
+  const postedEvents = counter("events_posted", "Events posted by this process, with duplicates.");
+  const users = counter("posting_users", "Balances changed by postings of this process.");
   const postingSeconds = histogram(
     "posting_duration_seconds",
-    "Duration of a posting transaction.",
+    "Duration of a posting.",
     [0.005, 0.02, 0.1, 0.5, 2, 10],
   );
   const syncSeconds = histogram(
     "journal_sync_duration_seconds",
-    "Duration of the sync of a journal frame.",
+    "Duration of a journal sync.",
     [0.0001, 0.0005, 0.002, 0.01, 0.05, 0.25, 1],
   );
   const frameBytes = histogram(
     "journal_frame_bytes",
-    "Bytes of a journal frame, written and synced together.",
+    "Bytes written by a journal sync.",
     [256, 4_096, 65_536, 1_048_576, 16_777_216],
   );
   const frameAppends = histogram(
     "journal_frame_requests",
-    "Requests that shared one sync of the journal.",
+    "Requests that shared a journal sync.",
     [1, 4, 16, 64, 256],
   );
-  const requests = counted("http_requests", "Requests answered, by route and status.", [
-    "method",
-    "route",
-    "status",
-  ]);
-  const rejections = counted(
-    "events_rejected",
-    "Lines rejected, by the first thing that is wrong with them.",
-    ["reason"],
-  );
+  const rejected = counted("events_rejected", "Lines rejected, by their first fault.", ["reason"]);
+  const labels = ["method", "route", "status"];
+  const requests = counted("http_requests", "Requests answered, by route and status.", labels);
   let failedMs = Number.NEGATIVE_INFINITY;
   const isWritable = () =>
     journal.trouble() === null && performance.now() - failedMs > NOT_WRITABLE_MS;
+  const { lag, isAnswering } = posted;
   gauge("journal_bytes", "Bytes ever written to the journal.", journal.end);
-  gauge(
-    "journal_writable",
-    "0 after an event could not be stored, until one is, or 10 minutes passed.",
-    () => Number(isWritable()),
-  );
-  gauge("database_up", "1 if the database answered the last query, else 0.", () =>
-    Number(posted.isAnswering()),
-  );
-  const lag = posted.lag;
+  gauge("journal_writable", "0 for 10 minutes after an event could not be stored.", isWritable);
+  gauge("database_up", "1 if the database answered the last query, else 0.", isAnswering);
   gauge("posting_lag_bytes", "Bytes of the journal that are not posted.", () => lag().bytes);
   gauge("posting_lag_seconds", "Age of the oldest event that is not posted.", () => lag().seconds);
 
@@ -119,7 +97,7 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
     rejected({ kind, faults }: InvalidEvent) {
       const path = faults[0]?.path ?? "";
       // Any other path holds a sender's or a schema's words.
-      rejections(path === "" ? kind : FIELDS.has(path) ? path.slice(1) : "schema");
+      rejected(path === "" ? kind : FIELDS.has(path) ? path.slice(1) : "schema");
     },
     posted(posting: Posting) {
       postedEvents.inc(posting.events);
@@ -134,9 +112,9 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
     },
   };
 
-  function gauge(name: string, help: string, read: () => number): void {
+  function gauge(name: string, help: string, read: () => number | boolean): void {
     const collect = function (this: Gauge) {
-      this.set(read());
+      this.set(Number(read()));
     };
     new Gauge({ name: `daybook_${name}`, help, registers, collect });
   }

@@ -42,16 +42,14 @@ export function watchPosted(journal: Journal, database: Database) {
   let posted = journal.end();
   /** The oldest frame that is not posted, or one near it: it is read again at most once a second. */
   let oldest: { position: number; atMs: number } | null = null;
+  let readMs = Number.NEGATIVE_INFINITY;
   let isAnswering = true;
   let hasAnswered = false;
-  let waiters: Waiter[] = [];
-  let polling: Promise<Lag> | null = null;
-  let isServing = false;
-  let readMs = Number.NEGATIVE_INFINITY;
   let isClosed = false;
-  let timer: Timer;
-  const asked = Promise.allSettled([pollOnce()]);
-  pollLater();
+  let waiters: Waiter[] = [];
+  let wake = () => {};
+  const asked = Promise.allSettled([refresh()]);
+  poll();
   journal.onCommit(({ from, atMs }) => {
     oldest ??= { position: from, atMs };
   });
@@ -69,22 +67,22 @@ export function watchPosted(journal: Journal, database: Database) {
     /** Whether the database answered the last time it was asked. */
     isAnswering: () => isAnswering,
     /** Asks the ledger. Throws Unavailable. */
-    refresh: pollOnce,
+    refresh,
     /**
      * Returns `true` once `journalId` is posted up to `position`, `false` after `withinMs`. Throws
      * Unavailable when the database does not answer or too many wait.
      */
-    wait(journalId: string, position: number, withinMs: number): Promise<boolean> {
+    async wait(journalId: string, position: number, withinMs: number): Promise<boolean> {
       if (waiters.length >= MAX_WAITERS) throw new Unavailable("too many requests wait", true);
       const { promise, resolve, reject } = Promise.withResolvers<boolean>();
       const untilMs = performance.now() + withinMs;
       waiters.push({ key: journalKey(journalId), position, untilMs, resolve, reject });
-      if (!isServing) serveWaiters();
+      wake();
       return promise;
     },
     close() {
       isClosed = true;
-      clearTimeout(timer);
+      wake();
       comparison.resolve();
     },
   };
@@ -95,36 +93,24 @@ export function watchPosted(journal: Journal, database: Database) {
     return { bytes, seconds };
   }
 
-  function pollLater() {
-    const poll = async () => {
-      if (!hasAnswered || posted < journal.end()) await pollOnce().catch(() => {});
-      if (!isClosed) pollLater();
-    };
-    timer = setTimeout(poll, hasAnswered ? POLL_MS : FIRST_POLL_MS);
-    timer.unref();
-  }
-
-  async function serveWaiters() {
-    isServing = true;
-    while (waiters.length > 0) {
-      await ask().catch(() => {});
-      if (waiters.length > 0) await Bun.sleep(WAITING_POLL_MS);
-    }
-    isServing = false;
-  }
-
-  function pollOnce(): Promise<Lag> {
-    polling ??= ask()
-      .then(findOldest)
-      .then(lag)
-      .finally(() => {
-        polling = null;
+  async function poll() {
+    await asked;
+    while (!isClosed) {
+      const pauseMs = waiters.length > 0 ? WAITING_POLL_MS : hasAnswered ? POLL_MS : FIRST_POLL_MS;
+      await new Promise<void>((resolve) => {
+        const timer = setTimeout(resolve, pauseMs);
+        wake = () => {
+          clearTimeout(timer);
+          resolve();
+        };
       });
-    return polling;
+      const isNeeded = !hasAnswered || waiters.length > 0 || posted < journal.end();
+      if (isNeeded && !isClosed) await refresh().catch(() => {});
+    }
   }
 
   /** Reads the checkpoints that anybody waits for, and answers the waiters. */
-  async function ask() {
+  async function refresh(): Promise<Lag> {
     const asking = waiters;
     try {
       const keys = new Set([ownKey, ...asking.map(({ key }) => key)]);
@@ -145,20 +131,20 @@ export function watchPosted(journal: Journal, database: Database) {
       for (const { reject } of asking) reject(error);
       throw error;
     }
-    if (hasAnswered) return;
+    if (!hasAnswered) compare(posted).then(comparison.resolve, comparison.reject);
     hasAnswered = true;
-    compare().then(comparison.resolve, comparison.reject);
+    await findOldest();
+    return lag();
   }
 
   /**
    * What a journal accepts that is behind its ledger would never be posted. Its end is read after the
    * checkpoint: whatever is posted was in the file before.
    */
-  async function compare() {
-    const before = posted;
+  async function compare(posted: number) {
     const end = (await (await openJournalReader(path))?.end()) ?? 0;
-    if (before <= end) return;
-    const what = `it ends at position ${end}, but the ledger has posted it up to ${before}`;
+    if (posted <= end) return;
+    const what = `it ends at position ${end}, but the ledger has posted it up to ${posted}`;
     throw new JournalBehind(path, what);
   }
 
