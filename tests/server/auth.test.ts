@@ -128,7 +128,7 @@ const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => str
   ],
 };
 
-test("what must be presented where is said in /openapi/json", async () => {
+test("/openapi/json says which routes need a credential", async () => {
   const writes = ["/liveEvent", "/liveEvents", "/sources/{source}"];
   const reads = ["/metrics", "/userEvents/{userid}"];
   const secured = async ({ url }: App) => {
@@ -192,12 +192,15 @@ const SECRETS: Row[] = [
 ];
 
 // Who presents much that is wrong waits: each test has a server of its own, and all wait at once.
-test.concurrent("secrets, where nothing protects reading", async () => {
-  for (const [who, credential, answers] of SECRETS)
-    await expectRow(open, [who, credential, answers.write ? { write: answers.write } : ALL]);
-});
+test.concurrent(
+  "secrets of a server without READ_SECRET: each route for each credential",
+  async () => {
+    for (const [who, credential, answers] of SECRETS)
+      await expectRow(open, [who, credential, answers.write ? { write: answers.write } : ALL]);
+  },
+);
 
-test.concurrent("on an address that others can reach, reading needs a credential", async () => {
+test.concurrent("on a non-loopback address reading requires a credential", async () => {
   for (const row of SECRETS) await expectRow(outside, row);
 });
 
@@ -275,7 +278,7 @@ test.concurrent("tokens of a secret: each route for each kind of credential", as
   for (const row of rows) await expectRow(secretly, row);
 });
 
-test("app.ts --token prints a token that the server takes, and says what it lacks", async () => {
+test("app.ts --token prints a token that the server accepts, and names what is missing", async () => {
   const print = (...args: string[]) =>
     run("app.ts", { args: ["--token", ...args], env: { JWT_SECRET, ...ISSUER } });
   const { code, stdout, stderr } = await print(
@@ -315,7 +318,7 @@ test("client.ts presents the token of --token or AUTH_TOKEN", async () => {
   expect(denied.stderr).toContain("answered 403: this secret or token does not grant write access");
 });
 
-test("a secret is rotated under load: nobody with a valid one is refused", async () => {
+test("a secret is rotated under load without rejecting any valid credential", async () => {
   using folder = tempDir();
   let PORT = "0";
   let secret = OLD;

@@ -29,7 +29,7 @@ afterAll(async () => {
   dir[Symbol.dispose]();
 });
 
-test("an event is sent, and its balance read once it is posted", async () => {
+test("a typed client sends an event and reads its balance once it is posted", async () => {
   const sent = await daybook.liveEvent.post({ userId: "ann", name: "add_revenue", value: 98.5 });
   expect(sent.status).toBe(201);
   const after = sent.data?.position ?? "";
@@ -39,14 +39,14 @@ test("an event is sent, and its balance read once it is posted", async () => {
   expect([data?.user_id, revenue]).toEqual(["ann", "98.5"]);
 });
 
-test("many events are sent as lines, and what is wrong with one is told", async () => {
+test("a typed client sends events as lines and gets the fault of a bad one", async () => {
   const lines = '{"userId":"ben","name":"add_revenue","value":1}\n{"userId":"ben"}\n';
   const headers = { "content-type": "application/x-ndjson" };
   const { data } = await daybook.liveEvents.post(lines, { headers, query: { errors: 10 } });
   expect(data).toMatchObject({ accepted: 1, rejected: 1, errors: [{ line: 2 }] });
 });
 
-test("the probes and the figures have types, too", async () => {
+test("probes and metrics are typed as well", async () => {
   const ready = await daybook.readyz.get();
   const lag: number | undefined = ready.data?.lagSeconds;
   expect([ready.data?.status, typeof lag]).toEqual(["ready", "number"]);
@@ -59,7 +59,7 @@ test("a failure is a problem document with its status", async () => {
   expect([data, error?.status as number]).toEqual([null, 404]);
 });
 
-test("what does not fit does not compile, nor is it taken", async () => {
+test("what violates the types does not compile, and is rejected", async () => {
   // @ts-expect-error wrong field
   const field = await daybook.liveEvent.post({ user: "ann", name: "add_revenue", value: 1 });
   // @ts-expect-error wrong type

@@ -30,7 +30,7 @@ async function openLedger(types: string) {
   };
 }
 
-test("each kind counts as EVENT_TYPES says, and one with 0 is kept and makes no balance", async () => {
+test("each event type counts as EVENT_TYPES says; one with 0 is stored and creates no balance", async () => {
   await using ledger = await openLedger(TYPES);
   await using server = await ledger.start();
   for (const [name, value] of [
@@ -62,7 +62,7 @@ test("each kind counts as EVENT_TYPES says, and one with 0 is kept and makes no 
   expect(schema.properties.name.enum).toEqual(TYPES.split(",").map((type) => type.split(":")[0]));
 });
 
-test("a kind that comes to be on a Friday: what had been set aside for it is posted on request", async () => {
+test("quarantined events of a type that is added later are posted by --quarantine=retry", async () => {
   await using ledger = await openLedger("add_revenue:+");
   const path = ledger.dir.file("a.jsonl");
   const lines = [event("ann", "add_revenue", 5), event("ann", "refund", 2)];
@@ -76,7 +76,7 @@ test("a kind that comes to be on a Friday: what had been set aside for it is pos
   expect((await ledger.tool(["--rebuild", path], later)).code).toBe(0);
 });
 
-test("another sign changes nothing that is posted, and a rebuild with it asks for --yes", async () => {
+test("a changed sign affects nothing that is posted, and a rebuild with it requires --yes", async () => {
   await using ledger = await openLedger("add_revenue:+,refund:-");
   {
     await using server = await ledger.start();
@@ -102,7 +102,7 @@ test("another sign changes nothing that is posted, and a rebuild with it asks fo
   expect(await ledger.tool(["--rebuild"], other)).toMatchObject({ code: 0, stderr: "" });
 });
 
-test("with another sign no segment goes, for nobody could tell any more what it has counted", async () => {
+test("no segment is deleted while a sign differs, because its effect could no longer be recomputed", async () => {
   await using ledger = await openLedger("add_revenue:+,refund:-");
   const keep = { JOURNAL_SEGMENT_BYTES: "300" };
   {
@@ -130,7 +130,7 @@ test("with another sign no segment goes, for nobody could tell any more what it 
   expect((await ledger.tool(["--verify"], other)).code).toBe(0);
 });
 
-test("EVENT_SCHEMA holds at the door, with the path of what it does not like", async () => {
+test("the server rejects what violates EVENT_SCHEMA, naming the path", async () => {
   await using ledger = await openLedger("add_revenue:+");
   const path = ledger.dir.file("schema.json");
   const schema = {
@@ -161,7 +161,7 @@ test("EVENT_SCHEMA holds at the door, with the path of what it does not like", a
   expect(body.allOf[1]).toEqual(schema);
 });
 
-test("an Idempotency-Key is the id that EVENT_SCHEMA asks for", async () => {
+test("an Idempotency-Key satisfies an EVENT_SCHEMA that requires an id", async () => {
   await using ledger = await openLedger("add_revenue:+");
   const EVENT_SCHEMA = ledger.dir.file("schema.json");
   await Bun.write(EVENT_SCHEMA, '{"required":["id"],"properties":{"id":{"pattern":"^order-"}}}');
@@ -177,7 +177,7 @@ test("an Idempotency-Key is the id that EVENT_SCHEMA asks for", async () => {
   expect(await post({})).toBe(422);
 });
 
-test("of an event with many faults by EVENT_SCHEMA some are told, and serving goes on", async () => {
+test("of many violations of EVENT_SCHEMA only some are listed, and the server keeps serving", async () => {
   await using ledger = await openLedger("add_revenue:+");
   const EVENT_SCHEMA = ledger.dir.file("schema.json");
   const text = { type: "string" };
@@ -200,7 +200,7 @@ test("of an event with many faults by EVENT_SCHEMA some are told, and serving go
   expect(answer.length).toBeLessThan(50_000);
 });
 
-test("a schema or a certificate that cannot be used ends the start with one line", async () => {
+test("an unusable schema or certificate ends the start with one line", async () => {
   using dir = tempDir();
   await Bun.write(dir.file("bad.json"), '{"type":"nothing"}');
   await Bun.write(dir.file("async.json"), '{"$async":true,"required":["id"]}'); // would refuse nothing

@@ -37,7 +37,7 @@ function settings(folder: { file(name: string): string }) {
   return { ...tls, DATABASE_URL: NO_DATABASE, DATA_DIR: folder.file("data") };
 }
 
-test("with a certificate the server speaks HTTPS, and the client with it", async () => {
+test("with a certificate the server and the client speak HTTPS", async () => {
   using folder = tempDir();
   certify(folder, "first");
   const env = settings(folder);
@@ -53,7 +53,7 @@ test("with a certificate the server speaks HTTPS, and the client with it", async
   expect(plain?.ok ?? false).toBe(false);
 });
 
-test("SIGHUP under load: new connections meet the new certificate, and serving goes on", async () => {
+test("SIGHUP under load: new connections get the new certificate, and no request fails for long", async () => {
   using folder = tempDir();
   certify(folder, "first");
   const dataDir = folder.file("data");
@@ -102,7 +102,7 @@ test("SIGHUP under load: new connections meet the new certificate, and serving g
   expect(app.stderr.text()).not.toContain("PRIVATE KEY");
 });
 
-test("a certificate that cannot be used, or a port in use, ends the start with one line", async () => {
+test("an unusable certificate or a port in use ends the start with one line", async () => {
   using folder = tempDir();
   const env = settings(folder);
   const { code, stdout, stderr } = await run("app.ts", { env });

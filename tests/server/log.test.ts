@@ -11,7 +11,7 @@ setDefaultTimeout(30_000);
 const MARKER = "zebra-quagga-okapi";
 const NO_DATABASE = `postgres://daybook:${MARKER}@127.0.0.1:1/daybook`;
 
-test("the log is JSON lines: the start with its settings, secrets masked, and the stop", async () => {
+test("the log is JSON lines: the start with masked secrets, and the stop", async () => {
   using dir = tempDir();
   const env = { AUTH_SECRET: MARKER, READ_SECRET: MARKER, JWT_SECRET: MARKER };
   await using app = await startApp({
@@ -78,7 +78,7 @@ test("a full disk is logged once, and so is the first event that is stored again
   ]);
 });
 
-test("who stands by says so, and when it takes over", async () => {
+test("a processor that stands by says so, and says when it takes over", async () => {
   using dir = tempDir();
   const env = { DATA_DIR: dir.path, DATABASE_URL: NO_DATABASE };
   await using app = await startApp({ dataDir: dir.path, databaseUrl: NO_DATABASE });
@@ -94,7 +94,7 @@ test("who stands by says so, and when it takes over", async () => {
   ]);
 });
 
-test("each request has an id, its sender's or another; a line of its own only at debug", async () => {
+test("each request has its sender's id or a new one, and a log line only at debug", async () => {
   using dir = tempDir();
   const start = (LOG_LEVEL: string) =>
     startApp({
@@ -144,7 +144,7 @@ test("each request has an id, its sender's or another; a line of its own only at
   expect(loud.stderr.text() + quiet.stderr.text()).not.toContain(MARKER);
 });
 
-test("on a terminal the log is for people", async () => {
+test("on a terminal the log has readable lines", async () => {
   using dir = tempDir();
   let said = "";
   const app = Bun.spawn(

@@ -41,11 +41,11 @@ afterAll(async () => {
 
 // One source, one server
 
-test("a source that nobody has sent is answered 404", async () => {
+test("an unknown source is answered 404", async () => {
   expect((await look(newName())).status).toBe(404);
 });
 
-test("HEAD says how much is taken, and the digest as the sender gave it", async () => {
+test("HEAD says how much is stored, and the digest that the sender gave", async () => {
   const name = newName();
   const bytes = lines(1, 3);
   await take(name, bytes);
@@ -55,7 +55,7 @@ test("HEAD says how much is taken, and the digest as the sender gave it", async 
   expect(headers.get("source-digest")).toBe(sha256(bytes));
 });
 
-test("bytes are taken from 0 on, the next ones behind them, and each event counts once", async () => {
+test("bytes are stored one behind the other, and each event counts once", async () => {
   const name = newName();
   const [user, other] = [newName(), newName()];
   const bytes = bytesOf(event(user, 1), event(other, 2), event(user, 3));
@@ -70,7 +70,7 @@ test("bytes are taken from 0 on, the next ones behind them, and each event count
   expect(await balanceAfter(other, rest.answer.position)).toBe("2");
 });
 
-test("another offset is answered 409 with the true one, and nothing is taken", async () => {
+test("another offset is answered 409 with the true one, and nothing is stored", async () => {
   const name = newName();
   const bytes = lines(1, 4);
   expect(await refused(name, 5, bytes, 409)).toMatchObject({ offset: "0", digest: NOTHING });
@@ -83,7 +83,7 @@ test("another offset is answered 409 with the true one, and nothing is taken", a
   expect(journalSize()).toBe(before);
 });
 
-test("what was answered 409 can go on at once from the offset that the answer names", async () => {
+test("a sender that got 409 can continue at the offset in the answer", async () => {
   const name = newName();
   const bytes = lines(1, 6);
   await patch(name, 0, bytes, lines(1, 2).length);
@@ -114,7 +114,7 @@ for (const [what, header, value] of [
     expect((await look(name)).status).toBe(404);
   });
 
-test("a Source-Digest may be written in capitals", async () => {
+test("a Source-Digest may be in upper case", async () => {
   const name = newName();
   const bytes = lines(1, 1);
   const digest = sha256(bytes);
@@ -134,14 +134,14 @@ for (const authorization of [null, "wrong", "Bearer wrong", `Basic ${SECRET}`])
   });
 
 for (const method of ["GET", "POST", "PUT", "DELETE", "OPTIONS"])
-  test(`${method} of a source is answered 405 with the methods that there are`, async () => {
+  test(`${method} of a source is answered 405 with the accepted methods`, async () => {
     const body = method === "GET" ? {} : { body: lines(1, 1) };
     const response = await send(newName(), { method, headers: headersOf(0, lines(1, 1)), ...body });
     await problem(response, 405);
     expect(response.headers.get("allow")?.split(/, */).sort()).toEqual(["HEAD", "PATCH"]);
   });
 
-test("there is no source without a name, nor below another", async () => {
+test("a source needs a name, and has no sources below it", async () => {
   for (const path of ["", "a/b"])
     for (const method of ["HEAD", "PATCH"]) {
       const init = { method, headers: headersOf(0, lines(1, 1)) };
@@ -173,7 +173,7 @@ for (const name of [
   "x".repeat(256),
   "😀".repeat(64),
 ])
-  test(`a source may be called ${JSON.stringify(name.slice(0, 30))}`, async () => {
+  test(`a source may be named ${JSON.stringify(name.slice(0, 30))}`, async () => {
     const user = newName();
     expect((await look(name)).status).toBe(404);
     const bytes = bytesOf(event(user, 1), event(user, 2));
@@ -185,12 +185,12 @@ for (const name of [
   });
 
 for (const name of ["x".repeat(257), `${"😀".repeat(64)}x`, "a\0b"])
-  test(`no source is called ${JSON.stringify(name.slice(-10))} (${name.length}): 422`, async () => {
+  test(`no source may be named ${JSON.stringify(name.slice(-10))} (${name.length}): 422`, async () => {
     expect((await look(name)).status).toBe(422);
     await refused(name, 0, lines(1, 1), 422);
   });
 
-test("rejected lines are listed, and count as taken", async () => {
+test("rejected lines are listed, and count as stored", async () => {
   const name = newName();
   const user = newName();
   const bytes = bytesOf("bad\n", event(user, 5), "\n", `{"userId":"${user}"}\r\n`, event(user, 6));
@@ -201,7 +201,7 @@ test("rejected lines are listed, and count as taken", async () => {
   expect(await balanceAfter(user, answer.position)).toBe("11");
 });
 
-test("bytes without one good line are taken too; the first 100 bad lines are listed", async () => {
+test("bytes without a good line are stored too; the first 100 bad lines are listed", async () => {
   const name = newName();
   const bytes = bytesOf("bad\n".repeat(150));
   const { answer } = await patch(name, 0, bytes);
@@ -215,7 +215,7 @@ for (const [coding, compress] of [
   ["gzip", gzipSync],
   ["zstd", zstdCompressSync],
 ] as const)
-  test(`offsets are of the bytes before ${coding}`, async () => {
+  test(`offsets count the bytes before ${coding}`, async () => {
     const name = newName();
     const bytes = lines(1, 50);
     const headers = { "content-encoding": coding };
@@ -235,7 +235,7 @@ for (const [coding, compress] of [
     expect(await stands(name)).toEqual({ offset: bytes.length, digest: sha256(bytes) });
   });
 
-test("a byte order mark at 0 is taken, and counts as three bytes; elsewhere it spoils a line", async () => {
+test("a byte order mark at offset 0 counts as three bytes; elsewhere it makes a line bad", async () => {
   const name = newName();
   const user = newName();
   const bytes = bytesOf("\ufeff", event(user, 1), "\ufeff", event(user, 2), event(user, 4));
@@ -246,7 +246,7 @@ test("a byte order mark at 0 is taken, and counts as three bytes; elsewhere it s
   expect(await balanceAfter(user, answer.position)).toBe("5");
 });
 
-test("an empty body takes nothing, and the source stands where it stood", async () => {
+test("an empty body stores nothing and moves nothing", async () => {
   const name = newName();
   const empty = await patch(name, 0, bytesOf(""));
   expect(empty.answer).toMatchObject({ accepted: 0, rejected: 0 });
@@ -257,7 +257,7 @@ test("an empty body takes nothing, and the source stands where it stood", async 
   expect(await stands(name)).toEqual({ offset: bytes.length, digest: sha256(bytes) });
 });
 
-test("of two who send from the same offset one is taken, and the other told the truth", async () => {
+test("of two requests with the same offset one is stored, and the other gets the true offset", async () => {
   const name = newName();
   const user = newName();
   let bytes = bytesOf("");
@@ -282,7 +282,7 @@ test("of two who send from the same offset one is taken, and the other told the 
   expect(await balanceAfter(user, position)).toBe(`${sum}`);
 });
 
-test("an event that names a source is an event, and no mark", async () => {
+test("an event with a field named source is an event, not a mark", async () => {
   const [name, user] = [newName(), newName()];
   const mark = { name, from: 0, to: 1_000, digest: NOTHING, events: 3 };
   const marked = `{"source":${JSON.stringify(mark)}`;
@@ -296,7 +296,7 @@ test("an event that names a source is an event, and no mark", async () => {
 
 // Death
 
-test("a server that was killed says what it said before, posted or not, with the database or without", async () => {
+test("a server that was killed reports the same offsets as before, posted or not, with or without the database", async () => {
   await using world = await openWorld(1);
   const [folder = ""] = world.folders;
   const sources = ["one", "two", "__proto__", "four"].map((name, i) => ({
@@ -357,7 +357,7 @@ test("a server that was killed says what it said before, posted or not, with the
 // Several servers, one ledger
 
 test(
-  "what two servers took of a source with other cuts counts once, whichever journal is posted first",
+  "a source that two servers stored in different chunks counts once, whichever journal is posted first",
   seeded(async (random) => {
     await using world = await openWorld(2);
     await using other = await openWorld(0);
@@ -397,7 +397,7 @@ test(
 );
 
 test(
-  "sources that move to and fro between servers count once, while processors start one by one",
+  "sources that move between servers count once, while processors start one by one",
   seeded(async (random) => {
     await using world = await openWorld(2);
     const sources = Array.from({ length: 12 }, (_, i) =>
@@ -452,7 +452,7 @@ test("a last line without newline, whose file grew on another server, counts onc
   expect(await world.faults(numbers(1, 10))).toEqual(NONE);
 });
 
-test("a source that moves to another server and back goes on where it was", async () => {
+test("a source that moves to another server and back resumes where it was", async () => {
   await using world = await openWorld(2);
   const [a, b] = await world.servers();
   const bytes = lines(0, 90);
@@ -693,7 +693,7 @@ async function openWorld(folders: number) {
   };
 }
 
-test("a batch moves no more sources than a transaction should: 500,000 of one event each took 48 s", () => {
+test("a batch moves a bounded number of sources (500,000 of one event each took 48 s)", () => {
   const fold = new Fold(1_000);
   let sources = 0;
   while (!fold.isFull && sources < 1_000) {
