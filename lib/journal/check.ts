@@ -39,10 +39,14 @@ export async function checkJournal(active: string, disk: Disk) {
   const files: CheckedFile[] = [];
   let last: CheckedFile | null;
   do {
-    for (const segment of await listNew())
-      await disk.withFile(segment.path, async (file) => {
-        files.push(await checkFile(segment, file, { id, isActive: false }));
-      });
+    for (const segment of await listNew()) {
+      const checked = await disk.withFile(segment.path, (file) =>
+        checkFile(segment, file, { id, isActive: false }),
+      );
+      // Deleted in the meantime, and the older ones before it: what is kept begins behind it.
+      if (!checked) files.length = 0;
+      else files.push(checked);
+    }
     last = await disk.withFile(active, checkActive);
     // If the active file was renamed in the meantime, it is checked again as a segment.
   } while ((await listNew()).length > 0);

@@ -4,6 +4,7 @@ import {
   existsSync,
   readdirSync,
   readFileSync,
+  rmSync,
   statSync,
   truncateSync,
   writeFileSync,
@@ -183,6 +184,26 @@ test("a check ends although the journal keeps growing", async () => {
   expect(files.flatMap(({ damage }) => damage)).toEqual([]);
   expect(files.length).toBeGreaterThan(20);
   await journal.close();
+});
+
+test("segments that are deleted during a check are not damage", async () => {
+  using dir = tempDir();
+  const { path } = await makeJournal(dir.path, 30, 300);
+  const segments = filesOf(dir.path)
+    .filter((name) => name !== "eventsPost.jsonl")
+    .toSorted((a, b) => Number(a.split(".")[1]) - Number(b.split(".")[1]));
+  const deleting = {
+    ...disk,
+    async withFile<T>(name: string, use: (file: ReadableFile) => T | Promise<T>) {
+      // When the third one is about to be checked, a processor has just deleted the first four.
+      if (name === dir.file(segments[2] ?? ""))
+        for (const old of segments.slice(0, 4)) rmSync(dir.file(old), { force: true });
+      return disk.withFile(name, use);
+    },
+  };
+  const { files } = await checkJournal(path, deleting);
+  expect(files.flatMap(({ damage }) => damage)).toEqual([]);
+  expect(files.map((file) => file.path)).toEqual([...segments.slice(4).map(dir.file), path]);
 });
 
 test("a damaged frame is named and moved aside, and everything else is posted once", async () => {
