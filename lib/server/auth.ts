@@ -8,16 +8,8 @@
 import { timingSafeEqual } from "node:crypto";
 
 import { Problem, unavailable } from "./problem.ts";
-import { openThrottle, type Throttle } from "./throttle.ts";
-import {
-  type Claims,
-  InvalidToken,
-  isToken,
-  KeysUnavailable,
-  type Scope,
-  type TokenFault,
-  type Verify,
-} from "./token.ts";
+import { openThrottle } from "./throttle.ts";
+import { InvalidToken, isToken, KeysUnavailable, type Scope, type Verify } from "./token.ts";
 
 export interface Access {
   /** Secrets that grant write and read access. */
@@ -35,22 +27,16 @@ export interface Caller {
   server: Pick<Bun.Server<unknown>, "requestIP"> | null;
 }
 
-/** Returns when the caller may do it. Throws the 401, 403, 429 or 503 otherwise. */
-export type Authorize = (
-  caller: Caller,
-  scope: Scope,
-  /** The user whose balance is read. */
-  user?: string,
-) => Promise<void>;
-
-export function openAuth(
-  { writers, readers, readingIsOpen, tokens }: Access,
-  throttle: Throttle = openThrottle(),
-): Authorize {
+export function openAuth({ writers, readers, readingIsOpen, tokens }: Access) {
+  const throttle = openThrottle();
   const writerDigests = writers.map(digest);
   const readerDigests = readers.map(digest);
 
-  return async (caller, scope, user) => {
+  /**
+   * Returns when the caller may do it; throws the 401, 403, 429 or 503 otherwise. `user` is the one whose
+   * balance is read.
+   */
+  return async (caller: Caller, scope: Scope, user?: string): Promise<void> => {
     if (readingIsOpen && scope === "balances:read") return;
     const header = caller.request.headers.get("authorization") ?? "";
     const credential = header.replace(/^Bearer +/i, "");
@@ -60,34 +46,26 @@ export function openAuth(
     if (mayWrite || (mayRead && scope === "balances:read")) return;
     if (mayRead) throw forbidden(scope, "this secret is read-only");
     if (!tokens || !isToken(credential)) return deny(caller);
-    const claims = await verify(tokens, credential, caller);
+    const claims = await tokens(credential).catch((error) => {
+      if (error instanceof InvalidToken) return deny(caller, error.fault);
+      if (error instanceof KeysUnavailable)
+        throw unavailable("tokens cannot be verified now: the issuer's keys are unavailable");
+      throw error;
+    });
     const isOwn = user !== undefined && user === claims.sub;
     if (!claims.scopes.includes(scope) && !isOwn)
       throw forbidden(scope, `this token lacks the scope ${scope}`);
   };
 
-  async function verify(tokens: Verify, token: string, caller: Caller): Promise<Claims> {
-    try {
-      return await tokens(token);
-    } catch (error) {
-      if (error instanceof InvalidToken) return deny(caller, error.fault);
-      if (error instanceof KeysUnavailable)
-        throw unavailable("tokens cannot be verified now: the issuer's keys are unavailable");
-      throw error;
-    }
-  }
-
-  async function deny({ request, server }: Caller, fault?: TokenFault): Promise<never> {
+  async function deny({ request, server }: Caller, fault?: string): Promise<never> {
     const address = server?.requestIP(request)?.address ?? "";
     if (!(await throttle.failed(address)))
       throw new Problem(429, "too many invalid credentials", { headers: { "retry-after": "5" } });
-    if (!fault)
-      throw new Problem(401, "the Authorization header must present a secret of this server", {
-        headers: challenge(),
-      });
-    throw new Problem(401, `invalid token: ${fault}`, {
-      headers: challenge(`error="invalid_token", error_description="${fault}"`),
-    });
+    const detail = fault
+      ? `invalid token: ${fault}`
+      : "the Authorization header must present a secret of this server";
+    const headers = challenge(fault && `error="invalid_token", error_description="${fault}"`);
+    throw new Problem(401, detail, { headers });
   }
 }
 

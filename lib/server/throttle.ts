@@ -12,8 +12,6 @@ const MAX_ADDRESSES = 10_000;
 /** Waiting requests hold connections and memory. */
 const MAX_WAITING = 1_000;
 
-export type Throttle = ReturnType<typeof openThrottle>;
-
 /** Milliseconds, and a wait of so many: a test passes its own. */
 export interface Clock {
   now(): number;

@@ -10,33 +10,36 @@ import {
   customFetch,
   errors,
   type FetchImplementation,
-  type JWTPayload,
   type JWTVerifyGetKey,
   jwtVerify,
   SignJWT,
 } from "jose";
 
-import { parseDuration } from "../config.ts";
+import { parseDuration, type SettingsOf } from "../config.ts";
 import type { Health } from "../log.ts";
 import { print, say } from "../progress.ts";
 
 const TOLERANCE_S = 30;
 const KEY_ALGORITHMS = ["RS256", "ES256", "EdDSA"];
 
-/** What is wrong with a token. The caller gets these words and no others. */
-export type TokenFault =
-  | "malformed"
-  | "wrong_algorithm"
-  | "unknown_key"
-  | "wrong_signature"
-  | "no_expiry"
-  | "expired"
-  | "not_yet_valid"
-  | "wrong_issuer"
-  | "wrong_audience";
+/**
+ * What is wrong with a token, by the code of jose's error or else by the claim that it names. The caller
+ * gets these words, or `malformed`, and no others.
+ */
+const FAULTS: Record<string, string> = {
+  [errors.JWTExpired.code]: "expired",
+  [errors.JOSEAlgNotAllowed.code]: "wrong_algorithm",
+  [errors.JWSSignatureVerificationFailed.code]: "wrong_signature",
+  [errors.JWKSNoMatchingKey.code]: "unknown_key",
+  [errors.JWKSMultipleMatchingKeys.code]: "unknown_key",
+  exp: "no_expiry",
+  nbf: "not_yet_valid",
+  iss: "wrong_issuer",
+  aud: "wrong_audience",
+};
 
 export class InvalidToken extends Error {
-  constructor(readonly fault: TokenFault) {
+  constructor(readonly fault: string) {
     super(fault);
   }
 }
@@ -47,20 +50,11 @@ export const SCOPES: readonly string[] = ["events:write", "balances:read"] satis
 /** The issuer's keys are unavailable, so the token can be neither accepted nor rejected. */
 export class KeysUnavailable extends Error {}
 
-export interface Claims {
-  scopes: string[];
-  sub: string | undefined;
-}
-
-export interface TokenSettings {
-  JWT_SECRET?: string | undefined;
-  JWKS_URL?: string | undefined;
-  JWT_ISSUER?: string | undefined;
-  JWT_AUDIENCE?: string | undefined;
-}
+type SettingName = "JWT_SECRET" | "JWKS_URL" | "JWT_ISSUER" | "JWT_AUDIENCE";
+type TokenSettings = Partial<Pick<SettingsOf<"app">, SettingName>>;
 
 /** Verifies a token. Throws InvalidToken or KeysUnavailable. */
-export type Verify = (token: string) => Promise<Claims>;
+export type Verify = NonNullable<ReturnType<typeof openTokens>>;
 
 /** Whether the text has the form of a token; a secret hardly has. */
 export function isToken(text: string): boolean {
@@ -75,7 +69,7 @@ export function openTokens(
   { JWT_SECRET, JWKS_URL, JWT_ISSUER, JWT_AUDIENCE }: TokenSettings,
   health: Health,
   fetchKeys: FetchImplementation = fetch,
-): Verify | null {
+) {
   if (!JWT_SECRET && !JWKS_URL) return null;
   const secret = JWT_SECRET ? new TextEncoder().encode(JWT_SECRET) : null;
   const key = secret ? () => secret : remoteKeys(JWKS_URL as string, health, fetchKeys);
@@ -86,24 +80,29 @@ export function openTokens(
     ...(JWT_ISSUER ? { issuer: JWT_ISSUER } : {}),
     ...(JWT_AUDIENCE ? { audience: JWT_AUDIENCE } : {}),
   };
-  return async (token) => {
-    let claims: JWTPayload;
-    try {
-      claims = (await jwtVerify(token, key as JWTVerifyGetKey, options)).payload;
-    } catch (error) {
-      if (error instanceof KeysUnavailable) throw error;
-      throw new InvalidToken(faultOf(error));
-    }
-    const { scope, sub } = claims;
+  return async (token: string) => {
+    const verified = await jwtVerify(token, key as JWTVerifyGetKey, options).catch(toInvalidToken);
+    const { scope, sub } = verified.payload;
     return { scopes: typeof scope === "string" ? scope.split(" ") : [], sub };
   };
 }
 
-/** A token of `scope` that expires in `expiresMs`, signed with JWT_SECRET. */
-function signToken(
+/**
+ * `app.ts --token`: prints a token that a server with these settings accepts. Returns the exit code; 2
+ * where an option or setting is missing or invalid, after a line for each.
+ */
+export async function printToken(
   { JWT_SECRET, JWT_ISSUER, JWT_AUDIENCE }: TokenSettings,
-  { scope, expiresMs, sub }: { scope: string; expiresMs: number; sub?: string | undefined },
-): Promise<string> {
+  { scope = "", expires = "", sub }: { scope?: string; expires?: string; sub?: string },
+): Promise<number> {
+  const expiresMs = parseDuration(expires);
+  const invalid = [];
+  if (!JWT_SECRET) invalid.push("JWT_SECRET is not set: use the one of the server");
+  if (!scope.split(" ").every((each) => SCOPES.includes(each)))
+    invalid.push(`--scope is "${scope}": use ${SCOPES.join(" or ")}, or both in quotes`);
+  if (!expiresMs) invalid.push(`--expires is "${expires}": use a duration like 12h or 30d`);
+  for (const line of invalid) say(line);
+  if (!expiresMs || invalid.length > 0) return 2;
   const nowS = Math.floor(Date.now() / 1000);
   const token = new SignJWT({ scope })
     .setProtectedHeader({ alg: "HS256", typ: "JWT" })
@@ -112,26 +111,7 @@ function signToken(
   if (sub) token.setSubject(sub);
   if (JWT_ISSUER) token.setIssuer(JWT_ISSUER);
   if (JWT_AUDIENCE) token.setAudience(JWT_AUDIENCE);
-  return token.sign(new TextEncoder().encode(JWT_SECRET));
-}
-
-/**
- * `app.ts --token`: prints a token that a server with these settings accepts. Returns the exit code; 2
- * where an option or setting is missing or invalid, after a line for each.
- */
-export async function printToken(
-  settings: TokenSettings,
-  { scope = "", expires = "", sub }: { scope?: string; expires?: string; sub?: string },
-): Promise<number> {
-  const expiresMs = parseDuration(expires);
-  const invalid = [];
-  if (!settings.JWT_SECRET) invalid.push("JWT_SECRET is not set: use the one of the server");
-  if (!scope.split(" ").every((each) => SCOPES.includes(each)))
-    invalid.push(`--scope is "${scope}": use ${SCOPES.join(" or ")}, or both in quotes`);
-  if (!expiresMs) invalid.push(`--expires is "${expires}": use a duration like 12h or 30d`);
-  for (const line of invalid) say(line);
-  if (!expiresMs || invalid.length > 0) return 2;
-  print(await signToken(settings, { scope, expiresMs, sub }));
+  print(await token.sign(new TextEncoder().encode(JWT_SECRET)));
   return 0;
 }
 
@@ -147,7 +127,7 @@ function remoteKeys(url: string, health: Health, fetchKeys: FetchImplementation)
       health.recovered();
       return key;
     } catch (error) {
-      if (isUnknownKey(error)) throw error; // the issuer has answered
+      if (faultOf(error) === "unknown_key") throw error; // the issuer has answered
       const { host, pathname } = new URL(url); // its query and user may be secrets
       const unavailable = new KeysUnavailable(
         `cannot fetch keys from ${host}${pathname}: ${(error as Error).message}`,
@@ -162,25 +142,11 @@ function remoteKeys(url: string, health: Health, fetchKeys: FetchImplementation)
   };
 }
 
-function isUnknownKey(error: unknown): boolean {
-  return (
-    error instanceof errors.JWKSNoMatchingKey || error instanceof errors.JWKSMultipleMatchingKeys
-  );
+function toInvalidToken(error: Error): never {
+  throw error instanceof KeysUnavailable ? error : new InvalidToken(faultOf(error));
 }
 
-const CLAIM_FAULTS: Record<string, TokenFault> = {
-  exp: "no_expiry",
-  nbf: "not_yet_valid",
-  iss: "wrong_issuer",
-  aud: "wrong_audience",
-};
-
-function faultOf(error: unknown): TokenFault {
-  if (error instanceof errors.JWTExpired) return "expired";
-  if (error instanceof errors.JWTClaimValidationFailed)
-    return CLAIM_FAULTS[error.claim] ?? "malformed";
-  if (error instanceof errors.JOSEAlgNotAllowed) return "wrong_algorithm";
-  if (error instanceof errors.JWSSignatureVerificationFailed) return "wrong_signature";
-  if (isUnknownKey(error)) return "unknown_key";
-  return "malformed";
+function faultOf(error: unknown): string {
+  const { code = "", claim = "" } = error as { code?: string; claim?: string };
+  return FAULTS[code] ?? FAULTS[claim] ?? "malformed";
 }
