@@ -3,31 +3,21 @@
  * caller. Anything else that is thrown is our own fault: it is logged, and answered with a bare 500.
  * No document holds the request, a secret or a stack.
  */
+import { STATUS_CODES } from "node:http";
+
 import { Elysia } from "elysia";
 
-const TITLES = {
-  400: "Bad Request",
-  401: "Unauthorized",
-  403: "Forbidden",
-  404: "Not Found",
-  405: "Method Not Allowed",
-  408: "Request Timeout",
-  409: "Conflict",
+/** Node's own are those of the RFCs before RFC 9110. */
+const TITLES: Record<number, string | undefined> = {
+  ...STATUS_CODES,
   413: "Content Too Large",
-  415: "Unsupported Media Type",
   422: "Unprocessable Content",
-  429: "Too Many Requests",
-  500: "Internal Server Error",
-  503: "Service Unavailable",
-  504: "Gateway Timeout",
-  507: "Insufficient Storage",
-} as const;
-type Status = keyof typeof TITLES;
+};
 
 /** A failure that the caller may see. */
 export class Problem extends Error {
   constructor(
-    readonly status: Status,
+    readonly status: number,
     readonly detail: string,
     readonly more: {
       errors?: { path: string; message: string }[];
