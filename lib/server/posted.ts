@@ -17,22 +17,7 @@ const POLL_MS = 1_000;
 const FIRST_POLL_MS = 500;
 const MAX_WAITERS = 10_000;
 
-export interface Lag {
-  /** Bytes of the journal that are not posted. */
-  bytes: number;
-  /** About how long ago the oldest of them was written; 0 when there are none. */
-  seconds: number;
-}
-
 export type PostedWatch = ReturnType<typeof watchPosted>;
-
-interface Waiter {
-  key: string;
-  position: number;
-  untilMs: number;
-  resolve(posted: boolean): void;
-  reject(error: unknown): void;
-}
 
 export function watchPosted(journal: Journal, database: Database) {
   const { path } = journal;
@@ -46,7 +31,10 @@ export function watchPosted(journal: Journal, database: Database) {
   let isAnswering = true;
   let hasAnswered = false;
   let isClosed = false;
-  let waiters: Waiter[] = [];
+  /** The journals that somebody waits for, one entry for each. */
+  const waiting = new Set<{ key: string }>();
+  /** Where the journals that are waited for stand, once the database has answered the next time. */
+  let next = nextAnswer();
   let wake = () => {};
   const asked = Promise.allSettled([refresh()]);
   poll();
@@ -73,12 +61,20 @@ export function watchPosted(journal: Journal, database: Database) {
      * Unavailable when the database does not answer or too many wait.
      */
     async wait(journalId: string, position: number, withinMs: number): Promise<boolean> {
-      if (waiters.length >= MAX_WAITERS) throw new Unavailable("too many requests wait", true);
-      const { promise, resolve, reject } = Promise.withResolvers<boolean>();
+      if (waiting.size >= MAX_WAITERS) throw new Unavailable("too many requests wait", true);
+      const waiter = { key: journalKey(journalId) };
       const untilMs = performance.now() + withinMs;
-      waiters.push({ key: journalKey(journalId), position, untilMs, resolve, reject });
+      waiting.add(waiter);
       wake();
-      return promise;
+      try {
+        do {
+          const positions = await next.promise;
+          if ((positions.get(waiter.key) ?? 0) >= position) return true;
+        } while (performance.now() <= untilMs);
+        return false;
+      } finally {
+        waiting.delete(waiter);
+      }
     },
     close() {
       isClosed = true;
@@ -87,7 +83,7 @@ export function watchPosted(journal: Journal, database: Database) {
     },
   };
 
-  function lag(): Lag {
+  function lag() {
     const bytes = Math.max(0, journal.end() - posted);
     const seconds = bytes > 0 && oldest ? Math.max(0, Date.now() - oldest.atMs) / 1000 : 0;
     return { bytes, seconds };
@@ -96,7 +92,7 @@ export function watchPosted(journal: Journal, database: Database) {
   async function poll() {
     await asked;
     while (!isClosed) {
-      const pauseMs = waiters.length > 0 ? WAITING_POLL_MS : hasAnswered ? POLL_MS : FIRST_POLL_MS;
+      const pauseMs = waiting.size > 0 ? WAITING_POLL_MS : hasAnswered ? POLL_MS : FIRST_POLL_MS;
       await new Promise<void>((resolve) => {
         const timer = setTimeout(resolve, pauseMs);
         wake = () => {
@@ -104,32 +100,26 @@ export function watchPosted(journal: Journal, database: Database) {
           resolve();
         };
       });
-      const isNeeded = !hasAnswered || waiters.length > 0 || posted < journal.end();
+      const isNeeded = !hasAnswered || waiting.size > 0 || posted < journal.end();
       if (isNeeded && !isClosed) await refresh().catch(() => {});
     }
   }
 
-  /** Reads the checkpoints that anybody waits for, and answers the waiters. */
-  async function refresh(): Promise<Lag> {
-    const asking = waiters;
+  /** Reads the checkpoints that anybody waits for, and passes them on. */
+  async function refresh() {
     try {
-      const keys = new Set([ownKey, ...asking.map(({ key }) => key)]);
+      const keys = new Set([ownKey, ...[...waiting].map(({ key }) => key)]);
       const rows = await readCheckpoints(database, [...keys]);
       const positions = new Map(rows.map(({ key, position }) => [key, position]));
       posted = positions.get(ownKey) ?? 0;
       isAnswering = true;
-      const nowMs = performance.now();
-      waiters = waiters.filter((waiter) => {
-        const isPosted = (positions.get(waiter.key) ?? 0) >= waiter.position;
-        const isLate = nowMs > waiter.untilMs;
-        if (isPosted || isLate) waiter.resolve(isPosted);
-        return !isPosted && !isLate;
-      });
+      next.resolve(positions);
     } catch (error) {
       isAnswering &&= !(error instanceof Unavailable);
-      waiters = waiters.filter((waiter) => !asking.includes(waiter));
-      for (const { reject } of asking) reject(error);
+      next.reject(error);
       throw error;
+    } finally {
+      next = nextAnswer();
     }
     if (!hasAnswered) compare(posted).then(comparison.resolve, comparison.reject);
     hasAnswered = true;
@@ -156,6 +146,12 @@ export function watchPosted(journal: Journal, database: Database) {
       if (atMs !== null) oldest = { position: posted, atMs };
     }
   }
+}
+
+function nextAnswer() {
+  const answer = Promise.withResolvers<Map<string, number>>();
+  answer.promise.catch(() => {}); // nobody may be waiting
+  return answer;
 }
 
 /** When the frame that begins at `position` was written. */
