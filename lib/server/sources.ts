@@ -33,7 +33,7 @@ export interface SourceState {
   digest: string;
 }
 
-export const NOTHING_STORED: SourceState = {
+const NOTHING_STORED: SourceState = {
   offset: 0,
   digest: new Bun.CryptoHasher("sha256").digest("hex"),
 };
@@ -50,11 +50,7 @@ export function openSources(journal: Journal, database: Database) {
 
   return {
     /** How much of `name` is stored, as far as this server and the ledger know; `null`: never seen. */
-    async state(name: string): Promise<SourceState | null> {
-      if (marks === "unread") await readTailOnce();
-      const posted = await readPostedState(name);
-      return furthest(posted, known.get(name) ?? null);
-    },
+    state: stateOf,
     /**
      * Stores the bytes from `mark.from` to `mark.to`, whose good event lines are `lines`, and returns the
      * position once they are synced; or the source's state, when it is not at `mark.from`.
@@ -71,12 +67,17 @@ export function openSources(journal: Journal, database: Database) {
     },
   };
 
-  async function store(mark: SourceMark, lines: Uint8Array) {
+  async function stateOf(name: string): Promise<SourceState | null> {
     if (marks === "unread") await readTailOnce();
+    const posted = await readPostedState(name);
+    const here = known.get(name) ?? null;
+    return posted && posted.offset > (here?.offset ?? -1) ? posted : here;
+  }
+
+  async function store(mark: SourceMark, lines: Uint8Array) {
     const { name, from, to, digest } = mark;
-    if (known.get(name)?.offset !== from) {
-      const posted = await readPostedState(name);
-      const state = furthest(posted, known.get(name) ?? null) ?? NOTHING_STORED;
+    if (marks === "unread" || known.get(name)?.offset !== from) {
+      const state = (await stateOf(name)) ?? NOTHING_STORED;
       if (state.offset !== from) return state;
     }
     const position = await journal.append(Buffer.concat([encodeSourceMark(mark), lines]));
@@ -160,10 +161,6 @@ function sharedAttempt(attempt: () => Promise<void>): () => Promise<void> {
 function nullIfUnavailable(error: unknown): null {
   if (error instanceof Unavailable) return null;
   throw error;
-}
-
-function furthest(posted: SourceState | null, here: SourceState | null): SourceState | null {
-  return posted && posted.offset > (here?.offset ?? -1) ? posted : here;
 }
 
 /** The name of a source as it stands in the path, decoded. Throws the 422. */
