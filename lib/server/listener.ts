@@ -63,10 +63,8 @@ export function observe(log: Log, metrics: Metrics, routeOf: (path: string) => s
 /** Serves `app` at `address`. Throws one line that names what is wrong with the address or the files. */
 export function listen(app: App, address: Address) {
   const { hostname, tls } = address;
-  const certificate = tls && readCertificate(tls);
-  if (certificate) refuseToShare(address);
   const draining = new Set<Bun.Server<unknown>>();
-  let server = serve(address.port, certificate);
+  let server = serve(address.port, tls && readCertificate(tls));
   const { port } = server;
   const host = hostname.includes(":") ? `[${hostname}]` : hostname;
 
@@ -94,6 +92,9 @@ export function listen(app: App, address: Address) {
 
   function serve(port: number, certificate: TlsFiles | null): Bun.Server<unknown> {
     try {
+      // The first listener probes the port: with `reusePort` another process on it would go unnoticed.
+      if (certificate && !app.server)
+        Bun.listen({ hostname, port, socket: { data() {} } }).stop(true);
       app.listen({
         hostname,
         port,
@@ -107,7 +108,11 @@ export function listen(app: App, address: Address) {
       } as Bun.Serve.Options<unknown>);
       return app.server as Bun.Server<unknown>;
     } catch (error) {
-      throw cannotListen(address, error as Error);
+      const { code, message } = error as Error & { code?: string };
+      const reason = code === "EADDRINUSE" ? "the port is in use" : message.split("\n")[0];
+      throw new Error(
+        `cannot listen on ${hostname}:${port}: ${reason}; stop the program that uses it, or set HOST or PORT`,
+      );
     }
   }
 }
@@ -136,22 +141,4 @@ function pathOf(url: string): string {
   const from = url.indexOf("/", 8);
   const query = url.indexOf("?", from);
   return query < 0 ? url.slice(from) : url.slice(from, query);
-}
-
-/** Throws where another process already listens: with `reusePort` it would go unnoticed. */
-function refuseToShare(address: Address): void {
-  const { hostname, port } = address;
-  try {
-    Bun.listen({ hostname, port, socket: { data() {} } }).stop(true);
-  } catch (error) {
-    throw cannotListen(address, error as Error);
-  }
-}
-
-function cannotListen({ hostname, port }: Address, error: Error & { code?: string }): Error {
-  const isUsed = error.code === "EADDRINUSE";
-  const reason = isUsed ? "the port is in use" : error.message.split("\n")[0];
-  return new Error(
-    `cannot listen on ${hostname}:${port}: ${reason}; stop the program that uses it, or set HOST or PORT`,
-  );
 }
