@@ -8,9 +8,8 @@ import pino from "pino";
 export type Log = pino.Logger;
 
 export function openLog(level: string): Log {
-  const write = process.stderr.isTTY
-    ? (line: string) => process.stderr.write(readable(line))
-    : (line: string) => process.stderr.write(line);
+  const { isTTY } = process.stderr;
+  const write = (line: string) => process.stderr.write(isTTY ? readable(line) : line);
   const options = {
     level,
     base: null,
