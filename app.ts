@@ -23,7 +23,7 @@ import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
 import { print, say } from "./lib/progress.ts";
 import { createApi } from "./lib/server/api.ts";
 import type { Access } from "./lib/server/auth.ts";
-import { listen, type Listener, readCertificate } from "./lib/server/listener.ts";
+import { listen, readCertificate } from "./lib/server/listener.ts";
 import { type Metrics, openMetrics } from "./lib/server/metrics.ts";
 import { watchPosted } from "./lib/server/posted.ts";
 import { openSources } from "./lib/server/sources.ts";
@@ -66,7 +66,7 @@ async function main(): Promise<number> {
   const sources = openSources(journal, database);
   const parts = { journal, database, sources, access, schema, log, posted, metrics };
   const server = listen(createApi({ ...parts, isHttps: address.tls !== null }), address);
-  if (address.tls) process.on("SIGHUP", () => renewCertificate(server, log));
+  if (address.tls) process.on("SIGHUP", () => server.renewCertificate(log));
   print(`listening on ${server.origin}`);
   log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
   const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, log, metrics);
@@ -76,10 +76,12 @@ async function main(): Promise<number> {
   log.info("stopping");
   await server.finish();
   posted.close();
-  await Promise.all([run, posted.compared]).catch(({ message }: Error) => {
-    log.fatal(message);
-    throw new Reported();
-  });
+  try {
+    await Promise.all([run, posted.compared]);
+  } catch (error) {
+    log.fatal((error as Error).message);
+    return 1;
+  }
   await stack.disposeAsync();
   log.info("stopped");
   return 0;
@@ -139,15 +141,6 @@ function openServerJournal(settings: AppSettings, say: (line: string) => void): 
   });
 }
 
-function renewCertificate(server: Listener, log: Log): void {
-  try {
-    server.renewCertificate();
-    log.info("certificate reloaded");
-  } catch (error) {
-    log.error(`the old certificate stays in use: ${(error as Error).message}`);
-  }
-}
-
 /** Runs the processor beside the server, once no other one follows this journal. */
 async function runProcessor(settings: AppSettings, stop: AbortSignal, log: Log, metrics: Metrics) {
   const tell = (line: string) => log.info(`processor: ${line}`);
@@ -170,12 +163,9 @@ function aborted(signal: AbortSignal): Promise<null> {
   });
 }
 
-/** The log has the message already. */
-class Reported extends Error {}
-
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    if (!(error instanceof Reported)) say((error as Error).message);
+    say((error as Error).message);
     return error instanceof InvalidSetting ? 2 : 1;
   });
   process.exit();

@@ -30,8 +30,6 @@ interface App {
   listen(options: Bun.Serve.Options<unknown>): unknown;
 }
 
-export type Listener = ReturnType<typeof listen>;
-
 /**
  * For Elysia's `wrap`: gives each request an id, counts its answer, and logs it at level `debug`. It is
  * wrapped around the app, not part of it, so every answer passes it, a failure's too.
@@ -71,13 +69,18 @@ export function listen(app: App, address: Address) {
   return {
     /** `http://HOST:PORT` */
     origin: `${tls ? "https" : "http"}://${host}:${port}`,
-    /** Reads the certificate again. Throws, and keeps the old one in use, where the new one is invalid. */
-    renewCertificate(): void {
+    /** Reads the certificate again. Where it is invalid, the old one stays in use, and the log says why. */
+    renewCertificate(log: Log): void {
       // Bun's `reload` ignores a new certificate. So a second server listens beside the first, which
       // then stops: it answers what it has begun and closes idle connections. A sender that uses one
       // of these at that moment has to retry.
       const old = server;
-      server = serve(port as number, tls && readCertificate(tls));
+      try {
+        server = serve(port as number, tls && readCertificate(tls));
+      } catch (error) {
+        return log.error(`the old certificate stays in use: ${(error as Error).message}`);
+      }
+      log.info("certificate reloaded");
       draining.add(old);
       old.stop().then(() => draining.delete(old));
     },
