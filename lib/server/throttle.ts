@@ -12,15 +12,11 @@ const MAX_ADDRESSES = 10_000;
 /** Waiting requests hold connections and memory. */
 const MAX_WAITING = 1_000;
 
-/** Milliseconds, and a wait of so many: a test passes its own. */
-export interface Clock {
-  now(): number;
-  sleep(ms: number): Promise<void>;
-}
-
-const systemClock: Clock = { now: () => performance.now(), sleep: Bun.sleep };
-
-export function openThrottle({ now, sleep }: Clock = systemClock) {
+/** `now` and `sleep` count milliseconds: a test passes its own. */
+export function openThrottle({
+  now = () => performance.now(),
+  sleep = (ms: number) => Bun.sleep(ms),
+} = {}) {
   /** By address, the time by which the pace allows for all its failures so far. */
   const allowedMs = new Map<string, number>();
   let waiting = 0;
