@@ -93,13 +93,11 @@ export function watchPosted(journal: Journal, database: Database) {
     await asked;
     while (!isClosed) {
       const pauseMs = waiting.size > 0 ? WAITING_POLL_MS : hasAnswered ? POLL_MS : FIRST_POLL_MS;
-      await new Promise<void>((resolve) => {
-        const timer = setTimeout(resolve, pauseMs);
-        wake = () => {
-          clearTimeout(timer);
-          resolve();
-        };
-      });
+      const pause = Promise.withResolvers<void>();
+      const timer = setTimeout(pause.resolve, pauseMs);
+      wake = pause.resolve;
+      await pause.promise;
+      clearTimeout(timer);
       const isNeeded = !hasAnswered || waiting.size > 0 || posted < journal.end();
       if (isNeeded && !isClosed) await refresh().catch(() => {});
     }
