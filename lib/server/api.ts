@@ -28,14 +28,8 @@ const AFTER_MS = 5_000;
 /** Bad lines listed unless `?errors=` says otherwise. */
 const DEFAULT_LISTED_ERRORS = 100;
 
-const EventsQuery = t.Object(
-  {
-    errors: t.Optional(
-      t.Integer({ default: DEFAULT_LISTED_ERRORS, minimum: 0, maximum: MAX_LISTED_ERRORS }),
-    ),
-  },
-  { additionalProperties: true },
-);
+const listed = { default: DEFAULT_LISTED_ERRORS, minimum: 0, maximum: MAX_LISTED_ERRORS };
+const openObject = { additionalProperties: true };
 const SourceParams = t.Object({ source: t.String() });
 const Counts = t.Object({
   accepted: t.Integer(),
@@ -43,6 +37,14 @@ const Counts = t.Object({
   errors: t.Array(t.Object({ line: t.Integer(), message: t.String() })),
   position: t.String(),
 });
+
+/** What the routes that receive lines have in common; `readEvents` reads their bodies. */
+const receivesLines = {
+  grants: "events:write",
+  parse: "none",
+  body: EventsBody,
+  query: t.Object({ errors: t.Optional(t.Integer(listed)) }, openObject),
+} as const;
 
 /** Its type, for clients: `treaty<App>("http://…")` of `@elysiajs/eden`. */
 export type App = ReturnType<typeof createApi>;
@@ -109,10 +111,7 @@ export function createApi(parts: Parts) {
       "/liveEvents",
       async ({ request, query, status }) => status(201, await storeEvents(request, query.errors)),
       {
-        grants: "events:write",
-        parse: "none",
-        body: EventsBody,
-        query: EventsQuery,
+        ...receivesLines,
         response: { 201: Counts },
         detail: {
           summary: "Store many events, one a line; the good lines together, the bad ones listed",
@@ -140,11 +139,8 @@ export function createApi(parts: Parts) {
         return counts;
       },
       {
-        grants: "events:write",
-        parse: "none",
+        ...receivesLines,
         params: SourceParams,
-        body: EventsBody,
-        query: EventsQuery,
         response: { 200: Counts },
         detail: {
           summary: "Store the next bytes of a source, from `Upload-Offset` on",
@@ -155,14 +151,14 @@ export function createApi(parts: Parts) {
     .get("/userEvents/:userid", ({ params, query }) => readUser(params.userid, query.after), {
       grants: "balances:read",
       params: t.Object({ userid: t.String() }),
-      query: t.Object({ after: t.Optional(t.String()) }, { additionalProperties: true }),
+      query: t.Object({ after: t.Optional(t.String()) }, openObject),
       response: { 200: t.Object({ user_id: t.String(), revenue: t.String() }) },
       detail: { summary: "The balance of a user; with `after`, once that position is posted" },
     })
     .get("/healthz", () => ({ status: "ok" }), {
       detail: { summary: "200 while the process serves" },
     })
-    .get("/readyz", () => readReadiness(), {
+    .get("/readyz", readReadiness, {
       response: {
         200: t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() }),
       },
@@ -172,10 +168,9 @@ export function createApi(parts: Parts) {
     })
     .get(
       "/metrics",
-      async ({ set }) => {
-        const { type, text } = await metrics.scrape();
-        set.headers["content-type"] = type;
-        return text;
+      ({ set }) => {
+        set.headers["content-type"] = metrics.contentType;
+        return metrics.scrape();
       },
       {
         grants: "balances:read",
@@ -198,10 +193,10 @@ export function createApi(parts: Parts) {
   async function storeEvents(request: Request, maxErrors = DEFAULT_LISTED_ERRORS) {
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
-    const { good, accepted, rejected, errors } = await readEvents(received, maxErrors);
+    const { good, counts } = await readEvents(received, maxErrors);
     const position = formatPosition(await stored(journal.append(good)));
-    metrics.accepted(accepted);
-    return { accepted, rejected, errors, position };
+    metrics.accepted(counts.accepted);
+    return { ...counts, position };
   }
 
   async function storeSource(request: Request, source: string, maxErrors = DEFAULT_LISTED_ERRORS) {
@@ -209,20 +204,18 @@ export function createApi(parts: Parts) {
     const { offset: from, digest } = readSourceHeaders(request.headers);
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
-    const lines = await readEvents(received, maxErrors, from);
-    const { accepted, rejected, errors, ends } = lines;
-    const mark = { name, from, to: from + lines.bytes, digest, events: accepted };
-    const result = await stored(sources.store(ends ? { ...mark, ends } : mark, lines.good));
+    const { bytes, good, counts, ...ends } = await readEvents(received, maxErrors, from);
+    const mark = { name, from, to: from + bytes, digest, events: counts.accepted, ...ends };
+    const result = await stored(sources.store(mark, good));
     if ("offset" in result)
       throw new Problem(409, `the source is at offset ${result.offset}, not at ${from}`, {
         headers: { ...sourceHeaders(result), "journal-position": formatPosition(journal.end()) },
         // A sender that never got the answer to these bytes learns from this what was rejected.
-        lines: { accepted, rejected, errors },
+        lines: counts,
       });
-    metrics.accepted(accepted);
-    const position = formatPosition(result.position);
+    metrics.accepted(counts.accepted);
     const headers = sourceHeaders({ offset: mark.to, digest });
-    return { headers, counts: { accepted, rejected, errors, position } };
+    return { headers, counts: { ...counts, position: formatPosition(result.position) } };
   }
 
   async function readSource(source: string): Promise<Record<string, string>> {

@@ -101,29 +101,11 @@ function withKey(line: Uint8Array, id: string | undefined, header: string | null
   return Buffer.concat([line.subarray(0, end), field, line.subarray(end)]);
 }
 
-/** A body of many events, its good lines separated from the bad ones. */
-export interface Lines {
-  /** The length of the body, decompressed. */
-  bytes: number;
-  /** The good lines, each with its newline. */
-  good: Uint8Array;
-  accepted: number;
-  rejected: number;
-  /** The first bad lines, by their number in the body. */
-  errors: { line: number; message: string }[];
-  /** Where each good line ends in the body, before its newline; `undefined` if their lengths say it. */
-  ends: number[] | undefined;
-}
-
 /**
  * Reads a body of many events and lists up to `maxErrors` bad lines. `offset` is where the body begins
  * in its source. Throws a Problem when the body as a whole cannot be read.
  */
-export async function readEvents(
-  received: Received,
-  maxErrors: number,
-  offset = 0,
-): Promise<Lines> {
+export async function readEvents(received: Received, maxErrors: number, offset = 0) {
   const { request, reservation, schema, onRejected } = received;
   requireType(request, "application/x-ndjson");
   const whole = await decompressed(request, reservation);
@@ -134,16 +116,11 @@ export async function readEvents(
   // last line without newline needs one more byte.
   const good = body.at(-1) === LF ? body : new Uint8Array(body.length + 1);
   const ends: number[] = [];
-  const errors: Lines["errors"] = [];
+  const errors: { line: number; message: string }[] = [];
   let goodBytes = 0;
   let rejected = 0;
   let isPlain = true;
-  const sort = (
-    invalid: InvalidEvent | null | undefined,
-    line: number,
-    at: number,
-    end: number,
-  ) => {
+  const sort = (line: number, at: number, end: number, invalid?: InvalidEvent | null) => {
     if (invalid) {
       onRejected(invalid);
       if (rejected++ < maxErrors) errors.push({ line, message: invalid.reason });
@@ -159,20 +136,22 @@ export async function readEvents(
   eachEvent(
     body,
     scanner,
-    (at, number) => sort(schema?.check(body.subarray(at, scanner.end)), number, at, scanner.end),
+    (at, number) => sort(number, at, scanner.end, schema?.check(body.subarray(at, scanner.end))),
     (line, at, number) => {
       const decoded = decodeEvent(line);
       const invalid = decoded instanceof InvalidEvent ? decoded : schema?.check(line);
-      sort(invalid, number, at, at + line.length);
+      sort(number, at, at + line.length, invalid);
     },
   );
   return {
+    /** The length of the body, decompressed. */
     bytes: whole.length,
+    /** The good lines, each with its newline. */
     good: good.subarray(0, goodBytes),
-    accepted: ends.length,
-    rejected,
-    errors,
-    ends: isPlain ? undefined : ends,
+    /** How many lines are good and bad, with the first bad ones by their number in the body. */
+    counts: { accepted: ends.length, rejected, errors },
+    /** Where each good line ends in the body, before its newline; absent if their lengths say it. */
+    ...(isPlain ? {} : { ends }),
   };
 }
 
@@ -219,17 +198,14 @@ async function readBytes(
     timer = setTimeout(late, MAX_BODY_MS);
   });
   try {
-    return await Promise.race([announced <= MAX_SMALL_BYTES ? readSmall() : readChunks(), timeout]);
+    const isSmall = announced <= MAX_SMALL_BYTES;
+    if (isSmall) reservation.reserve(announced);
+    return await Promise.race([isSmall ? request.bytes() : readChunks(), timeout]);
   } catch (error) {
     // The sender is gone, so nobody reads this; but it is not our fault either.
     throw error instanceof Problem ? error : new Problem(400, "the body ended too early");
   } finally {
     clearTimeout(timer);
-  }
-
-  function readSmall(): Promise<Uint8Array> {
-    reservation.reserve(announced);
-    return request.bytes();
   }
 
   /** Reserves what has arrived, not what is announced: slow senders hold little. */

@@ -17,6 +17,14 @@ const FIELDS = new Set(["/userId", "/name", "/value", "/id"]);
 /** Default metrics that Bun has no values for, or that break Prometheus' naming rules. */
 const OMITTED = /^nodejs_(?!eventloop_lag_seconds)|^process_heap_bytes/;
 
+/** The upper bounds of the buckets of each histogram. */
+const BUCKETS = {
+  posting_duration_seconds: [0.005, 0.02, 0.1, 0.5, 2, 10],
+  journal_sync_duration_seconds: [0.0001, 0.0005, 0.002, 0.01, 0.05, 0.25, 1],
+  journal_frame_bytes: [256, 4_096, 65_536, 1_048_576, 16_777_216],
+  journal_frame_requests: [1, 4, 16, 64, 256],
+};
+
 /** A batch that this process has posted; its transaction took `ms`. */
 interface Posting {
   events: number;
@@ -38,34 +46,18 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
 
   const counter = (name: string, help: string) =>
     new Counter({ name: `daybook_${name}_total`, help, registers });
-  const histogram = (name: string, help: string, buckets: number[]) =>
-    new Histogram({ name: `daybook_${name}`, help, buckets, registers });
+  const histogram = (name: keyof typeof BUCKETS, help: string) =>
+    new Histogram({ name: `daybook_${name}`, help, buckets: BUCKETS[name], registers });
 
   const accepted = counter("events_accepted", "Events synced to disk and acknowledged.");
   const quarantined = counter("events_quarantined", "Lines quarantined by this process.");
   const duplicates = counter("events_duplicate", "Events not counted: posted before.");
   const postedEvents = counter("events_posted", "Events posted by this process, with duplicates.");
   const users = counter("posting_users", "Balances changed by postings of this process.");
-  const postingSeconds = histogram(
-    "posting_duration_seconds",
-    "Duration of a posting.",
-    [0.005, 0.02, 0.1, 0.5, 2, 10],
-  );
-  const syncSeconds = histogram(
-    "journal_sync_duration_seconds",
-    "Duration of a journal sync.",
-    [0.0001, 0.0005, 0.002, 0.01, 0.05, 0.25, 1],
-  );
-  const frameBytes = histogram(
-    "journal_frame_bytes",
-    "Bytes written by a journal sync.",
-    [256, 4_096, 65_536, 1_048_576, 16_777_216],
-  );
-  const frameAppends = histogram(
-    "journal_frame_requests",
-    "Requests that shared a journal sync.",
-    [1, 4, 16, 64, 256],
-  );
+  const postingSeconds = histogram("posting_duration_seconds", "Duration of a posting.");
+  const syncSeconds = histogram("journal_sync_duration_seconds", "Duration of a journal sync.");
+  const frameBytes = histogram("journal_frame_bytes", "Bytes written by a journal sync.");
+  const frameAppends = histogram("journal_frame_requests", "Requests that shared a journal sync.");
   const rejected = counted("events_rejected", "Lines rejected, by their first fault.", ["reason"]);
   const labels = ["method", "route", "status"];
   const requests = counted("http_requests", "Requests answered, by route and status.", labels);
@@ -106,9 +98,10 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
       users.inc(posting.users);
       postingSeconds.observe(posting.ms / 1000);
     },
-    async scrape() {
+    contentType: registry.contentType,
+    scrape(): Promise<string> {
       posted.refresh().catch(() => {}); // for the next one: no scrape waits for the database
-      return { type: registry.contentType, text: await registry.metrics() };
+      return registry.metrics();
     },
   };
 
