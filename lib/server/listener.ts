@@ -2,6 +2,8 @@
 import { readFileSync } from "node:fs";
 import { createSecureContext } from "node:tls";
 
+import type { AnyElysia } from "elysia";
+
 import { InvalidSetting } from "../config.ts";
 import type { Log } from "../log.ts";
 import type { Metrics } from "./metrics.ts";
@@ -19,16 +21,7 @@ export interface Address {
   tls: TlsFiles | null;
 }
 
-export interface TlsFiles {
-  cert: string;
-  key: string;
-}
-
-/** What an Elysia app is to this file. */
-interface App {
-  server: Bun.Server<unknown> | null;
-  listen(options: Bun.Serve.Options<unknown>): unknown;
-}
+type TlsFiles = Record<"cert" | "key", string>;
 
 /**
  * For Elysia's `wrap`: gives each request an id, counts its answer, and logs it at level `debug`. It is
@@ -59,7 +52,7 @@ export function observe(log: Log, metrics: Metrics, routeOf: (path: string) => s
 }
 
 /** Serves `app` at `address`. Throws one line that names what is wrong with the address or the files. */
-export function listen(app: App, address: Address) {
+export function listen(app: AnyElysia, address: Address) {
   const { hostname, tls } = address;
   const draining = new Set<Bun.Server<unknown>>();
   let server = serve(address.port, tls && readCertificate(tls));
@@ -108,7 +101,7 @@ export function listen(app: App, address: Address) {
         development: false,
         // The limits of each body answer with a problem document; Bun's would cut the connection.
         maxRequestBodySize: Number.MAX_SAFE_INTEGER,
-      } as Bun.Serve.Options<unknown>);
+      });
       return app.server as Bun.Server<unknown>;
     } catch (error) {
       const { code, message } = error as Error & { code?: string };
