@@ -109,17 +109,15 @@ export function openSources(journal: Journal, database: Database) {
 
   async function readTail(): Promise<void> {
     const reader = await openJournalReader(path);
-    const posted = reader ? await readPosted(database, reader.id).catch(nullIfUnavailable) : null;
-    if (reader) {
-      const from = Math.max(posted ?? 0, reader.start);
-      try {
-        await readMarks(reader, from);
-      } catch (error) {
-        // Its segment may have been posted and deleted since the ledger was asked.
-        const start = (await openJournalReader(path))?.start ?? 0;
-        if (from < start) return readTail();
-        throw error;
-      }
+    const posted = await readPosted(database, journal.id).catch(nullIfUnavailable);
+    const from = Math.max(posted ?? 0, reader?.start ?? 0);
+    try {
+      if (reader) await readMarks(reader, from);
+    } catch (error) {
+      // Its segment may have been posted and deleted since the ledger was asked.
+      const start = (await openJournalReader(path))?.start ?? 0;
+      if (from < start) return readTail();
+      throw error;
     }
     if (marks === "unread") marks = reader?.start === 0 && !posted ? "whole" : "tail";
   }
@@ -151,9 +149,7 @@ export function openSources(journal: Journal, database: Database) {
 function sharedAttempt(attempt: () => Promise<void>): () => Promise<void> {
   let current: Promise<void> | null = null;
   return () => {
-    current ??= attempt().finally(() => {
-      current = null;
-    });
+    current ??= attempt().finally(() => void (current = null));
     return current;
   };
 }
