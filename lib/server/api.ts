@@ -38,6 +38,8 @@ const Counts = t.Object({
   position: t.String(),
 });
 
+const Readiness = t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() });
+
 /** What the routes that receive lines have in common; `readEvents` reads their bodies. */
 const receivesLines = {
   grants: "events:write",
@@ -159,9 +161,7 @@ export function createApi(parts: Parts) {
       detail: { summary: "200 while the process serves" },
     })
     .get("/readyz", readReadiness, {
-      response: {
-        200: t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() }),
-      },
+      response: { 200: Readiness },
       detail: {
         summary: "200 when events can be stored and balances read, with the lag of posting",
       },
