@@ -9,7 +9,7 @@ import { exportJWK, generateKeyPair, type JWTPayload, SignJWT, UnsecuredJWT } fr
 import { openThrottle } from "../../lib/server/throttle.ts";
 import { InvalidToken, KeysUnavailable, openTokens } from "../../lib/server/token.ts";
 import { connectTest, testDatabase } from "../support/postgres.ts";
-import { run, startApp, tempDir } from "../support/programs.ts";
+import { run, startApp, tempDir, until } from "../support/programs.ts";
 
 setDefaultTimeout(30_000);
 
@@ -350,7 +350,7 @@ test("a secret is rotated under load without rejecting any valid credential", as
     });
     const grow = async () => {
       const enough = statuses.length + 200;
-      while (statuses.length < enough) await Bun.sleep(5);
+      await until(() => statuses.length >= enough);
     };
     await grow();
     app = await replace(app, `${OLD},${NEW}`);
