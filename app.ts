@@ -26,12 +26,14 @@ import type { Access } from "./lib/server/auth.ts";
 import { listen, readCertificate } from "./lib/server/listener.ts";
 import { type Metrics, openMetrics } from "./lib/server/metrics.ts";
 import { watchPosted } from "./lib/server/posted.ts";
-import { openSources } from "./lib/server/sources.ts";
 import { openTokens, printToken, SCOPES } from "./lib/server/token.ts";
 
 export type { App } from "./lib/server/api.ts";
 
-/** A start waits this long for the ledger to say how far the journal is posted; it takes some 50 ms. */
+/**
+ * Before anything is stored on top of the journal, a start waits this long for the ledger to say how far
+ * it is posted. That takes some 50 ms, if the database answers at all.
+ */
 const COMPARE_MS = 500;
 
 async function main(): Promise<number> {
@@ -42,7 +44,7 @@ async function main(): Promise<number> {
   const logLine = (line: string) => log.info(line);
   const access = openAccess(settings, log);
   const schema = await openSchema(settings);
-  const address = openAddress(settings);
+  const isHttps = readCertificate(settings) !== null; // throws before anything is created
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
@@ -60,13 +62,11 @@ async function main(): Promise<number> {
   const posted = watchPosted(journal, database);
   stack.defer(() => posted.close());
   posted.compared.catch(() => stop.abort());
-  // Before anything is stored on top of the journal, if the database answers at all.
   await Promise.race([posted.asked, Bun.sleep(COMPARE_MS)]);
   const metrics = openMetrics(journal, posted);
-  const sources = openSources(journal, database);
-  const parts = { journal, database, sources, access, schema, log, posted, metrics };
-  const server = listen(createApi({ ...parts, isHttps: address.tls !== null }), address);
-  if (address.tls) process.on("SIGHUP", () => server.renewCertificate(log));
+  const parts = { journal, database, access, schema, log, posted, metrics, isHttps };
+  const server = listen(createApi(parts), settings);
+  if (isHttps) process.on("SIGHUP", () => server.renewCertificate(log));
   print(`listening on ${server.origin}`);
   log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
   const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, log, metrics);
@@ -123,18 +123,11 @@ async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings) {
   return path ? (await import("./lib/server/event-schema.ts")).openEventSchema(path) : null;
 }
 
-/** Throws InvalidSetting where the certificate cannot be used: before anything is created. */
-function openAddress({ HOST: hostname, PORT: port, TLS_CERT: cert, TLS_KEY: key }: AppSettings) {
-  const tls = cert && key ? { cert, key } : null;
-  if (tls) readCertificate(tls);
-  return { hostname, port, tls };
-}
-
 /** An embedded Postgres on the same disk keeps some room for itself. */
 function openServerJournal(settings: AppSettings, say: (line: string) => void): Promise<Journal> {
-  const { DATA_DIR, DATABASE_URL, JOURNAL_SEGMENT_BYTES: segmentBytes } = settings;
+  const { DATA_DIR: directory, DATABASE_URL, JOURNAL_SEGMENT_BYTES: segmentBytes } = settings;
   return openJournal({
-    directory: DATA_DIR,
+    directory,
     say,
     disk: DATABASE_URL ? disk : leavingRoom(disk),
     segmentBytes,

@@ -20,7 +20,7 @@ import type { Metrics } from "./metrics.ts";
 import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
 import type { PostedWatch } from "./posted.ts";
 import { allowedMethods, Problem, problems, routeOf, unavailable } from "./problem.ts";
-import { readSourceHeaders, requireSourceName, sourceHeaders, type Sources } from "./sources.ts";
+import { openSources, readSourceHeaders, requireSourceName, sourceHeaders } from "./sources.ts";
 import type { Scope } from "./token.ts";
 
 /** `?after=` waits this long. */
@@ -54,7 +54,6 @@ export type App = ReturnType<typeof createApi>;
 export interface Parts {
   journal: Journal;
   database: Database;
-  sources: Sources;
   access: Access;
   schema: EventSchema | null;
   log: Log;
@@ -65,9 +64,10 @@ export interface Parts {
 
 /** The routes, ready to listen. */
 export function createApi(parts: Parts) {
-  const { journal, database, sources, access, schema, log, posted, metrics, isHttps } = parts;
+  const { journal, database, access, schema, log, posted, metrics, isHttps } = parts;
   const authorize = openAuth(access);
   const budget = openMemoryBudget();
+  const sources = openSources(journal, database);
   const journalHealth = watchHealth(log, "error", "journal: events are stored again");
   const databaseHealth = watchHealth(log, "warn", "database: available again");
   const faults = watchHealth(log, "error", "");

@@ -49,8 +49,7 @@ export interface Received {
  * The body of `POST /liveEvent` as a line of the journal, with the `Idempotency-Key` as its id. Throws a
  * Problem that says why it is no event.
  */
-export async function readEvent(received: Received): Promise<Uint8Array> {
-  const { request, reservation, schema, onRejected } = received;
+export async function readEvent({ request, reservation, schema, onRejected }: Received) {
   requireType(request, "application/json");
   if ((request.headers.get("content-encoding") ?? "identity") !== "identity")
     throw new Problem(415, "a single event must be sent without Content-Encoding");

@@ -4,7 +4,7 @@ import { createSecureContext } from "node:tls";
 
 import type { AnyElysia } from "elysia";
 
-import { InvalidSetting } from "../config.ts";
+import { InvalidSetting, type SettingsOf } from "../config.ts";
 import type { Log } from "../log.ts";
 import type { Metrics } from "./metrics.ts";
 
@@ -14,14 +14,8 @@ const IDLE_S = 30;
 /** A sender's own request id is kept if it can stand in a log. */
 const REQUEST_ID = /^[\w.:+/=-]{1,128}$/;
 
-export interface Address {
-  hostname: string;
-  port: number;
-  /** Paths of PEM files, for HTTPS. */
-  tls: TlsFiles | null;
-}
-
-type TlsFiles = Record<"cert" | "key", string>;
+/** Where to listen; with the paths of PEM files, over HTTPS. */
+type Address = Pick<SettingsOf<"app">, "HOST" | "PORT" | "TLS_CERT" | "TLS_KEY">;
 
 /**
  * For Elysia's `wrap`: gives each request an id, counts its answer, and logs it at level `debug`. It is
@@ -53,15 +47,16 @@ export function observe(log: Log, metrics: Metrics, routeOf: (path: string) => s
 
 /** Serves `app` at `address`. Throws one line that names what is wrong with the address or the files. */
 export function listen(app: AnyElysia, address: Address) {
-  const { hostname, tls } = address;
+  const { HOST: hostname } = address;
+  const certificate = readCertificate(address);
   const draining = new Set<Bun.Server<unknown>>();
-  let server = serve(address.port, tls && readCertificate(tls));
+  let server = serve(address.PORT, certificate);
   const { port } = server;
   const host = hostname.includes(":") ? `[${hostname}]` : hostname;
 
   return {
     /** `http://HOST:PORT` */
-    origin: `${tls ? "https" : "http"}://${host}:${port}`,
+    origin: `${certificate ? "https" : "http"}://${host}:${port}`,
     /** Reads the certificate again. Where it is invalid, the old one stays in use, and the log says why. */
     renewCertificate(log: Log): void {
       // Bun's `reload` ignores a new certificate. So a second server listens beside the first, which
@@ -69,7 +64,7 @@ export function listen(app: AnyElysia, address: Address) {
       // of these at that moment has to retry.
       const old = server;
       try {
-        server = serve(port as number, tls && readCertificate(tls));
+        server = serve(port as number, readCertificate(address));
       } catch (error) {
         return log.error(`the old certificate stays in use: ${(error as Error).message}`);
       }
@@ -86,17 +81,16 @@ export function listen(app: AnyElysia, address: Address) {
     },
   };
 
-  function serve(port: number, certificate: TlsFiles | null): Bun.Server<unknown> {
+  function serve(port: number, tls: typeof certificate): Bun.Server<unknown> {
     try {
       // The first listener probes the port: with `reusePort` another process on it would go unnoticed.
-      if (certificate && !app.server)
-        Bun.listen({ hostname, port, socket: { data() {} } }).stop(true);
+      if (tls && !app.server) Bun.listen({ hostname, port, socket: { data() {} } }).stop(true);
       app.listen({
         hostname,
         port,
-        ...(certificate ? { tls: certificate } : {}),
+        ...(tls ? { tls } : {}),
         // Only for a new certificate: a second server on this port would silently get half of the requests.
-        reusePort: certificate !== null,
+        reusePort: tls !== null,
         idleTimeout: IDLE_S,
         development: false,
         // The limits of each body answer with a problem document; Bun's would cut the connection.
@@ -113,9 +107,10 @@ export function listen(app: AnyElysia, address: Address) {
   }
 }
 
-/** Reads a certificate and its key. Throws InvalidSetting when they cannot be used. */
-export function readCertificate(tls: TlsFiles): TlsFiles {
-  const pem = { cert: readPem("TLS_CERT", tls.cert), key: readPem("TLS_KEY", tls.key) };
+/** Reads the certificate and its key, if they are set. Throws InvalidSetting when they cannot be used. */
+export function readCertificate({ TLS_CERT, TLS_KEY }: Address) {
+  if (!TLS_CERT || !TLS_KEY) return null;
+  const pem = { cert: readPem("TLS_CERT", TLS_CERT), key: readPem("TLS_KEY", TLS_KEY) };
   try {
     createSecureContext(pem); // while the old ones are still in use
   } catch (error) {

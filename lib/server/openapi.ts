@@ -27,14 +27,13 @@ export const EventShape = Type.Object(
     examples: [{ userId: "user1", name: "add_revenue", value: 98 }],
   },
 );
-export type Event = Static<typeof EventShape>;
 
 /**
  * The bodies, for typed clients only. Nothing but `decodeEvent` checks them, because it sees the digits
  * as written. With a schema here, the OpenAPI plugin would omit what `detail` says of the body, since
  * Elysia does not parse it.
  */
-export const EventBody = undefined as unknown as TUnsafe<Event>;
+export const EventBody = undefined as unknown as TUnsafe<Static<typeof EventShape>>;
 export const EventsBody = undefined as unknown as TUnsafe<string>;
 
 /** An event in OpenAPI's words: the types in force, and the team's own schema. */

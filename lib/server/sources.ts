@@ -38,8 +38,6 @@ const NOTHING_STORED: SourceState = {
   digest: new Bun.CryptoHasher("sha256").digest("hex"),
 };
 
-export type Sources = ReturnType<typeof openSources>;
-
 export function openSources(journal: Journal, database: Database) {
   const { path } = journal;
   const known = new Map<string, SourceState>();
@@ -57,11 +55,10 @@ export function openSources(journal: Journal, database: Database) {
      */
     store(mark: SourceMark, lines: Uint8Array): Promise<{ position: number } | SourceState> {
       const storing = (queues.get(mark.name) ?? Promise.resolve()).then(() => store(mark, lines));
-      const settled = storing
-        .catch(() => {})
-        .then(() => {
-          if (queues.get(mark.name) === settled) queues.delete(mark.name);
-        });
+      const leave = () => {
+        if (queues.get(mark.name) === settled) queues.delete(mark.name);
+      };
+      const settled: Promise<void> = storing.then(leave, leave);
       queues.set(mark.name, settled);
       return storing;
     },

@@ -421,8 +421,8 @@ export const BREAKS: readonly Break[] = [
 
   without(
     "the comparison of the journal with a ledger that answers late",
-    "!hasAnswered || waiters.length",
-    "waiters.length",
+    "!hasAnswered || waiting.size",
+    "waiting.size",
     "processor/check",
   ),
 
