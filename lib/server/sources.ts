@@ -33,10 +33,7 @@ export interface SourceState {
   digest: string;
 }
 
-const NOTHING_STORED: SourceState = {
-  offset: 0,
-  digest: new Bun.CryptoHasher("sha256").digest("hex"),
-};
+const NOTHING_STORED = { offset: 0, digest: new Bun.CryptoHasher("sha256").digest("hex") };
 
 export function openSources(journal: Journal, database: Database) {
   const { path } = journal;
