@@ -1,6 +1,6 @@
 /**
- * Who may do what: every kind of route, asked with every kind of credential, of servers that take
- * secrets, tokens of a secret, and tokens of keys that this test serves.
+ * Authorization: every kind of route with every kind of credential, on servers that accept secrets,
+ * tokens signed with a secret, and tokens signed with keys that this test serves.
  */
 import { afterAll, beforeAll, expect, setDefaultTimeout, setSystemTime, test } from "bun:test";
 
@@ -78,7 +78,7 @@ beforeAll(async () => {
     start(2, { READ_SECRET: `other,${READER}`, JWT_SECRET, ...ISSUER }),
     start(3, { HOST: "0.0.0.0" }),
   ]);
-  await fetch(`${open.url}/readyz`); // makes the tables
+  await fetch(`${open.url}/readyz`); // creates the tables
   await using sql = connectTest(databaseOf.url);
   await sql`insert into users_revenue values ('ann', 1), ('ben', 2)`;
 });
@@ -95,7 +95,7 @@ const SHA256 = new Bun.CryptoHasher("sha256").update(`${EVENT}\n`).digest("hex")
 const json = { "content-type": "application/json" };
 const ndjson = { "content-type": "application/x-ndjson" };
 
-/** A route of each kind: the request, and what it answers to whom it serves. */
+/** A route of each kind: the request, and the status for a caller who may make it. */
 const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => string, number][]> = {
   write: [
     [{ method: "POST", headers: json, body: EVENT }, () => "/liveEvent", 201],
@@ -146,7 +146,7 @@ test("/openapi/json says which routes need a credential", async () => {
   expect(await secured(keyed)).toEqual([...writes, ...reads].toSorted());
 });
 
-/** `ok`, or the status, for each kind of route; and the word for what is wrong with a token. */
+/** For each kind of route `ok` or the status, and the fault that is reported for a token. */
 type Row = [who: string, credential: string | null, answers: Answers, word?: string];
 type Answers = Partial<Record<keyof typeof ROUTES, number>>;
 const ALL: Answers = {};
@@ -191,7 +191,7 @@ const SECRETS: Row[] = [
   ["new", `Bearer ${NEW}`, ALL],
 ];
 
-// Who presents much that is wrong waits: each test has a server of its own, and all wait at once.
+// Callers with many invalid credentials are slowed down: each test has its own server, and they run together.
 test.concurrent(
   "secrets of a server without READ_SECRET: each route for each credential",
   async () => {
@@ -206,7 +206,7 @@ test.concurrent("on a non-loopback address reading requires a credential", async
 
 test.concurrent("tokens of an issuer's keys: each route for each kind of credential", async () => {
   const bySecret = await sign({ ...GOOD, ...both }, JWT_SECRET);
-  // The public key as if it were a secret: the classic confusion.
+  // The classic confusion: a token signed with the public key as if it were a secret.
   const byPublicKey = await sign({ ...GOOD, ...both }, JSON.stringify(rsa.jwk), { kid: rsa.kid });
   const stranger = await generateKeyPair("ES256");
   const rows: Row[] = [

@@ -1,6 +1,6 @@
 /**
- * The server as a service of somebody else's uses it: through the type that app.ts exports. What does not
- * fit does not compile (`bun check` holds each `@ts-expect-error`), what does works with a real server.
+ * The server as another service uses it: through the type that app.ts exports. Calls that violate it do
+ * not compile (`bun check` verifies each `@ts-expect-error`); the others work with a real server.
  */
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 
@@ -59,7 +59,7 @@ test("a failure is a problem document with its status", async () => {
   expect([data, error?.status as number]).toEqual([null, 404]);
 });
 
-test("what violates the types does not compile, and is rejected", async () => {
+test("calls that violate the types do not compile, and are rejected", async () => {
   // @ts-expect-error wrong field
   const field = await daybook.liveEvent.post({ user: "ann", name: "add_revenue", value: 1 });
   // @ts-expect-error wrong type

@@ -1,4 +1,4 @@
-/** The kinds of events that a team has, and its own rules for them. */
+/** A team's own event types (EVENT_TYPES) and its own rules for events (EVENT_SCHEMA). */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync } from "node:fs";
 
@@ -98,7 +98,7 @@ test("a changed sign affects nothing that is posted, and a rebuild with it requi
   expect(await balances(ledger.url)).toEqual({ ann: "8" });
   expect((await ledger.tool(["--rebuild", "--yes"], other)).code).toBe(0);
   expect(await balances(ledger.url)).toEqual({ ann: "12" });
-  // From here on there is nothing else to ask for.
+  // From here on there is nothing left to confirm.
   expect(await ledger.tool(["--rebuild"], other)).toMatchObject({ code: 0, stderr: "" });
 });
 
@@ -203,7 +203,7 @@ test("of many violations of EVENT_SCHEMA only some are listed, and the server ke
 test("an unusable schema or certificate ends the start with one line", async () => {
   using dir = tempDir();
   await Bun.write(dir.file("bad.json"), '{"type":"nothing"}');
-  await Bun.write(dir.file("async.json"), '{"$async":true,"required":["id"]}'); // would refuse nothing
+  await Bun.write(dir.file("async.json"), '{"$async":true,"required":["id"]}'); // would reject nothing
   for (const env of [
     { EVENT_SCHEMA: dir.file("bad.json") },
     { EVENT_SCHEMA: dir.file("none.json") },

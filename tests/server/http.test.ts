@@ -1,9 +1,9 @@
 /**
- * The HTTP contract, asked of a real server: every route, what it takes, what it refuses and how,
- * and what is on the disk afterwards. The journal is read here by a parser of the test's own.
+ * The HTTP contract of a real server: what each route accepts, what it rejects and how, and what is on
+ * disk afterwards. The test reads the journal with its own parser.
  *
- * Every request carries MARKER in a header, every refused one also in its body: no failure may show
- * it, nor the secret, nor a stack.
+ * Every request carries MARKER in a header, and every rejected one also in its body. No failure may
+ * show it, the secret or a stack.
  */
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync, statSync } from "node:fs";
@@ -553,7 +553,7 @@ for (const body of ["", "\n", "\r\n \n\t\n", "\ufeff"])
 
 const CODINGS: [coding: string, compress: (body: string | Buffer) => Buffer][] = [
   ["gzip", gzipSync],
-  // With the checksum that the zstd program writes too, else damage inside cannot be seen.
+  // With a checksum, as the zstd program writes it; otherwise damage inside goes unnoticed.
   ["zstd", (body) => zstdCompressSync(body, { params: { [constants.ZSTD_c_checksumFlag]: 1 } })],
 ];
 for (const [coding, compress] of CODINGS) {
@@ -692,7 +692,7 @@ test("a keep-alive connection works after each kind of error", async () => {
   expect(statuses).toEqual([400, 422, 201, 413, 201]);
 });
 
-// The end, and the database away
+// The stop, and database outages
 
 test("SIGTERM under load: exit code 0, and each 201 is in the journal once", async () => {
   using dir = tempDir();
@@ -783,7 +783,7 @@ test("when the database returns, posting catches up by itself", async () => {
 
 // Helpers
 
-/** A user that no other test has. */
+/** A user that no other test uses. */
 function newUser(): string {
   return `user-${crypto.randomUUID()}`;
 }
@@ -797,7 +797,7 @@ function written(user: string, value: unknown, name = "add_revenue"): string {
   return `{"userId":${user},"name":"${name}","value":${value}}`;
 }
 
-/** An event of `user` in exactly so many bytes. */
+/** An event of `user` with exactly that many bytes. */
 function padded(user: string, bytes: number): string {
   const bare = event(user, 1).replace(/}$/, `,"pad":""}`);
   return bare.replace(/""}$/, `"${"x".repeat(bytes - bare.length)}"}`);
@@ -814,7 +814,7 @@ function bytesOf(...parts: (string | number[])[]): Bytes {
   return new Uint8Array(Buffer.concat(parts.map((part) => Buffer.from(part as string))));
 }
 
-/** The same body in pieces, its length not announced. */
+/** The same body in pieces, without a Content-Length. */
 function chunked(body: string | Bytes): ReadableStream {
   const bytes = typeof body === "string" ? new TextEncoder().encode(body) : body;
   let at = 0;
@@ -834,7 +834,7 @@ function send(path: string, { method = "GET", headers = {}, body }: Sent = {}): 
   });
 }
 
-/** POST with the secret and the type that the route wants. */
+/** POST with the secret and the Content-Type that the route requires. */
 function write(path: string, body: Sent["body"], headers: Record<string, string> = {}) {
   return send(path, writing(path, body, headers));
 }
@@ -884,7 +884,7 @@ function refusedWrite(
   return refused(path, writing(path, body, headers), status);
 }
 
-/** The problem document (RFC 9457) of a failure, which shows nothing of the request. */
+/** The problem document (RFC 9457) of a failure; checks that it shows nothing of the request. */
 async function problem(response: Response, statuses: number[]) {
   const text = await response.text();
   expect(statuses, text).toContain(response.status);
@@ -917,7 +917,7 @@ function journalLines(text: string): string[] {
   return readJournal(dir.file("eventsPost.jsonl")).lines.filter((line) => line.includes(text));
 }
 
-/** Reads a journal as its format is described; throws where it is not so. */
+/** Reads a journal as its format is documented; throws where it deviates. */
 function readJournal(path: string): { id: string; lines: string[] } {
   const bytes = readFileSync(path);
   let at = 0;
@@ -944,7 +944,7 @@ function readJournal(path: string): { id: string; lines: string[] } {
   }
 }
 
-/** A port on which nobody listens. */
+/** A port that is not in use. */
 async function closedPort(): Promise<number> {
   const server = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
   const { port } = server;
@@ -952,7 +952,7 @@ async function closedPort(): Promise<number> {
   return port;
 }
 
-/** Passes on what arrives at `port`. */
+/** A proxy to `port`. */
 function forward(port: number, hostname: string, toPort: number) {
   type Socket = Bun.Socket<{ other: Promise<Socket> }>;
   const socket = {

@@ -1,4 +1,4 @@
-/** HTTPS by the server itself, and certificates that change while it serves. */
+/** HTTPS served by the server itself, and certificates renewed while it serves. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { connect } from "node:tls";
 
@@ -9,7 +9,7 @@ setDefaultTimeout(30_000);
 const NO_DATABASE = "postgres://daybook:x@127.0.0.1:1/daybook";
 const EVENT = '{"userId":"ann","name":"add_revenue","value":1}';
 
-/** Writes a certificate for 127.0.0.1 in the name of `name`. */
+/** Writes a certificate for 127.0.0.1 with the common name `name`. */
 function certify(folder: { file(name: string): string }, name: string): void {
   const made = Bun.spawnSync(
     `openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=${name}
@@ -21,7 +21,7 @@ function certify(folder: { file(name: string): string }, name: string): void {
   if (!made.success) throw new Error(`openssl: ${made.stderr}`);
 }
 
-/** In whose name the server at `port` presents itself. */
+/** The name in the certificate that the server at `port` presents. */
 function nameOf(port: number): Promise<string> {
   return new Promise((resolve, reject) => {
     const socket = connect({ port, host: "127.0.0.1", rejectUnauthorized: false }, () => {

@@ -1,4 +1,4 @@
-/** What the programs that stay say of themselves: what changes, once; and never a body or a secret. */
+/** The log of long-running programs: each change once, never a body or a secret. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { join } from "node:path";
 
@@ -46,11 +46,11 @@ test("a database outage is logged once, its failures are counted, and its end is
   await until(async () => (await ask()) === 404);
   await until(() => app.stderr.text().includes("processor: posting again"));
   const lines = app.stderr.text().trimEnd().split("\n");
-  const away = lines.filter(
+  const outages = lines.filter(
     (line) => line.startsWith('{"level":"warn"') && line.includes('"database: '),
   );
-  // The first connection is cut, the next ones are refused: two reasons at most.
-  expect(away.length).toBeWithin(1, 3);
+  // The first connection is cut and later ones are refused: at most two reasons.
+  expect(outages.length).toBeWithin(1, 3);
   const [back, ...others] = lines.filter((line) => line.includes("database: available again"));
   expect(others).toEqual([]);
   expect(JSON.parse(back!).failures).toBeWithin(20, 22);
@@ -64,7 +64,7 @@ test("a full disk is logged once, and so is the first event that is stored again
   });
   const limit = (bytes: string) =>
     Bun.spawnSync(["prlimit", `--pid=${app.pid}`, `--fsize=${bytes}:`]).exitCode;
-  if (limit("4000") !== 0) return; // not on this system
+  if (limit("4000") !== 0) return; // unsupported on this system
   const send = async () =>
     (await app.post({ userId: "ann", name: "add_revenue", value: 1, note: "n".repeat(900) }))
       .status;

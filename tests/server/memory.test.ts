@@ -1,6 +1,6 @@
 /**
- * More than the server can take: slow senders, large bodies, many at once. It refuses what it has
- * no room for, keeps what it has acknowledged, answers everybody else, and its memory stays flat.
+ * Overload: slow senders, large bodies, many at once. The server rejects what it has no room for, keeps
+ * what it has acknowledged, keeps answering other requests, and its memory stays flat.
  */
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync, readFileSync } from "node:fs";
@@ -11,10 +11,10 @@ import { IS_LONG } from "../support/random.ts";
 
 const KIB = 1024;
 const MIB = 1024 * KIB;
-/** What the process may ever have needed. Linux only. */
+/** The limit of the peak memory. Linux only. */
 const MAX_BYTES = 300 * MIB;
 const SLOW_SENDERS = 200;
-/** A quarter more than the process may need. */
+/** A quarter more than that limit. */
 const BODIES = 24;
 const NOWHERE = "postgres://nobody@127.0.0.1:1/nothing";
 
@@ -22,7 +22,7 @@ type App = Awaited<ReturnType<typeof startApp>>;
 
 setDefaultTimeout(90_000);
 
-/** One server for all of it: its memory stays flat also over what came before. */
+/** All tests share one server: its memory must stay flat across them. */
 const dir = tempDir();
 let app: App;
 
@@ -60,7 +60,7 @@ test(`while ${SLOW_SENDERS} senders are slow, other requests are answered, and i
 });
 
 test(`${BODIES} bodies of 16 MiB at once are each stored whole or answered 503, in bounded memory`, async () => {
-  // Long lines are many bytes, short ones much work.
+  // Long lines mean many bytes, short lines much work.
   const fillers = [900, 0].map((noteBytes) =>
     Buffer.from(line("filler", noteBytes).repeat((16 * MIB) / (100 + noteBytes))),
   );
@@ -68,7 +68,7 @@ test(`${BODIES} bodies of 16 MiB at once are each stored whole or answered 503, 
   const answers = await Promise.all(
     Array.from({ length: BODIES }, (_, i) => {
       const parts = [Buffer.from(line(`first${i}`)), fillerOf(i), Buffer.from(line(`last${i}`))];
-      // Every third is sent without its length.
+      // Every third is sent without a Content-Length.
       return app.postLines(i % 3 === 0 ? (streamed(parts) as never) : joined(parts));
     }),
   );
@@ -79,7 +79,7 @@ test(`${BODIES} bodies of 16 MiB at once are each stored whole or answered 503, 
   expect(others).toEqual(Object.fromEntries(ends.map((user) => [user, 1])));
   const counts = fillers.map((filler) => countUsers(filler, "filler")["filler"] as number);
   expect(found).toBe(taken.reduce((sum, i) => sum + (counts[i % 2] as number), 0));
-  // When it is over there is room again.
+  // Afterwards there is room again.
   await until(async () => (await app.postLines(joined([fillerOf(0)]))).status === 201);
   expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
 });
@@ -123,9 +123,9 @@ test("the memory budget of senders that disconnect is released", async () => {
 
 // Helpers
 
-/** The users in the journal whose names begin so, and how many events each has. */
+/** The users in the journal whose names have this prefix, and how many events each has. */
 function users(...beginnings: string[]): Record<string, number> {
-  // Where more of the large bodies are taken than a file holds, there are two.
+  // If more large bodies are accepted than one file holds, there are two.
   const files = readdirSync(dir.path).filter((name) => /^eventsPost.*\.jsonl$/.test(name));
   const lines = Buffer.concat(files.map((name) => readFileSync(dir.file(name))));
   return Object.assign({}, ...beginnings.map((beginning) => countUsers(lines, beginning)));
@@ -140,7 +140,7 @@ function joined(parts: Buffer[]): Uint8Array<ArrayBuffer> {
   return new Uint8Array(Buffer.concat(parts));
 }
 
-/** In pieces, the length not announced. */
+/** The body in pieces, without a Content-Length. */
 function streamed(parts: Buffer[]): ReadableStream {
   const pieces = parts.flatMap((part) =>
     Array.from({ length: Math.ceil(part.length / (256 * KIB)) }, (_, i) =>
@@ -156,7 +156,7 @@ function streamed(parts: Buffer[]): ReadableStream {
   });
 }
 
-/** A connection of its own that has sent the head of a request, and sends its body when told to. */
+/** A separate connection that has sent the head of a request, and sends its body on demand. */
 async function openSender(app: App, bodyBytes: number, chunked: boolean) {
   const { hostname, port } = new URL(app.url);
   const socket = await new Promise<Socket>((resolve, reject) => {
@@ -183,7 +183,7 @@ async function openSender(app: App, bodyBytes: number, chunked: boolean) {
   };
 }
 
-/** Which were answered 201; all others must have been told to come back. */
+/** The indexes of the answers 201; every other answer must be a 503 with Retry-After. */
 async function sort(answers: Response[]): Promise<number[]> {
   const taken: number[] = [];
   for (const [i, response] of answers.entries()) {
@@ -198,7 +198,7 @@ async function sort(answers: Response[]): Promise<number[]> {
 function countUsers(lines: Buffer, beginning: string): Record<string, number> {
   const counts: Record<string, number> = {};
   const field = '{"userId":"';
-  // What other tests have sent is passed by without a look at each line.
+  // Skips what other tests have sent without parsing each line.
   const begin = Buffer.from(field + beginning);
   for (let at = lines.indexOf(begin); at >= 0; at = lines.indexOf(begin, at)) {
     at += field.length;
@@ -208,7 +208,7 @@ function countUsers(lines: Buffer, beginning: string): Record<string, number> {
   return counts;
 }
 
-/** The most memory that the process ever had; 0 where the system does not say. */
+/** The peak memory of the process; 0 where the system does not report it. */
 function peakBytes(app: App): number {
   if (process.platform !== "linux") return 0;
   const status = readFileSync(`/proc/${app.pid}/status`, "utf8");

@@ -1,4 +1,4 @@
-/** What /metrics says after all kinds of traffic and trouble, and the alert rules of the README. */
+/** The metrics after all kinds of traffic and failures, and the alert rules of the README. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -22,7 +22,7 @@ async function scrape(url: string): Promise<Record<string, number>> {
   return Object.fromEntries(samples.map(([, name, value]) => [name, Number(value)]));
 }
 
-test("after all kinds of traffic every metric is right, has few labels, and is named by Prometheus' rules", async () => {
+test("after all kinds of traffic every metric is correct, has few labels, and follows Prometheus' naming rules", async () => {
   using dir = tempDir();
   await using database = await testDatabase();
   await using app = await startApp({ dataDir: dir.path, databaseUrl: database.url });
@@ -86,7 +86,7 @@ test("after all kinds of traffic every metric is right, has few labels, and is n
   }
 });
 
-// They wait more than they do.
+// These mostly wait, so they run together.
 test.concurrent(
   "lag is reported in bytes and seconds, by /readyz too, and survives a restart",
   async () => {
@@ -98,12 +98,12 @@ test.concurrent(
       await until(async () => (await fetch(`${app.url}/readyz`)).status === 200);
       proxy.cut();
       expect((await app.post(event({}))).status).toBe(201);
-      const away = await until(async () => {
+      const during = await until(async () => {
         const found = await scrape(app.url);
         return found["daybook_posting_lag_seconds"]! > 1.5 && found;
       });
-      expect(away["daybook_posting_lag_bytes"]).toBeWithin(50, 300);
-      expect(away["daybook_database_up"]).toBe(0);
+      expect(during["daybook_posting_lag_bytes"]).toBeWithin(50, 300);
+      expect(during["daybook_database_up"]).toBe(0);
       expect((await fetch(`${app.url}/readyz`)).status).toBe(503);
       app.kill("SIGTERM");
       await app.exit();
@@ -140,7 +140,7 @@ test("a full journal is reported as not writable until there is room", async () 
   });
   const limit = (bytes: string) =>
     Bun.spawnSync(["prlimit", `--pid=${app.pid}`, `--fsize=${bytes}:`]).exitCode;
-  if (limit("4000") !== 0) return; // not on this system
+  if (limit("4000") !== 0) return; // unsupported on this system
   const send = async () => (await app.post(event({ note: "n".repeat(900) }))).status;
   await until(async () => (await send()) === 507);
   expect((await scrape(app.url))["daybook_journal_writable"]).toBe(0);

@@ -1,7 +1,7 @@
 /**
- * Sources over HTTP: bytes that are taken once, whoever sends them, to whichever server, whatever
- * dies in between. Each event has a user of its own, worth its number, so that each can be seen by
- * itself: a lost one is missing, a double one has twice its value.
+ * Sources over HTTP: each byte counts once, whichever client sends it, whichever server receives it, and
+ * whatever dies in between. Each event has its own user and its number as value, so every single one can
+ * be checked: a lost event is missing, one counted twice has twice its value.
  */
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
@@ -45,7 +45,7 @@ test("an unknown source is answered 404", async () => {
   expect((await look(newName())).status).toBe(404);
 });
 
-test("HEAD says how much is stored, and the digest that the sender gave", async () => {
+test("HEAD answers how much is stored, and the digest that the sender gave", async () => {
   const name = newName();
   const bytes = lines(1, 3);
   await take(name, bytes);
@@ -55,7 +55,7 @@ test("HEAD says how much is stored, and the digest that the sender gave", async 
   expect(headers.get("source-digest")).toBe(sha256(bytes));
 });
 
-test("bytes are stored one behind the other, and each event counts once", async () => {
+test("successive bytes are stored, and each event counts once", async () => {
   const name = newName();
   const [user, other] = [newName(), newName()];
   const bytes = bytesOf(event(user, 1), event(other, 2), event(user, 3));
@@ -246,7 +246,7 @@ test("a byte order mark at offset 0 counts as three bytes; elsewhere it makes a 
   expect(await balanceAfter(user, answer.position)).toBe("5");
 });
 
-test("an empty body stores nothing and moves nothing", async () => {
+test("an empty body stores nothing and leaves the offset unchanged", async () => {
   const name = newName();
   const empty = await patch(name, 0, bytesOf(""));
   expect(empty.answer).toMatchObject({ accepted: 0, rejected: 0 });
@@ -294,7 +294,7 @@ test("an event with a field named source is an event, not a mark", async () => {
   expect((await look(name)).status).toBe(404);
 });
 
-// Death
+// Servers that are killed
 
 test("a server that was killed reports the same offsets as before, posted or not, with or without the database", async () => {
   await using world = await openWorld(1);
@@ -333,7 +333,7 @@ test("a server that was killed reports the same offsets as before, posted or not
     await killed(app);
   }
   {
-    // Without the database it takes what follows.
+    // Without the database the server accepts what follows.
     await using app = await start(NOWHERE, ALONE);
     await check(app, cut);
     for (const [i, { name, bytes }] of sources.entries())
@@ -368,7 +368,7 @@ test(
     const [a, b] = await world.servers();
     await Promise.all(
       sources.map(async (source) => {
-        // All of it goes to the second server, some of it went to the first before that one died.
+        // The second server gets everything; the first got a part of it before it died.
         const until = source.cuts[Math.floor(random() * source.cuts.length)] ?? 0;
         await sendAll(source, 0, until, random, a!);
       }),
@@ -387,7 +387,7 @@ test(
     const wanted = sources.flatMap(({ wanted }) => wanted);
     for (const ledger of [world, other, third]) expect(await ledger.faults(wanted)).toEqual(NONE);
     for (const ledger of [world, other, third]) {
-      // Once more on purpose: a journal given as a file is posted once.
+      // Again on purpose: a journal given as a file is posted once.
       expect(await ledger.post(second, first)).toContain("posted 0 events");
       for (const { name, bytes } of sources)
         expect(await ledger.position(name)).toEqual([bytes.length, sha256(bytes)]);
@@ -441,7 +441,7 @@ test("a last line without newline, whose file grew on another server, counts onc
     await patch(`grows${first}`, 0, bytes, begin!.length + rest[0]!.length - 1, {}, one);
     await patch(`grows${first}`, 0, bytes, bytes.length, {}, two);
   }
-  // Bad lines, carriage returns and blanks are skipped as they were, not one event more.
+  // Bad lines, carriage returns and blanks are skipped exactly, and not one event more.
   const head = `\ufeff${event("u7", 7).replace("\n", "\r\n")}bad, and long enough to be an event of its own, or two of them, or three\n`;
   const rest = `\n\r\n   ${event("u8", 8).replace("\n", " \t\r\n")}${event("u9", 9)}`;
   const bytes = bytesOf(head, rest);
@@ -495,7 +495,7 @@ function numbers(from: number, to: number): number[] {
   return Array.from({ length: to - from }, (_, i) => from + i);
 }
 
-/** One event for each number, each with a user of its own. */
+/** One event for each number, each with its own user. */
 function lines(from: number, to: number): Bytes {
   return bytesOf(...numbers(from, to).map((number) => event(`u${number}`, number)));
 }
@@ -545,7 +545,7 @@ function request(name: string, from: number, bytes: Bytes, to = bytes.length, mo
   return send(name, { method: "PATCH", headers, body: bytes.subarray(from, to) }, on);
 }
 
-/** The same, which must be taken. */
+/** The same; it must be accepted. */
 async function patch(...args: Parameters<typeof request>) {
   const response = await request(...args);
   const text = await response.text();
@@ -593,13 +593,13 @@ function readJournal(path: string): number {
 interface Source {
   name: string;
   bytes: Bytes;
-  /** Where it may be cut: around the ends of its lines. */
+  /** The offsets at which it may be split: around the ends of its lines. */
   cuts: number[];
   /** The numbers of its events. */
   wanted: number[];
 }
 
-/** A file with all that a file may have: bad lines, blanks, both kinds of line ends, a torn end. */
+/** A file with everything a file may contain: bad lines, blanks, both line endings, a torn end. */
 function randomSource(random: Random, name: string, first: number): Source {
   const chance = (part: number) => random() < part;
   const parts = [chance(0.3) ? "\ufeff" : ""];
@@ -627,7 +627,7 @@ function randomSource(random: Random, name: string, first: number): Source {
   return { name, bytes: bytesOf(...parts), cuts: [...new Set([...cuts, at])], wanted };
 }
 
-/** Sends a source from `from` to `to`, cut at some of the places where it may be cut. */
+/** Sends a source from `from` to `to`, split at some of the offsets where that is allowed. */
 async function sendAll(source: Source, from: number, to: number, random: Random, server: App) {
   const cuts = source.cuts.filter((cut) => cut > from && cut < to && random() < 0.4);
   for (const cut of [...cuts, to]) {
@@ -662,13 +662,13 @@ async function openWorld(folders: number) {
       for (const server of servers) cleanup.use(server);
       return servers;
     },
-    /** Posts files; returns what was said. */
+    /** Posts files; returns the output. */
     async post(...files: string[]): Promise<string> {
       const { code, stdout, stderr } = await run("processor.ts", { args: files, env });
       expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
       return stdout;
     },
-    /** Returns when a follower has posted all that `server` has taken. */
+    /** Returns when a follower has posted everything that `server` has accepted. */
     async posted(server: App) {
       const { position: after } = (await (await server.postLines("bad\n")).json()) as Answer;
       const path = `${server.url}/userEvents/nobody?after=${after}`;
