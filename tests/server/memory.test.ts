@@ -183,16 +183,16 @@ async function openSender(app: App, bodyBytes: number, chunked: boolean) {
   };
 }
 
-/** The indexes of the answers 201; every other answer must be a 503 with Retry-After. */
+/** The indexes of the answers 201; every other one must be a 429 or 503 with Retry-After. */
 async function sort(answers: Response[]): Promise<number[]> {
-  const taken: number[] = [];
+  const accepted: number[] = [];
   for (const [i, response] of answers.entries()) {
     await response.bytes();
     expect([201, 429, 503]).toContain(response.status);
-    if (response.status === 201) taken.push(i);
+    if (response.status === 201) accepted.push(i);
     else expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
   }
-  return taken;
+  return accepted;
 }
 
 function countUsers(lines: Buffer, beginning: string): Record<string, number> {
