@@ -18,7 +18,7 @@ import { event, line } from "../support/events.ts";
 import { readFrames } from "../support/journal.ts";
 import { openLedger } from "../support/ledger.ts";
 import { openProxy } from "../support/network.ts";
-import { run, spawn, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
+import { run, spawn, tempDir, until, untilBalance } from "../support/programs.ts";
 import { IS_LONG, seeded } from "../support/random.ts";
 
 setDefaultTimeout(60_000);
@@ -247,9 +247,7 @@ test("a server that starts on an older copy during a database outage exits with 
   await using proxy = await openProxy(ledger.url);
   await restoreOlder(ledger);
   proxy.cut();
-  const { dataDir } = ledger;
-  const args = ["--no-processor"];
-  await using server = await startApp({ dataDir, databaseUrl: proxy.url, args });
+  await using server = await ledger.start({ DATABASE_URL: proxy.url }, ["--no-processor"]);
   await until(() => proxy.refused() > 1);
   expect(server.child.exitCode).toBeNull();
   proxy.mend();
