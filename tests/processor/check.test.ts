@@ -15,7 +15,7 @@ import { type CheckedFile, checkJournal } from "../../lib/journal/check.ts";
 import { repairFile } from "../../lib/journal/repair.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { event, line } from "../support/events.ts";
-import { readFrames } from "../support/journal.ts";
+import { readFrames, segmentNames } from "../support/journal.ts";
 import { openLedger } from "../support/ledger.ts";
 import { openProxy } from "../support/network.ts";
 import { run, spawn, tempDir, until, untilBalance } from "../support/programs.ts";
@@ -37,9 +37,6 @@ async function linesByPosition(path: string): Promise<Map<number, string>> {
   return new Map(frames.map(({ from, payload }) => [from, payload.toString().trim()]));
 }
 
-const filesOf = (directory: string) =>
-  readdirSync(directory).filter((name) => /^eventsPost(\.\d+)?\.jsonl$/.test(name));
-
 async function damageOf(path: string) {
   const { files } = await checkJournal(path, disk);
   return files.flatMap(({ damage }) => damage);
@@ -54,7 +51,7 @@ test("--check counts the frames of an intact journal, and needs no ledger", asyn
   });
   expect(code).toBe(0);
   expect(stdout).toContain(
-    `50 whole frames in ${filesOf(dir.path).length} files; nothing is damaged`,
+    `50 whole frames in ${segmentNames(dir.path).length + 1} files; nothing is damaged`,
   );
   expect(existsSync(join(dir.path, "postgres"))).toBe(false); // the ledger is not needed
 });
@@ -71,7 +68,7 @@ test("a torn tail is not damage", async () => {
 /** A journal of 30 frames in small segments, and one of its segments. */
 async function makeSegments(directory: string, random: () => number) {
   const { path } = await makeJournal(directory, 30, 200 + random() * 2000);
-  const segments = filesOf(directory).filter((name) => name !== "eventsPost.jsonl");
+  const segments = segmentNames(directory);
   const name = segments[Math.floor(random() * segments.length)] as string;
   const segment = join(directory, name);
   return { path, segment, base: Number(name.split(".")[1]), bytes: readFileSync(segment) };
@@ -140,10 +137,9 @@ test(
 test("--repair changes no file of a journal if one of them has the wrong length", async () => {
   await using ledger = await openLedger();
   const { path } = await makeJournal(ledger.dataDir, 10, 400);
-  const [first = "", second = ""] = filesOf(ledger.dataDir)
-    .filter((name) => name !== "eventsPost.jsonl")
-    .toSorted((a, b) => Number(a.split(".")[1]) - Number(b.split(".")[1]))
-    .map((name) => join(ledger.dataDir, name));
+  const [first = "", second = ""] = segmentNames(ledger.dataDir).map((name) =>
+    join(ledger.dataDir, name),
+  );
   const rotten = readFileSync(first).fill("x", 100, 110);
   writeFileSync(first, rotten);
   const cut = readFileSync(second).subarray(0, -1);

@@ -1,6 +1,6 @@
 /** --verify and --rebuild: balances match their sources, and any other change to a balance is found. */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { readdirSync, rmSync } from "node:fs";
+import { rmSync } from "node:fs";
 
 import { openDatabase } from "../../lib/ledger/database.ts";
 import { openTally, tryWithRecountLock, withRecountLock } from "../../lib/ledger/reconcile.ts";
@@ -13,6 +13,7 @@ import { snapshotUpTo } from "../../lib/processor/recount.ts";
 import { deleteSegments } from "../../lib/processor/retention.ts";
 import { Sums } from "../../lib/event/sums.ts";
 import { event, line } from "../support/events.ts";
+import { segmentNames } from "../support/journal.ts";
 import { openLedger } from "../support/ledger.ts";
 import { connectTest } from "../support/postgres.ts";
 import { run, tempDir, until, untilBalance } from "../support/programs.ts";
@@ -29,9 +30,6 @@ async function deleteOld({ url, journal: path }: Ledger, keepDays: number): Prom
   const database = openDatabase(() => url, "test", 1);
   return deleteSegments({ database, path, keepDays }).finally(() => database.close());
 }
-
-const segmentsOf = ({ dataDir }: Ledger) =>
-  readdirSync(dataDir).filter((name) => /^eventsPost\.\d+\.jsonl$/.test(name));
 
 /** Waits until somebody holds the lock of a recount. */
 function untilRecount(sql: ReturnType<typeof connectTest>): Promise<unknown> {
@@ -211,17 +209,17 @@ test("segments are deleted once old and posted, never before, and a recount stil
       if (i % 10 === 0) await server.postLines(`${line("x")}bad\n${line("y", 2, { id: "y" })}`);
     }
   }
-  const before = segmentsOf(ledger);
+  const before = segmentNames(ledger.dataDir);
   expect(before.length).toBeGreaterThan(4);
   {
     await using server = await ledger.start();
     await untilBalance(server, "x", "10");
     expect(await deleteOld(ledger, 1)).toEqual([]); // posted, but not old
-    expect(segmentsOf(ledger)).toEqual(before);
+    expect(segmentNames(ledger.dataDir)).toEqual(before);
   }
   {
     await using server = await ledger.start({ JOURNAL_KEEP_DAYS: "0" });
-    await until(() => segmentsOf(ledger).length === 0);
+    await until(() => segmentNames(ledger.dataDir).length === 0);
     expect((await ledger.tool(["--verify"])).stdout).toEndWith("balances match their sources\n");
     await server.post(event("x"));
     await untilBalance(server, "x", "11");
@@ -243,10 +241,10 @@ test("a segment that is not wholly posted is never deleted", async () => {
   await sql.begin(async (tx) => {
     await tx`lock table users_revenue in exclusive mode`;
     for (let i = 0; i < 30; i++) await server.post(event("ann"));
-    const before = segmentsOf(ledger);
+    const before = segmentNames(ledger.dataDir);
     const deleted = await deleteOld(ledger, 0);
-    expect(segmentsOf(ledger)).toHaveLength(before.length - deleted.length);
-    expect(segmentsOf(ledger).length).toBeGreaterThan(4);
+    expect(segmentNames(ledger.dataDir)).toHaveLength(before.length - deleted.length);
+    expect(segmentNames(ledger.dataDir).length).toBeGreaterThan(4);
   });
   await until(async () => (await server.balance("ann").catch(() => null)) === "31", 30_000);
 });
