@@ -1,11 +1,12 @@
 /**
- * More than the server can take: slow senders, large bodies, many at once. It refuses what it has
- * no room for, keeps what it has acknowledged, answers everybody else, and its memory stays flat.
+ * More than the server can handle: slow senders, large bodies, many at once. It refuses what it has no
+ * memory for, keeps what it has acknowledged, answers all other requests, and its memory stays flat.
  */
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync, readFileSync } from "node:fs";
 import { connect, type Socket } from "node:net";
 
+import { line } from "../support/events.ts";
 import { SECRET, startApp, tempDir, until } from "../support/programs.ts";
 import { IS_LONG } from "../support/random.ts";
 
@@ -22,7 +23,7 @@ type App = Awaited<ReturnType<typeof startApp>>;
 
 setDefaultTimeout(90_000);
 
-/** One server for all of it: its memory stays flat also over what came before. */
+/** One server for all tests, so that its memory must stay flat over all of them. */
 const dir = tempDir();
 let app: App;
 
@@ -37,7 +38,7 @@ afterAll(async () => {
 });
 
 test(`while ${SLOW_SENDERS} senders are slow, other requests are answered, and in the end the slow ones too`, async () => {
-  const event = line("slow", 100);
+  const event = noted("slow", 100);
   const slow = await Promise.all(
     Array.from({ length: SLOW_SENDERS }, (_, i) => openSender(app, event.length, i % 2 === 0)),
   );
@@ -45,8 +46,8 @@ test(`while ${SLOW_SENDERS} senders are slow, other requests are answered, and i
   for (; at < event.length - 1; at++) {
     for (const sender of slow) sender.send(event.slice(at, at + 1));
     const answers = await Promise.all([
-      app.post(line("fast", 1)),
-      app.postLines(line("fast", 1).repeat(100)),
+      app.post(line("fast")),
+      app.postLines(line("fast").repeat(100)),
       fetch(`${app.url}/healthz`),
     ]);
     expect(answers.map(({ status }) => status)).toEqual([201, 201, 200]);
@@ -62,7 +63,7 @@ test(`while ${SLOW_SENDERS} senders are slow, other requests are answered, and i
 test(`${BODIES} bodies of 16 MiB at once are each stored whole or answered 503, in bounded memory`, async () => {
   // Long lines are many bytes, short ones much work.
   const fillers = [900, 0].map((noteBytes) =>
-    Buffer.from(line("filler", noteBytes).repeat((16 * MIB) / (100 + noteBytes))),
+    Buffer.from(noted("filler", noteBytes).repeat((16 * MIB) / (100 + noteBytes))),
   );
   const fillerOf = (i: number) => fillers[i % 2] as Buffer;
   const answers = await Promise.all(
@@ -72,14 +73,14 @@ test(`${BODIES} bodies of 16 MiB at once are each stored whole or answered 503, 
       return app.postLines(i % 3 === 0 ? (streamed(parts) as never) : joined(parts));
     }),
   );
-  const taken = await sort(answers);
-  expect(taken.length).toBeGreaterThan(0);
-  const ends = taken.flatMap((i) => [`first${i}`, `last${i}`]);
+  const accepted = await sort(answers);
+  expect(accepted.length).toBeGreaterThan(0);
+  const ends = accepted.flatMap((i) => [`first${i}`, `last${i}`]);
   const { filler: found, ...others } = users("first", "filler", "last");
   expect(others).toEqual(Object.fromEntries(ends.map((user) => [user, 1])));
   const counts = fillers.map((filler) => countUsers(filler, "filler")["filler"] as number);
-  expect(found).toBe(taken.reduce((sum, i) => sum + (counts[i % 2] as number), 0));
-  // When it is over there is room again.
+  expect(found).toBe(accepted.reduce((sum, i) => sum + (counts[i % 2] as number), 0));
+  // Afterwards the memory is free again.
   await until(async () => (await app.postLines(joined([fillerOf(0)]))).status === 201);
   expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
 });
@@ -90,13 +91,13 @@ test("2,000 bodies of 60 KiB as fast as possible are each stored or answered 503
   const sender = async () => {
     while (next < 2_000) {
       const i = next++;
-      answers[i] = await app.post(line(`user${i}`, 60 * KIB));
+      answers[i] = await app.post(noted(`user${i}`, 60 * KIB));
     }
   };
   await Promise.all(Array.from({ length: 250 }, sender));
-  const taken = await sort(answers);
-  expect(taken.length).toBeGreaterThan(0);
-  expect(users("user")).toEqual(Object.fromEntries(taken.map((i) => [`user${i}`, 1])));
+  const accepted = await sort(answers);
+  expect(accepted.length).toBeGreaterThan(0);
+  expect(users("user")).toEqual(Object.fromEntries(accepted.map((i) => [`user${i}`, 1])));
   expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
 });
 
@@ -115,7 +116,7 @@ test("the memory budget of senders that disconnect is released", async () => {
     expect(Number(refused.headers.get("retry-after"))).toBeGreaterThan(0);
     expect((await fetch(`${app.url}/healthz`)).status).toBe(200);
     for (const sender of senders) sender[Symbol.dispose]();
-    const whole = Buffer.from(line("whole", 900).repeat((16 * MIB) / 1_000));
+    const whole = Buffer.from(noted("whole", 900).repeat((16 * MIB) / 1_000));
     await until(async () => (await app.postLines(joined([whole]))).status === 201);
   }
   expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
@@ -125,15 +126,15 @@ test("the memory budget of senders that disconnect is released", async () => {
 
 /** The users in the journal whose names begin so, and how many events each has. */
 function users(...beginnings: string[]): Record<string, number> {
-  // Where more of the large bodies are taken than a file holds, there are two.
+  // If more of the large bodies are accepted than one file holds, there are two.
   const files = readdirSync(dir.path).filter((name) => /^eventsPost.*\.jsonl$/.test(name));
   const lines = Buffer.concat(files.map((name) => readFileSync(dir.file(name))));
   return Object.assign({}, ...beginnings.map((beginning) => countUsers(lines, beginning)));
 }
 
-function line(user: string, noteBytes = 0): string {
-  const note = noteBytes > 0 ? `,"note":"${"n".repeat(noteBytes)}"` : "";
-  return `{"userId":"${user}","name":"add_revenue","value":1${note}}\n`;
+/** An event with a note of this length. */
+function noted(user: string, noteBytes: number): string {
+  return line(user, 1, { note: "n".repeat(noteBytes) });
 }
 
 function joined(parts: Buffer[]): Uint8Array<ArrayBuffer> {
@@ -156,7 +157,7 @@ function streamed(parts: Buffer[]): ReadableStream {
   });
 }
 
-/** A connection of its own that has sent the head of a request, and sends its body when told to. */
+/** A connection of its own that has sent the head of a request, and sends its body piece by piece. */
 async function openSender(app: App, bodyBytes: number, chunked: boolean) {
   const { hostname, port } = new URL(app.url);
   const socket = await new Promise<Socket>((resolve, reject) => {
@@ -183,22 +184,22 @@ async function openSender(app: App, bodyBytes: number, chunked: boolean) {
   };
 }
 
-/** Which were answered 201; all others must have been told to come back. */
+/** The indexes of the answers with 201. All others must have a Retry-After. */
 async function sort(answers: Response[]): Promise<number[]> {
-  const taken: number[] = [];
+  const accepted: number[] = [];
   for (const [i, response] of answers.entries()) {
     await response.bytes();
     expect([201, 429, 503]).toContain(response.status);
-    if (response.status === 201) taken.push(i);
+    if (response.status === 201) accepted.push(i);
     else expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
   }
-  return taken;
+  return accepted;
 }
 
 function countUsers(lines: Buffer, beginning: string): Record<string, number> {
   const counts: Record<string, number> = {};
   const field = '{"userId":"';
-  // What other tests have sent is passed by without a look at each line.
+  // Events of other tests are skipped without parsing their lines.
   const begin = Buffer.from(field + beginning);
   for (let at = lines.indexOf(begin); at >= 0; at = lines.indexOf(begin, at)) {
     at += field.length;
