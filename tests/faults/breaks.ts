@@ -26,7 +26,7 @@ export const BREAKS: readonly Break[] = [
   without(
     "the order: sync first, then acknowledge",
     "await write(frame);",
-    "for (const { resolve } of group) resolve(base + end); await write(frame);",
+    "for (const { resolve } of group) resolve(header.base + end); await write(frame);",
     "faults/disk",
   ),
   without(
@@ -54,7 +54,7 @@ export const BREAKS: readonly Break[] = [
     "0",
     "faults/disk",
   ),
-  without("the truncation of a torn tail", "await file.truncate(end);", "", "faults/disk"),
+  without("the truncation of a torn tail", "await file.truncate(end);", ";", "faults/disk"),
   without(
     "the truncation of a frame that did not fit on the disk",
     "await file.truncate(end).catch((error)",

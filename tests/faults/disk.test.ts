@@ -1,9 +1,9 @@
 /**
  * The journal on a simulated disk. The oracle is the list of acknowledged lines: after any number of
- * crashes all of them are there, once and whole, and any other line was at least sent.
+ * crashes the journal contains each of them once, whole, and no line that was never sent.
  *
- * A failing seed is printed; FAULT_SEED=N runs that one, FAULT_SEEDS=N runs N seeds from
- * FAULT_SEED_FIRST on.
+ * A failing seed is printed. FAULT_SEED=N runs that one; FAULT_SEEDS=N runs N seeds from
+ * FAULT_SEED_FIRST.
  */
 import { expect, test } from "bun:test";
 
@@ -12,8 +12,10 @@ import { JournalDamage } from "../../lib/journal/format.ts";
 import { JournalFailed, JournalFull, openJournal } from "../../lib/journal/writer.ts";
 import { openJournalReader } from "../../lib/journal/reader.ts";
 import { repairFile } from "../../lib/journal/repair.ts";
+import { readLines } from "../support/journal.ts";
+import { randomOf } from "../support/random.ts";
 import { count as figure } from "./figures.ts";
-import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
+import { HARMLESS, SimulatedDisk } from "./simulated-disk.ts";
 
 const { FAULT_SEED, FAULT_SEED_FIRST, FAULT_SEEDS = "1000" } = process.env;
 const PATH = "data/eventsPost.jsonl";
@@ -31,13 +33,13 @@ test(
       });
     }
     figure("disk seeds", count);
-    // About nine a seed: with fewer, the lives would end before anything happens.
+    // There are about nine for each seed. With fewer, the lives would end before anything happens.
     if (count > 1) expect(acknowledged).toBeGreaterThan(5 * count);
   },
   LIMIT_MS,
 );
 
-/** Several lives of one journal, each ended by a crash; returns how many lines were acknowledged. */
+/** Runs several lives of one journal, each ended by a crash. Returns how many lines were acknowledged. */
 async function live(seed: number): Promise<number> {
   const random = randomOf(seed);
   const odds = {
@@ -46,7 +48,7 @@ async function live(seed: number): Promise<number> {
     failedChange: random() * 0.02,
   };
   const disk = new SimulatedDisk(random, odds);
-  // So small that a life rotates a few times, or not at all.
+  // A life rotates several times, or not at all.
   const segmentBytes = 100 + Math.floor(random() ** 2 * 100_000);
   const acknowledged = new Set<string>();
   const sent = new Set<string>();
@@ -64,11 +66,11 @@ async function live(seed: number): Promise<number> {
 }
 
 test(
-  "a flipped bit in any file of a journal is reported, or costs the last frame; no line is ever wrong",
+  "a flipped bit in any file of a journal is reported or truncates the last frame, and no line is ever wrong",
   async () => {
     const first = Number(FAULT_SEED ?? FAULT_SEED_FIRST ?? Math.floor(Math.random() * 2 ** 30));
     const count = FAULT_SEED ? 1 : Number(FAULT_SEEDS);
-    const ends = { named: 0, healed: 0, "without effect": 0 };
+    const ends = { reported: 0, truncated: 0, "without effect": 0 };
     for (let seed = first; seed < first + count; seed++) {
       const end = await flip(seed).catch((error) => {
         throw new Error(`FAULT_SEED=${seed}: ${(error as Error).message}`, { cause: error });
@@ -81,7 +83,7 @@ test(
   LIMIT_MS,
 );
 
-test("a reader never finds what could not be synced, although its own sync succeeds", async () => {
+test("a reader never returns a frame whose sync failed, although the reader's own sync succeeds", async () => {
   const odds = { noRoom: 0, failedSync: 0, failedChange: 0 };
   const disk = new SimulatedDisk(randomOf(1), odds);
   const mounted = disk.mount();
@@ -95,24 +97,24 @@ test("a reader never finds what could not be synced, although its own sync succe
   expect(await readAll(disk, mounted)).toEqual(["good"]);
 });
 
-test("closing a journal answers the appends that came before", async () => {
+test("close() waits for the appends that came before it", async () => {
   const disk = new SimulatedDisk(randomOf(1), HARMLESS);
   const mounted = disk.mount();
   const journal = await openJournal({ directory: "data", disk: mounted });
   const first = journal.append(Buffer.from("first\n"));
-  const behind = journal.append(Buffer.from("behind\n"));
+  const second = journal.append(Buffer.from("second\n"));
   const closing = journal.close();
-  await Promise.all([first, behind, closing]);
-  expect(await readAll(disk, mounted)).toEqual(["first", "behind"]);
+  await Promise.all([first, second, closing]);
+  expect(await readAll(disk, mounted)).toEqual(["first", "second"]);
   await expect(journal.append(Buffer.from("late\n"))).rejects.toThrow(JournalFailed);
 });
 
-test("a frame whose rotten length extends over everything behind it is reported", async () => {
-  expect(await flip(1_081_058_769)).toBe("named");
+test("a frame whose damaged length reaches beyond everything after it is reported", async () => {
+  expect(await flip(1_081_058_769)).toBe("reported");
 });
 
-/** A journal of several segments with one bit flipped; returns what came of it. */
-async function flip(seed: number): Promise<"named" | "healed" | "without effect"> {
+/** A journal of several segments with one bit flipped; returns how its readers found it. */
+async function flip(seed: number): Promise<"reported" | "truncated" | "without effect"> {
   const random = randomOf(seed);
   const disk = new SimulatedDisk(random, HARMLESS);
   const mounted = disk.mount();
@@ -134,12 +136,13 @@ async function flip(seed: number): Promise<"named" | "healed" | "without effect"
     return bytes;
   });
 
-  // First as a processor that only reads, then as a server that starts, and a processor behind it.
+  // First a processor reads it, then a server starts on it, then a processor reads it again.
   const orDamage = (error: unknown) => {
     if (!(error instanceof JournalDamage)) throw error;
     return error;
   };
-  const here = (lines: string[]) => {
+  /** Whether the last line is missing. Throws if more are, or if a line is wrong. */
+  const isPrefix = (lines: string[]) => {
     const whole = frames.slice(0, lines.length);
     if (lines.join() !== whole.join())
       throw new Error(`wrong lines: ${lines.join().slice(0, 200)}`);
@@ -148,18 +151,18 @@ async function flip(seed: number): Promise<"named" | "healed" | "without effect"
   };
   const isThere = (await openJournalReader(PATH, mounted).catch(orDamage)) !== null;
   const read = isThere ? await readAll(disk, mounted, journal.id).catch(orDamage) : null;
-  if (read && !(read instanceof JournalDamage)) here(read);
+  if (read && !(read instanceof JournalDamage)) isPrefix(read);
   const again = await openJournal({ directory: "data", disk: mounted, segmentBytes: 2_000 }).catch(
     orDamage,
   );
-  if (again instanceof JournalDamage) return "named";
-  if (!isThere) throw new Error(`${path}: no reader finds the journal, and nobody says why`);
+  if (again instanceof JournalDamage) return "reported";
+  if (!isThere) throw new Error(`${path}: a reader found no journal, and no start reported damage`);
   const left = await readAll(disk, mounted, journal.id).catch(orDamage);
-  if (left instanceof JournalDamage) return "named";
-  const healed = here(left);
+  if (left instanceof JournalDamage) return "reported";
+  const isShorter = isPrefix(left);
   await again.append(Buffer.from("last\n"));
   expect(await readAll(disk, mounted)).toEqual([...left, "last"]);
-  return healed ? "healed" : "without effect";
+  return isShorter ? "truncated" : "without effect";
 }
 
 async function oneLife(
@@ -171,7 +174,7 @@ async function oneLife(
   segmentBytes: number,
 ): Promise<void> {
   const mounted = disk.mount();
-  // Opening may fail or be interrupted by the crash: then this life was a short one.
+  // Opening may fail, or be interrupted by the crash. Then this life was a short one.
   const journal = await within(
     openJournal({ directory: "data", disk: mounted, segmentBytes }),
     400,
@@ -195,29 +198,22 @@ async function oneLife(
   }
 }
 
+/** The lines of the journal, which must be the one called `id`. */
 async function readAll(
   disk: SimulatedDisk,
   mounted = disk.mount(),
   id?: string,
 ): Promise<string[]> {
-  const reader = await openJournalReader(PATH, mounted);
-  if (id && reader?.id !== id)
-    throw new Error(`it is taken for the journal ${reader?.id}, not ${id}`);
-  const lines: string[] = [];
-  for (let position = reader?.start ?? 0; reader;) {
-    const frames = await reader.read(position);
-    if (frames.length === 0) break;
-    for (const { payload, to } of frames) {
-      lines.push(...payload.toString().split("\n").slice(0, -1));
-      position = to;
-    }
+  if (id) {
+    const reader = await openJournalReader(PATH, mounted);
+    if (reader?.id !== id) throw new Error(`the reader found journal ${reader?.id}, not ${id}`);
   }
-  return lines;
+  return readLines(PATH, mounted);
 }
 
 function check(lines: string[], acknowledged: Set<string>, sent: Set<string>): void {
   const found = new Set(lines);
-  if (found.size !== lines.length) throw new Error("a line is there twice");
+  if (found.size !== lines.length) throw new Error("the journal contains a line twice");
   for (const line of acknowledged)
     if (!found.has(line)) throw new Error(`lost: ${line.slice(0, 20)}`);
   for (const line of lines)
@@ -246,13 +242,13 @@ async function within<T>(
 }
 
 test(
-  "a power cut during a repair leaves the file as it was or repaired, and keeps what was taken out",
+  "a power cut during a repair leaves the file as it was or repaired, and the damaged bytes are kept",
   async () => {
     const first = Number(FAULT_SEED ?? FAULT_SEED_FIRST ?? Math.floor(Math.random() * 2 ** 30));
     const count = FAULT_SEED ? 1 : Math.ceil(Number(FAULT_SEEDS) / 5);
-    const ends = { untouched: 0, mended: 0 };
+    const ends = { untouched: 0, repaired: 0 };
     for (let seed = first; seed < first + count; seed++) {
-      const end = await dieMending(seed).catch((error) => {
+      const end = await interruptRepair(seed).catch((error) => {
         throw new Error(`FAULT_SEED=${seed}: ${(error as Error).message}`, { cause: error });
       });
       ends[end]++;
@@ -263,7 +259,7 @@ test(
   LIMIT_MS,
 );
 
-async function dieMending(seed: number): Promise<"untouched" | "mended"> {
+async function interruptRepair(seed: number): Promise<"untouched" | "repaired"> {
   const random = randomOf(seed);
   const disk = new SimulatedDisk(random, HARMLESS);
   const journal = await openJournal({ directory: "data", disk: disk.mount() });
@@ -288,12 +284,12 @@ async function dieMending(seed: number): Promise<"untouched" | "mended"> {
   const contents = (path: string) => mounted.withFile(path, (file) => file.read(0, file.bytes));
   const lost = (await contents(`${PATH}.lost-${damage.from}`)) ?? Buffer.alloc(0);
   if (now.damage.length > 0) {
-    if (!bad.equals((await contents(PATH)) ?? Buffer.alloc(0))) throw new Error("half mended");
+    if (!bad.equals((await contents(PATH)) ?? Buffer.alloc(0))) throw new Error("half repaired");
     return "untouched";
   }
   if (!lost.equals(bad.subarray(damage.from, damage.to)))
-    throw new Error(`of what was taken out ${lost.length} bytes are kept`);
+    throw new Error(`${lost.length} of ${damage.to - damage.from} damaged bytes are kept`);
   const lines = (await readAll(disk, mounted)).filter((line) => line.trim() !== "");
   expect(lines).toHaveLength(3);
-  return "mended";
+  return "repaired";
 }

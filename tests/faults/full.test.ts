@@ -48,7 +48,7 @@ function openSmallDisk() {
   };
 }
 
-// Concurrent, because both mostly wait.
+// Concurrent, because both tests mostly wait.
 test.concurrent(
   "a full disk is answered with 507 and acknowledges nothing; reads continue, and writing resumes with free space",
   async () => {

@@ -1,6 +1,6 @@
 /**
- * Input that nobody should send: requests, journals and files generated from a grammar, then mutated. None
- * of it may end the program, hang it, cause a 500, or change what was good.
+ * Invalid input of every kind: requests, journals and files generated from a grammar, then mutated. None of
+ * it may end the program, hang it, cause a 500, or damage what was valid.
  *
  * FAULT_CASES=N tries N seeds, beginning with FAULT_SEED_FIRST; FAULT_SEED=N tries only that one.
  */
@@ -9,14 +9,16 @@ import { connect } from "node:net";
 import { gzipSync, zstdCompressSync } from "node:zlib";
 
 import { checkJournal } from "../../lib/journal/check.ts";
-import { encodeFrame, encodeJournalHeader, JournalDamage } from "../../lib/journal/format.ts";
+import { encodeJournalHeader, JournalDamage } from "../../lib/journal/format.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { openJournalReader } from "../../lib/journal/reader.ts";
 import { event, line } from "../support/events.ts";
+import { frame } from "../support/journal.ts";
 import { openLedger } from "../support/ledger.ts";
 import { SECRET, type startApp, untilBalance } from "../support/programs.ts";
+import { randomOf } from "../support/random.ts";
 import { count } from "./figures.ts";
-import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
+import { HARMLESS, SimulatedDisk } from "./simulated-disk.ts";
 
 const { FAULT_SEED, FAULT_SEED_FIRST, FAULT_CASES = FAULT_SEED ? "10" : "5000" } = process.env;
 const CASES = Number(FAULT_CASES);
@@ -231,8 +233,7 @@ async function mutateJournal(seed: number) {
   const random = randomOf(seed);
   const payloads = Array.from({ length: 1 + random() * 6 }, (_, i) => `line ${seed} ${i}\n`);
   const parts = [encodeJournalHeader("3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11", 0)];
-  for (const [i, text] of payloads.entries())
-    parts.push(encodeFrame([Buffer.from(text)], text.length, 1_700_000_000_000 + i));
+  for (const [i, text] of payloads.entries()) parts.push(frame(text, 1_700_000_000_000 + i));
   const disk = new SimulatedDisk(random, HARMLESS);
   const mounted = disk.mount();
   await mounted.openForAppend("data/eventsPost.jsonl");
@@ -263,7 +264,7 @@ async function mutateJournal(seed: number) {
   await reading();
 }
 
-test("of a file of mutated lines the good ones are posted and the others quarantined", async () => {
+test("the valid lines of a mutated file are posted, and the others are quarantined", async () => {
   await using ledger = await openLedger();
   const random = randomOf(FIRST);
   const parts: Buffer[] = [];

@@ -1,7 +1,7 @@
 /**
- * What Postgres may do to a posting: cut the connection at any packet, lose the answer to a COMMIT, hold a
- * lock, refuse with a deadlock or a serialization failure, run out of disk, restart. Each time the totals
- * are exact once it is over, without help.
+ * Postgres cuts the connection of a posting at any packet, loses the answer to a COMMIT, holds a lock, fails
+ * with a deadlock or a serialization failure, runs out of disk, or restarts. Afterwards the totals are exact
+ * without anybody's help.
  *
  * FAULT_ROUNDS=N tries more packets, and locks for longer.
  */
@@ -9,10 +9,11 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { appendFileSync, writeFileSync } from "node:fs";
 import { connect, createServer, type Socket } from "node:net";
 
-import { writeEvents } from "../support/events.ts";
+import { event, line, writeEvents } from "../support/events.ts";
+import { openLedger } from "../support/ledger.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
-import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
-import { FAULT_ROUNDS as ROUNDS, IS_LONG, seeded } from "../support/random.ts";
+import { run, tempDir, until, untilBalance } from "../support/programs.ts";
+import { FAULT_ROUNDS as ROUNDS, IS_LONG, longTest, seeded } from "../support/random.ts";
 import { count } from "./figures.ts";
 
 const LOCKED_MS = IS_LONG ? 30_000 : 2_000;
@@ -80,13 +81,13 @@ function writeFew(path: string) {
   const lines: string[] = [];
   for (let i = 0; i < 300; i++) {
     const userId = `user${String(i % 30).padStart(2, "0")}`;
-    lines.push(JSON.stringify({ userId, name: "add_revenue", value: 1.25, id: `id${i}` }));
+    lines.push(line(userId, 1.25, { id: `id${i}` }));
     if (i % 3 === 0) lines.push(lines.at(-1) as string);
-    lines.push(JSON.stringify({ userId, name: "subtract_revenue", value: 0.25 }));
+    lines.push(line(userId, 0.25, { name: "subtract_revenue" }));
     wanted[userId] = "10";
   }
-  lines.push("no event");
-  writeFileSync(path, `${lines.join("\n")}\n`);
+  lines.push("no event\n");
+  writeFileSync(path, lines.join(""));
   return wanted;
 }
 
@@ -98,8 +99,8 @@ test(
     const wanted = writeFew(file);
     const postThrough = async (judge: (packet: Buffer, number: number) => Verdict) => {
       await using database = await testDatabase();
-      await using way = await openJudge(database.url, judge);
-      const env = { DATA_DIR: dir.file("data"), DATABASE_URL: way.url };
+      await using proxy = await openJudge(database.url, judge);
+      const env = { DATA_DIR: dir.file("data"), DATABASE_URL: proxy.url };
       const { code, stderr, stdout } = await run("processor.ts", { args: [file], env });
       expect(stdout).toStartWith("posted 700 events (1 lines quarantined)");
       expect(code, stderr).toBe(1); // one line is in quarantine
@@ -107,9 +108,9 @@ test(
       await using sql = connectTest(database.url);
       const [row] = await sql`select count(*)::int as lines from quarantine`;
       expect(row).toEqual({ lines: 1 });
-      return way.packets();
+      return proxy.packets();
     };
-    // The packet whose answer says what has been posted.
+    // First the connection is cut after the first COMMIT.
     let commits = 0;
     const isCommit = commitFinder();
     await postThrough((packet) => (isCommit(packet) && ++commits === 1 ? "cut behind" : "pass"));
@@ -126,17 +127,16 @@ test(
 );
 
 test("every event counts once if the connection is cut after each of the first COMMITs", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
+  await using ledger = await openLedger();
   let commits = 0;
   const isCommit = commitFinder();
-  await using way = await openJudge(database.url, (packet) =>
+  await using proxy = await openJudge(ledger.url, (packet) =>
     isCommit(packet) && ++commits <= 5 * ROUNDS ? "cut behind" : "pass",
   );
-  await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url });
+  await using server = await ledger.start({ DATABASE_URL: proxy.url });
   let sent = 0;
   while (commits <= 5 * ROUNDS) {
-    const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1 });
+    const { status } = await server.post(event("ann"));
     expect(status).toBe(201);
     sent++;
     await Bun.sleep(20);
@@ -144,20 +144,19 @@ test("every event counts once if the connection is cut after each of the first C
   await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 30_000);
 });
 
-test.if(IS_LONG)(
+longTest(
   "every event counts once if the answer to a COMMIT never arrives and its connection stays open",
   async () => {
-    await using database = await testDatabase();
-    using dir = tempDir();
+    await using ledger = await openLedger();
     let swallowed = 0;
     const isCommit = commitFinder();
-    await using way = await openJudge(database.url, (packet) =>
+    await using proxy = await openJudge(ledger.url, (packet) =>
       isCommit(packet) && ++swallowed <= 2 ? "swallow the answers" : "pass",
     );
-    await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url });
+    await using server = await ledger.start({ DATABASE_URL: proxy.url });
     let sent = 0;
     const add = async () => {
-      const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1 });
+      const { status } = await server.post(event("ann"));
       expect(status).toBe(201);
       sent++;
     };
@@ -170,13 +169,11 @@ test.if(IS_LONG)(
 test(
   "every event counts once if a processor is killed between its COMMIT and the answer",
   seeded(async (random) => {
-    await using database = await testDatabase();
-    using dir = tempDir();
-    const app = { dataDir: dir.path, databaseUrl: database.url, args: ["--no-processor"] };
-    await using server = await startApp(app);
+    await using ledger = await openLedger();
+    await using server = await ledger.start({}, ["--no-processor"]);
     let sent = 0;
     const add = async () => {
-      const { status } = await server.post({ userId: "ann", name: "add_revenue", value: 1 });
+      const { status } = await server.post(event("ann"));
       expect(status).toBe(201);
       sent++;
     };
@@ -184,32 +181,28 @@ test(
       const last = 1 + Math.floor(random() * 3);
       let commits = 0;
       const isCommit = commitFinder();
-      await using way = await openJudge(database.url, (packet) =>
+      await using proxy = await openJudge(ledger.url, (packet) =>
         isCommit(packet) && ++commits === last ? "swallow the answers" : "pass",
       );
-      const env = { DATA_DIR: dir.path, DATABASE_URL: way.url };
-      await using processor = spawn("processor.ts", { env });
+      await using processor = ledger.process([], { DATABASE_URL: proxy.url });
       await until(async () => (await add(), commits >= last), 30_000);
-      await Bun.sleep(20); // it has reached Postgres
+      await Bun.sleep(20); // the COMMIT has reached Postgres
       processor.kill("SIGKILL");
       count("kills");
     }
-    await using processor = spawn("processor.ts", {
-      env: { DATA_DIR: dir.path, DATABASE_URL: database.url },
-    });
-    await until(async () => (await server.balance("ann")) === `${sent}`, 30_000).catch(() => {});
-    expect(await balances(database.url), processor.stderr.text()).toEqual({ ann: `${sent}` });
+    await using processor = ledger.process();
+    await untilBalance(server, "ann", `${sent}`, 30_000).catch(() => {});
+    expect(await ledger.balances(), processor.stderr.text()).toEqual({ ann: `${sent}` });
   }),
 );
 
-test("while the table is locked events are accepted and GET answers 503; afterwards the ledger catches up", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
-  await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
-  const add = () => server.post({ userId: "ann", name: "add_revenue", value: 1 });
+test("while the table is locked, events are accepted and GET answers 503; afterwards the ledger catches up", async () => {
+  await using ledger = await openLedger();
+  await using server = await ledger.start();
+  const add = () => server.post(event("ann"));
   await add();
-  await until(async () => (await server.balance("ann")) === "1", 30_000);
-  await using sql = connectTest(database.url);
+  await untilBalance(server, "ann", "1", 30_000);
+  await using sql = connectTest(ledger.url);
   let sent = 1;
   await sql.begin(async (tx) => {
     await tx`lock table users_revenue in access exclusive mode`;
@@ -229,15 +222,14 @@ test("while the table is locked events are accepted and GET answers 503; afterwa
 /** A serialization failure, a deadlock, no room on the disk, no memory, a shutdown. */
 const STATES = ["40001", "40P01", "53100", "53200", "57P01"];
 
-test("every event counts once if one of three postings is refused, each time for another reason", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
-  const file = dir.file("a.jsonl");
+test("every event counts once if one of three postings fails, each time for another transient reason", async () => {
+  await using ledger = await openLedger();
+  const file = ledger.file("a.jsonl");
   const { balances: wanted } = writeEvents(file, 3_000, () => 0.5);
-  await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
-  await server.post({ userId: "first", name: "add_revenue", value: 1 });
-  await until(async () => (await server.balance("first")) === "1", 30_000);
-  await using sql = connectTest(database.url);
+  await using server = await ledger.start();
+  await server.post(event("first"));
+  await untilBalance(server, "first", "1", 30_000);
+  await using sql = connectTest(ledger.url);
   // Sequences do not roll back: each third statement fails, whichever transaction it is in.
   await sql.unsafe(`
     create sequence tries;
@@ -258,7 +250,7 @@ test("every event counts once if one of three postings is refused, each time for
   };
   let second = 0;
   const post = async () => {
-    await server.post({ userId: "second", name: "add_revenue", value: 1 });
+    await server.post(event("second"));
     second++;
     return (await refused()) >= STATES.length;
   };
@@ -268,34 +260,31 @@ test("every event counts once if one of three postings is refused, each time for
     env: { SERVER_URL: server.url },
   });
   expect(stderr + stdout).toContain("all of it is in the ledger");
-  // Posting a file fails when it is refused, but not for what is transient.
-  const other = dir.file("b.jsonl");
+  // A run that posts a file retries a statement that failed for a transient reason.
+  const other = ledger.file("b.jsonl");
   const before = await refused();
   let third = 0;
   while ((await refused()) < before + (IS_LONG ? STATES.length : 2)) {
-    appendFileSync(other, '{"userId":"third","name":"add_revenue","value":1}\n');
+    appendFileSync(other, line("third"));
     third++;
-    const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
-    const posted = await run("processor.ts", { args: [other], env });
+    const posted = await ledger.tool([other]);
     expect(posted.code, posted.stderr).toBe(0);
   }
   count("refused statements", await refused());
   const others = { first: "1", second: `${second}`, third: `${third}` };
-  expect(await balances(database.url)).toEqual({ ...wanted, ...others });
+  expect(await ledger.balances()).toEqual({ ...wanted, ...others });
 });
 
 test(
   "every event counts once if backends are terminated at random",
   seeded(async (random) => {
-    await using database = await testDatabase();
-    using dir = tempDir();
-    const file = dir.file("a.jsonl");
+    await using ledger = await openLedger();
+    const file = ledger.file("a.jsonl");
     const { balances: wanted } = writeEvents(file, 20_000, random);
-    const env = { DATA_DIR: dir.file("data"), DATABASE_URL: database.url };
-    await using sql = connectTest(database.url);
-    await using processor = spawn("processor.ts", { args: [file], env });
+    await using sql = connectTest(ledger.url);
+    await using processor = ledger.process([file]);
     let cuts = 0;
-    // Less and less often: a busy machine posts nothing between two that follow each other closely.
+    // With growing pauses: a busy machine posts nothing between two cuts that follow each other closely.
     for (let turn = 0; processor.child.exitCode === null; turn++) {
       const ended = await sql`
         select pg_terminate_backend(pid) from pg_stat_activity
@@ -306,6 +295,6 @@ test(
     }
     expect(cuts).toBeGreaterThan(0);
     expect(processor.stderr.text() + processor.child.exitCode).toEndWith("1"); // quarantined lines
-    expect(await balances(database.url)).toEqual(wanted);
+    expect(await ledger.balances()).toEqual(wanted);
   }),
 );

@@ -1,6 +1,6 @@
 /**
  * Processes that are killed or stopped, at named points and at random ones. Each event carries an id and
- * is sent until it is answered; the expected balances are summed up here, in cents.
+ * is sent until it is answered. The test adds up the expected balances in cents.
  *
  * FAULT_ROUNDS=N repeats it with other choices.
  */
@@ -11,7 +11,7 @@ import { join } from "node:path";
 import { rejectedFaults, writeEvents } from "../support/events.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
 import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
-import { FAULT_ROUNDS as ROUNDS, IS_LONG, seeded } from "../support/random.ts";
+import { FAULT_ROUNDS as ROUNDS, IS_LONG, longTest, seeded } from "../support/random.ts";
 import { type Alteration, alteredCopy } from "./altered.ts";
 import { count } from "./figures.ts";
 
@@ -29,20 +29,20 @@ const POINTS: Record<string, Alteration> = {
   "after the write": inJournal("await write(frame);", `await write(frame); ${DIE}`),
   "after the sync": inJournal("await sync();", `await sync(); ${DIE}`),
   "before the answer": inJournal(
-    "for (const { resolve } of group) resolve(base + end);",
-    `${DIE} for (const { resolve } of group) resolve(base + end);`,
+    "for (const { resolve } of group) resolve(header.base + end);",
+    `${DIE} for (const { resolve } of group) resolve(header.base + end);`,
   ),
   "in a rotation, before the full file is renamed": inJournal(
-    "await disk.rename(path, segmentPath(path, base))",
-    `${DIE} await disk.rename(path, segmentPath(path, base))`,
+    "await disk.rename(path, segmentPath(path, header.base))",
+    `${DIE} await disk.rename(path, segmentPath(path, header.base))`,
   ),
-  "in a rotation, while no file has the name": inJournal(
+  "in a rotation, while the journal has no active file": inJournal(
     "await disk.rename(nextPath, path);",
     `${DIE} await disk.rename(nextPath, path);`,
   ),
   "in a rotation, before the next file is written to": inJournal(
-    "base = header.base;",
-    `${DIE} base = header.base;`,
+    "header = begun;",
+    `${DIE} header = begun;`,
   ),
   "after the statement is sent": inLedger(
     "const { disputed, repeated } = await move(tx, batch);",
@@ -63,12 +63,12 @@ const POINTS: Record<string, Alteration> = {
 test(
   "every event counts once if the server is killed at each of these points",
   seeded(async (random) => {
-    for (let round = 0; round < ROUNDS; round++) await dieAtEach(random);
+    for (let round = 0; round < ROUNDS; round++) await killAtEachPoint(random);
   }),
 );
 
 // In the normal run the server is stopped at random times (below), and killed at each point (above).
-test.if(IS_LONG)(
+longTest(
   "every event counts once if the server is stopped for a while at each of these points",
   seeded(async (random) => {
     const stop = 'if (Math.random() < 0.02) process.kill(process.pid, "SIGSTOP");';
@@ -85,7 +85,7 @@ test.if(IS_LONG)(
     const isStopped = () => /\) T /.test(readFileSync(`/proc/${server.pid}/stat`, "utf8"));
     let stops = 0;
     let done = false;
-    const going = (async () => {
+    const resuming = (async () => {
       for (; !done; await Bun.sleep(20)) {
         if (!isStopped()) continue;
         stops++;
@@ -100,7 +100,7 @@ test.if(IS_LONG)(
       await until(() => sender.isPosted(database.url), 60_000).catch(() => {});
     } finally {
       done = true;
-      await going;
+      await resuming;
       server.kill("SIGCONT");
     }
     expect(await balances(database.url), server.stderr.text()).toEqual(sender.balances());
@@ -110,12 +110,12 @@ test.if(IS_LONG)(
 test(
   "every event counts once if processors are killed after the statement, before COMMIT and after it, while the server accepts events",
   seeded(async (random) => {
-    for (let round = 0; round < ROUNDS; round++) await dieApart(random);
+    for (let round = 0; round < ROUNDS; round++) await killProcessors(random);
   }),
 );
 
-/** One server, behind which processors die at each point between a batch and its report. */
-async function dieApart(random: () => number) {
+/** Kills a processor at each point between a batch and its report, while one server accepts events. */
+async function killProcessors(random: () => number) {
   await using database = await testDatabase();
   using dir = tempDir();
   const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
@@ -141,7 +141,7 @@ async function dieApart(random: () => number) {
 }
 
 test(
-  "every event counts once if the Worker throws outside every promise or ends silently: it is restarted",
+  "every event counts once if the Worker throws outside every promise or ends silently, and is restarted",
   seeded(async (random) => {
     await using database = await testDatabase();
     using dir = tempDir();
@@ -186,11 +186,11 @@ const CLIENT_POINTS: Record<string, Alteration> = {
 test(
   "every event counts once and every bad line is reported once if the client is killed at each of these points",
   seeded(async (random) => {
-    for (let round = 0; round < ROUNDS; round++) await dieSending(random);
+    for (let round = 0; round < ROUNDS; round++) await killClients(random);
   }),
 );
 
-async function dieSending(random: () => number) {
+async function killClients(random: () => number) {
   await using database = await testDatabase();
   using dir = tempDir();
   const file = dir.file("a.jsonl");
@@ -213,8 +213,8 @@ async function dieSending(random: () => number) {
   expect(rejectedFaults(file, bad)).toEqual([]);
 }
 
-/** Runs one server until it dies at each of the points, in random order, then once more to the end. */
-async function dieAtEach(random: () => number) {
+/** Kills a server at each of the points, in random order, then runs it until everything is posted. */
+async function killAtEachPoint(random: () => number) {
   await using database = await testDatabase();
   using dir = tempDir();
   const app = { dataDir: dir.file("data"), databaseUrl: database.url };
@@ -240,11 +240,11 @@ async function dieAtEach(random: () => number) {
 test(
   "every event counts once if server, processor and client are killed or stopped at random times",
   seeded(async (random) => {
-    for (let round = 0; round < ROUNDS; round++) await dieAnywhere(random);
+    for (let round = 0; round < ROUNDS; round++) await killAnywhere(random);
   }),
 );
 
-async function dieAnywhere(random: () => number) {
+async function killAnywhere(random: () => number) {
   await using database = await testDatabase();
   using dir = tempDir();
   const dataDir = dir.file("data");
@@ -329,13 +329,13 @@ function postmaster(dataDir: string): number | null {
     process.kill(Number(lines[0]), 0);
     return Number(lines[0]);
   } catch {
-    return null; // killed, and not yet replaced
+    return null; // killed and not yet restarted
   }
 }
 
 type Server = Awaited<ReturnType<typeof startApp>>;
 
-/** Sends events with ids, each until it is answered, and sums up the expected balances. */
+/** Sends events with ids, each until it is answered, and adds up the expected balances. */
 function openSender(random: () => number) {
   const cents = new Map<string, number>();
   let unanswered: { id: string; userId: string; name: string; value: number }[] = [];
@@ -353,7 +353,7 @@ function openSender(random: () => number) {
       if (!answered) unanswered.push(event);
       return answered;
     },
-    /** Sends on four connections until the server is gone, for a minute at most. */
+    /** Sends on four connections until the server ends, for a minute at most. */
     async sendUntilGone(server: Server) {
       const giveUpMs = performance.now() + 60_000;
       const isGone = () => server.child.exitCode !== null || server.child.signalCode !== null;

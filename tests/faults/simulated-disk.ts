@@ -1,34 +1,23 @@
 /**
- * A disk in memory that behaves like disks when the power fails: unsynced pages are lost or kept, in any
- * order; a file whose name was not synced may be gone; writes are cut short, there is no room. A sync
- * that fails forgets what it should have written, and the next one succeeds without writing it, as on
- * Linux. One seed determines everything.
+ * A disk in memory that behaves as disks do when the power fails. Unsynced pages are lost or kept, in any
+ * order. A file whose name was not synced may be missing. Writes are cut short, or find no room. After a
+ * failed sync the pages count as written, so that the next sync succeeds without writing them, as on Linux.
+ * One seed determines everything.
  */
 import type { Disk, JournalFile, ReadableFile } from "../../lib/journal/disk.ts";
 
 const PAGE = 4096;
 
-/** Numbers from 0 to 1, the same for the same seed (mulberry32). */
-export function randomOf(seed: number): () => number {
-  let state = seed | 0;
-  return () => {
-    state = (state + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 4294967296;
-  };
-}
-
 interface SimulatedFile {
-  /** What a program reads. */
+  /** What programs read. */
   bytes: Buffer;
-  /** What is on the platter: it survives a crash. */
+  /** What is on the platter, and survives a crash. */
   platter: Buffer;
   /** The pages that the next sync writes. */
   dirty: Set<number>;
 }
 
-/** A change of the directory: a file got a name, or (`null`) a name was removed. */
+/** A change of the directory: names that were given to files, or removed (`null`). */
 type Naming = Map<string, SimulatedFile | null>;
 
 export interface Odds {
@@ -171,7 +160,7 @@ export class SimulatedDisk {
     this.namings.push(naming);
   }
 
-  /** Any unsynced page may be there, be zeros, or be missing at the end. */
+  /** What a crash leaves: any unsynced page may be kept, be zeros, or be missing at the end. */
   private leftOf({ bytes, platter, dirty }: SimulatedFile): Buffer {
     const longest = Math.max(bytes.length, platter.length);
     const shortest = Math.min(platter.length, bytes.length);
@@ -191,7 +180,7 @@ export class SimulatedDisk {
     return [...this.files.keys()].filter((path) => this.files.get(path)?.bytes.length).toSorted();
   }
 
-  /** Changes what is on the disk, as rot or an editor does. */
+  /** Changes what is on the disk, as bit rot or an editor does. */
   change(path: string, change: (bytes: Buffer) => Buffer): void {
     const file = this.files.get(path);
     if (file) file.bytes = file.platter = change(Buffer.from(file.bytes));
@@ -201,7 +190,7 @@ export class SimulatedDisk {
 const empty = Buffer.alloc(0);
 const pageOf = (byte: number) => Math.floor(byte / PAGE);
 
-/** Writes those dirty pages to the platter for which `arrives` is true; all of them are clean afterwards. */
+/** Writes the dirty pages for which `arrives` returns true to the platter. All are clean afterwards. */
 function flush(file: SimulatedFile, arrives = () => true): void {
   const { bytes, platter, dirty } = file;
   const written = Buffer.alloc(bytes.length);

@@ -2,10 +2,13 @@
 import { expect, test } from "bun:test";
 
 import type { Disk } from "../../lib/journal/disk.ts";
-import { encodeFrame, encodeJournalHeader, JournalDamage } from "../../lib/journal/format.ts";
+import { encodeJournalHeader, JournalDamage } from "../../lib/journal/format.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { openJournalReader } from "../../lib/journal/reader.ts";
-import { HARMLESS, randomOf, SimulatedDisk } from "./simulated-disk.ts";
+import { event } from "../support/events.ts";
+import { frame, readFrames, readLines } from "../support/journal.ts";
+import { randomOf } from "../support/random.ts";
+import { HARMLESS, SimulatedDisk } from "./simulated-disk.ts";
 
 const PATH = "data/eventsPost.jsonl";
 const ID = "3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11";
@@ -16,13 +19,10 @@ function makeJournal(count: number) {
   const parts = [encodeJournalHeader(ID, 0)];
   const frames: { from: number; to: number; at: [number, number]; lines: string[] }[] = [];
   let end = (parts[0] as Buffer).length;
-  for (let frame = 0; frame < count; frame++) {
-    const lines = Array.from(
-      { length: random() < 0.3 ? 2 : 1 },
-      (_, i) => `{"userId":"u${frame}","name":"add_revenue","value":${i}}`,
-    );
-    const payload = Buffer.from(lines.map((line) => `${line}\n`).join(""));
-    const bytes = encodeFrame([payload], payload.length, 1_700_000_000_000 + frame);
+  for (let number = 0; number < count; number++) {
+    const lines = Array.from({ length: random() < 0.3 ? 2 : 1 }, (_, i) => event(`u${number}`, i));
+    const text = lines.map((event) => `${event}\n`).join("");
+    const bytes = frame(text, 1_700_000_000_000 + number);
     const digits = bytes.indexOf('"at":') + 5;
     frames.push({
       from: end,
@@ -38,7 +38,7 @@ function makeJournal(count: number) {
 
 let starts = 0;
 
-/** What is left after a start on these bytes, or the damage that it reported. */
+/** The lines that are left after a start on these bytes, or the damage that it reported. */
 async function start(bytes: Buffer): Promise<string[] | JournalDamage> {
   const disk = new SimulatedDisk(randomOf(1), HARMLESS);
   const mounted = disk.mount();
@@ -46,29 +46,19 @@ async function start(bytes: Buffer): Promise<string[] | JournalDamage> {
   disk.change(PATH, () => bytes);
   try {
     await (await openJournal({ directory: "data", disk: mounted })).close();
-    // What one start has healed, the next one finds whole. For all starts this would take half as long again.
+    // The next start finds the journal whole. Checking this for all starts would take half as long again.
     const say = (line: string) => {
-      throw new Error(`the next start, too: ${line}`);
+      throw new Error(`the next start reported: ${line}`);
     };
     if (starts++ % 4 === 0) await openJournal({ directory: "data", say, disk: mounted });
   } catch (error) {
     if (error instanceof JournalDamage) return error;
     throw error;
   }
-  const reader = await openJournalReader(PATH, mounted);
-  const lines: string[] = [];
-  for (let position = reader?.start ?? 0; reader;) {
-    const frames = await reader.read(position);
-    if (frames.length === 0) break;
-    for (const { payload, to } of frames) {
-      lines.push(...payload.toString().trimEnd().split("\n"));
-      position = to;
-    }
-  }
-  return lines;
+  return readLines(PATH, mounted);
 }
 
-test("a journal cut at any byte of its last 200 frames keeps exactly the whole ones", async () => {
+test("a journal cut at any byte of its last 200 frames keeps exactly its whole frames", async () => {
   const { bytes, frames } = makeJournal(220);
   let whole = frames.slice(0, 20).flatMap(({ lines }) => lines);
   for (const { from, to, lines } of frames.slice(20)) {
@@ -82,7 +72,7 @@ test("a journal cut at any byte of its last 200 frames keeps exactly the whole o
   expect(await start(bytes)).toEqual(whole);
 }, 300_000);
 
-test("a flipped bit in the last 20 frames is reported with its frame; the very last is truncated", async () => {
+test("a flipped bit in the last 20 frames is reported with the position of its frame, or truncates the very last one", async () => {
   const { bytes, frames } = makeJournal(30);
   const all = frames.flatMap(({ lines }) => lines).join();
   const butLast = frames.slice(0, -1).flatMap(({ lines }) => lines);
@@ -93,16 +83,16 @@ test("a flipped bit in the last 20 frames is reported with its frame; the very l
       flipped[byte] = (flipped[byte] as number) ^ (1 << (bit & 7));
       const found = await start(flipped);
       const named = found instanceof JournalDamage && found.message.includes(`at byte ${from}:`);
-      // The time of a frame is only reported; nothing relies on it.
+      // Only reports depend on the time of a frame.
       const unnoticed = byte >= at[0] && byte < at[1] && `${found}` === all;
-      const healed = index === 19 && `${found}` === butLast.join();
-      if (!named && !unnoticed && !healed) throw new Error(`bit ${bit}: ${found}`);
+      const truncated = index === 19 && `${found}` === butLast.join();
+      if (!named && !unnoticed && !truncated) throw new Error(`bit ${bit}: ${found}`);
     }
   }
   expect(butLast.length).toBeGreaterThan(29);
 }, 300_000);
 
-/** Flips each bit from byte `from` to byte `to` in turn, and passes on what a reader then finds. */
+/** Flips each bit from byte `from` to byte `to` in turn, and calls `check` with what a reader finds. */
 async function eachFlip(
   disk: SimulatedDisk,
   path: string,
@@ -124,16 +114,8 @@ async function eachFlip(
 /** The journal's id, and its frames with their positions. */
 async function read(mounted: Disk): Promise<string> {
   const reader = await openJournalReader(PATH, mounted);
-  if (!reader) return "no journal";
-  const found = [reader.id];
-  for (let position = reader.start; ;) {
-    const frames = await reader.read(position);
-    if (frames.length === 0) return found.join("\n");
-    for (const { from, to, payload } of frames) {
-      found.push(`${from} ${payload}`);
-      position = to;
-    }
-  }
+  const frames = await readFrames(PATH, mounted);
+  return [reader?.id, ...frames.map(({ from, payload }) => `${from} ${payload}`)].join("\n");
 }
 
 test("no flipped bit of a journal's id makes it another journal", async () => {
@@ -154,7 +136,7 @@ test("no flipped bit of any header moves an event", async () => {
   const journal = await openJournal({ directory: "data", disk: mounted, segmentBytes: 250 });
   for (let i = 0; i < 6; i++) await journal.append(Buffer.from(`line ${i} ${"x".repeat(100)}\n`));
   const whole = await read(mounted);
-  const header = encodeJournalHeader(journal.id, 0).length; // its newline, too
+  const header = encodeJournalHeader(journal.id, 0).length; // including its newline
   expect(disk.paths().length).toBeGreaterThan(2);
   for (const path of disk.paths())
     await eachFlip(disk, path, [0, header], (found, bit) => {

@@ -1,16 +1,17 @@
-/** What version 0.1.0 has left on disk and in the database: every later version goes on with it. */
+/** Every later version can use the journal and the ledger that version 0.1.0 wrote. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { cpSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 
 import { openJournalReader } from "../../lib/journal/reader.ts";
+import { readFrames, readLines } from "../support/journal.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
 import { root, run, startApp, tempDir } from "../support/programs.ts";
 
 setDefaultTimeout(60_000);
 
 const FIXTURES = join(root, "tests", "fixtures", "0.1.0");
-/** As they were when it was made. */
+/** The event types of the server that wrote the fixtures. */
 const EVENT_TYPES = "add_revenue:+,subtract_revenue:-,note_revenue:0";
 
 interface Mark {
@@ -19,43 +20,29 @@ interface Mark {
   ends?: number[];
 }
 
-/** All that a journal holds: its events, and the marks of its sources. */
-async function readJournal(path: string) {
-  const reader = (await openJournalReader(path))!;
-  const marks: Mark[] = [];
-  let position = reader.start;
-  let frames = 0;
-  let events = 0;
-  for (;;) {
-    const read = await reader.read(position);
-    if (read.length === 0) break;
-    for (const { payload, to } of read) {
-      const lines = payload.toString().split("\n");
-      expect(lines.pop()).toBe("");
-      const parsed = lines.map((line) => JSON.parse(line) as { userId?: string; source: Mark });
-      const own = parsed.filter(({ userId }) => userId === undefined).map(({ source }) => source);
-      events += parsed.length - own.length;
-      for (const { events, ends } of own) if (ends) expect(ends).toHaveLength(events);
-      marks.push(...own);
-      frames++;
-      position = to;
-    }
-  }
-  expect(position).toBe(await reader.end());
-  const sources = [...new Set(marks.map(({ name }) => name))];
-  const withEnds = marks.filter(({ ends }) => ends).length;
+/** What a journal contains: its positions, its events, and the marks of its sources. */
+async function summarize(path: string) {
+  const { start, end } = (await openJournalReader(path))!;
+  const frames = await readFrames(path);
+  expect(frames.at(-1)?.to).toBe(await end());
+  for (const { payload } of frames) expect(payload.toString()).toEndWith("\n");
+  const lines = (await readLines(path)).map(
+    (line) => JSON.parse(line) as { userId?: string; source: Mark },
+  );
+  const marks = lines.filter(({ userId }) => userId === undefined).map(({ source }) => source);
+  for (const { events, ends } of marks) if (ends) expect(ends).toHaveLength(events);
   return {
-    start: reader.start,
-    end: position,
-    frames,
-    events,
+    start,
+    end: await end(),
+    frames: frames.length,
+    events: lines.length - marks.length,
     marks: marks.length,
-    withEnds,
-    sources,
+    withEnds: marks.filter(({ ends }) => ends).length,
+    sources: [...new Set(marks.map(({ name }) => name))],
   };
 }
 
-/** A copy of the fixtures, and the ledger in a database under the schema of today. */
+/** A copy of the fixtures, and a database with their ledger, updated to the current schema. */
 async function openFixtures() {
   const database = await testDatabase();
   const dir = tempDir();
@@ -85,8 +72,8 @@ async function openFixtures() {
   };
 }
 
-test("a journal of 0.1.0 is read to its end, from where its old segments were removed, with all marks of its sources", async () => {
-  expect(await readJournal(join(FIXTURES, "journal", "eventsPost.jsonl"))).toEqual({
+test("a journal of 0.1.0 whose oldest segments were deleted is read to its end, with all marks of its sources", async () => {
+  expect(await summarize(join(FIXTURES, "journal", "eventsPost.jsonl"))).toEqual({
     ...{ start: 13985, end: 33997, frames: 101, events: 174, marks: 7, withEnds: 2 },
     sources: [
       "plain.jsonl",
@@ -96,13 +83,13 @@ test("a journal of 0.1.0 is read to its end, from where its old segments were re
       "moved.jsonl",
     ],
   });
-  expect(await readJournal(join(FIXTURES, "other", "eventsPost.jsonl"))).toEqual({
+  expect(await summarize(join(FIXTURES, "other", "eventsPost.jsonl"))).toEqual({
     ...{ start: 0, end: 1012, frames: 4, events: 10, marks: 1, withEnds: 0 },
     sources: ["moved.jsonl"],
   });
 });
 
-test("a ledger of 0.1.0 has the balances of its events under the schema of today, and --verify counts the same", async () => {
+test("a ledger of 0.1.0 keeps its balances under the current schema, and they match their sources", async () => {
   await using fixtures = await openFixtures();
   expect(fixtures.wanted.size).toBe(49);
   expect(await fixtures.found()).toEqual(fixtures.wanted);
@@ -111,7 +98,7 @@ test("a ledger of 0.1.0 has the balances of its events under the schema of today
   expect(code).toBe(0);
 });
 
-test("what 0.1.0 has taken and posted is known: files that are sent and posted again change nothing", async () => {
+test("files that 0.1.0 has stored or posted change nothing when they are sent or posted again", async () => {
   await using fixtures = await openFixtures();
   const { dir, env } = fixtures;
   {

@@ -1,9 +1,8 @@
-/** The journal in many files: whatever holds for one file also holds across segments. */
+/** A journal in several files: what holds for one file also holds across segments. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import {
   copyFileSync,
   mkdirSync,
-  readdirSync,
   readFileSync,
   renameSync,
   rmSync,
@@ -22,30 +21,15 @@ import { openJournalBatches } from "../../lib/processor/batches.ts";
 import { postFile } from "../../lib/processor/posting.ts";
 import type { Report } from "../../lib/processor/supervisor.ts";
 import { openSources } from "../../lib/server/sources.ts";
+import { event } from "../support/events.ts";
+import { readFrames, readLines, segmentNames } from "../support/journal.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
-import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { run, spawn, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
 import { IS_LONG } from "../support/random.ts";
 
 setDefaultTimeout(60_000);
 
 const line = (text: string) => Buffer.from(`${text}\n`);
-const event = (userId: string, value = 1, more = {}) =>
-  JSON.stringify({ userId, name: "add_revenue", value, ...more });
-
-/** The lines of a journal, each frame read from the position behind the one before. */
-async function readLines(path: string): Promise<string[]> {
-  const reader = await openJournalReader(path);
-  const lines: string[] = [];
-  for (let position = reader?.start ?? 0; reader;) {
-    const frames = await reader.read(position);
-    if (frames.length === 0) break;
-    for (const { payload, to } of frames) {
-      lines.push(...payload.toString().split("\n").slice(0, -1));
-      position = to;
-    }
-  }
-  return lines;
-}
 
 /** The real disk, with a call of `before` before each read of a file. */
 function onRead(before: (path: string, from: number) => Promise<void>): Disk {
@@ -64,9 +48,6 @@ function onRead(before: (path: string, from: number) => Promise<void>): Disk {
   };
 }
 
-const segments = (directory: string) =>
-  readdirSync(directory).filter((name) => /^eventsPost\.\d+\.jsonl$/.test(name));
-
 /** A journal of ten appends in files of at most 300 bytes. */
 async function rotated(directory: string) {
   const journal = await openJournal({ directory, segmentBytes: 300 });
@@ -79,7 +60,7 @@ async function rotated(directory: string) {
 test("a full file becomes a segment named by its base, and positions continue", async () => {
   using dir = tempDir();
   const { id, positions } = await rotated(dir.path);
-  const files = [...segments(dir.path).toSorted(byBase), "eventsPost.jsonl"];
+  const files = [...segmentNames(dir.path), "eventsPost.jsonl"];
   expect(files.length).toBeGreaterThan(3);
   let base = 0;
   for (const name of files) {
@@ -93,7 +74,7 @@ test("a full file becomes a segment named by its base, and positions continue", 
   expect(await readLines(dir.file("eventsPost.jsonl"))).toEqual([..."0123456789"]);
 });
 
-test("a start resumes behind the last segment, also where a rotation died half-way", async () => {
+test("a start continues after the last segment, even if a rotation was interrupted half-way", async () => {
   using dir = tempDir();
   const { id, positions } = await rotated(dir.path);
   const end = positions.at(-1) as number;
@@ -101,7 +82,7 @@ test("a start resumes behind the last segment, also where a rotation died half-w
   renameSync(dir.file("eventsPost.jsonl"), dir.file(`eventsPost.${base.base}.jsonl`));
   const journal = await openJournal({ directory: dir.path, segmentBytes: 300 });
   expect(journal.id).toBe(id);
-  // Behind the last frame, not behind the new file's header, which is never posted.
+  // After the last frame, not after the header of the new file, which is never posted.
   expect(journal.end()).toBe(end);
   expect(await journal.append(Buffer.alloc(0))).toBe(end);
   await journal.append(line("next"));
@@ -112,7 +93,7 @@ test("a start resumes behind the last segment, also where a rotation died half-w
 test("a journal without its oldest files is read from where it begins; a gap is reported as damage", async () => {
   using dir = tempDir();
   await rotated(dir.path);
-  const [first = "", second = "", third = ""] = segments(dir.path).toSorted(byBase);
+  const [first = "", second = "", third = ""] = segmentNames(dir.path);
   rmSync(dir.file(first));
   const left = await readLines(dir.file("eventsPost.jsonl"));
   expect("0123456789").toEndWith(left.join(""));
@@ -121,20 +102,20 @@ test("a journal without its oldest files is read from where it begins; a gap is 
   await expect(openJournal({ directory: dir.path })).rejects.toThrow(second);
 });
 
-test("a segment of another journal, or one that is too short, is named by the next start", async () => {
+test("a start names a segment that belongs to another journal or is too short", async () => {
   using dir = tempDir();
   using other = tempDir();
   await rotated(dir.path);
   await rotated(other.path);
-  const last = segments(dir.path).toSorted(byBase).at(-1) as string;
+  const last = segmentNames(dir.path).at(-1) as string;
   renameSync(dir.file(last), dir.file("kept"));
-  renameSync(other.file(segments(other.path).toSorted(byBase).at(-1) as string), dir.file(last));
+  renameSync(other.file(segmentNames(other.path).at(-1) as string), dir.file(last));
   await expect(openJournal({ directory: dir.path })).rejects.toThrow("belongs to another journal");
   await Bun.write(dir.file(last), readFileSync(dir.file("kept")).subarray(0, -5));
   await expect(openJournal({ directory: dir.path })).rejects.toThrow("is damaged at byte");
 });
 
-test("a reader follows while the writer rotates with every append", async () => {
+test("a reader keeps up with a writer that rotates with every append", async () => {
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   const reader = await openJournalReader(dir.file("eventsPost.jsonl"));
@@ -200,14 +181,14 @@ test.each(["it is opened", "its header is read"] as const)(
 test.each([
   ["a reader that opens", openJournalReader],
   ["a start", listSegments],
-])("%s does not mistake a segment that is deleted in the meantime for damage", async (_, look) => {
+])("%s does not mistake a segment that is deleted meanwhile for damage", async (_, look) => {
   for (let at = 0, calls = 1; calls > at; at++) {
     using dir = tempDir();
     await rotated(dir.path);
     calls = 0;
-    /** After call number `at` the oldest segment is gone. */
+    /** Deletes the oldest segment after call number `at`. */
     const passing = <T>(result: T): T => {
-      if (calls++ === at) rmSync(dir.file(segments(dir.path).toSorted(byBase)[0] as string));
+      if (calls++ === at) rmSync(dir.file(segmentNames(dir.path)[0] as string));
       return result;
     };
     const losing = {
@@ -243,7 +224,7 @@ test("a segment deleted while its last frame is compared with the checkpoint is 
   expect(await post(ledger, batch, 5_000)).toMatchObject({ state: "posted" });
   await journal.append(line(event("bob")));
   await journal.close();
-  const [posted = ""] = segments(dir.path);
+  const [posted = ""] = segmentNames(dir.path);
   let reads = 0;
   const losing = (at: number) => ({
     ...disk,
@@ -260,13 +241,13 @@ test("a segment deleted while its last frame is compared with the checkpoint is 
     expect(reads).toBeGreaterThan(at);
     await Bun.write(dir.file(posted), kept);
   }
-  // A segment that is there with other events is damage.
+  // A segment with other events is damage.
   await Bun.write(dir.file(posted), kept.toString().replace("ann", "eve"));
   await expect(open(disk)).rejects.toThrow("is damaged");
   await ledger.close();
 });
 
-test("processor.ts JOURNAL continues beside another processor that posts and deletes the same segments", async () => {
+test("processor.ts JOURNAL counts every event once beside a processor that posts and deletes the same segments", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
@@ -280,7 +261,7 @@ test("processor.ts JOURNAL continues beside another processor that posts and del
     if (type !== "opened" || opened++ > 0) return;
     const env = { ...process.env, DATABASE_URL: database.url, DATA_DIR: dir.file("other") };
     Bun.spawnSync([process.execPath, "run", "processor.ts", path], { env });
-    for (const name of segments(dir.path).toSorted(byBase).slice(0, 3)) rmSync(dir.file(name));
+    for (const name of segmentNames(dir.path).slice(0, 3)) rmSync(dir.file(name));
   };
   await postFile(path, { database: ledger, stop: signal, report });
   expect(opened).toBe(2);
@@ -288,11 +269,11 @@ test("processor.ts JOURNAL continues beside another processor that posts and del
   await ledger.close();
 });
 
-test("a server that reads its marks while segments are deleted asks the ledger again", async () => {
+test("a server that reads the marks of its sources while segments are deleted asks the ledger again", async () => {
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path, segmentBytes: 1 });
   for (const name of ["a", "b"]) await journal.append(line(event(name)));
-  const [first = ""] = segments(dir.path);
+  const [first = ""] = segmentNames(dir.path);
   const segment = statSync(dir.file(first)).size;
   const ledger = [
     { source: "sent:a", position: "0", digest: null },
@@ -329,15 +310,7 @@ test("a reader makes no more calls for each file, however many files there are",
       size: (path: string) => (calls++, disk.size(path)),
       list: (path: string) => (calls++, disk.list(path)),
     };
-    const reader = await openJournalReader(dir.file("eventsPost.jsonl"), counting);
-    let read = 0;
-    for (let position = 0; reader;) {
-      const [frame] = await reader.read(position);
-      if (!frame) break;
-      position = frame.to;
-      read++;
-    }
-    expect(read).toBe(files);
+    expect(await readFrames(dir.file("eventsPost.jsonl"), counting)).toHaveLength(files);
     return calls / files;
   };
   expect(await callsPerFile(300)).toBeLessThanOrEqual(await callsPerFile(30));
@@ -367,11 +340,11 @@ test("a batch is returned only after the reader itself has synced what it read",
   expect((await batches.next(Promise.resolve()))?.events).toBe(1);
   expect(calls.at(-1)).toBe("sync");
 
-  // There is no batch when the writer has meanwhile truncated the frame, because its sync failed.
+  // No batch is returned if the writer truncated the frame meanwhile because its sync failed.
   await journal.append(line(event("bob")));
   const size = statSync(path).size;
-  const taking = { ...strange, syncFile: async () => truncateSync(path, size - 20) };
-  const other = await openJournalReader(path, taking);
+  const truncating = { ...strange, syncFile: async () => truncateSync(path, size - 20) };
+  const other = await openJournalReader(path, truncating);
   if (!other) throw new Error("no journal");
   const again = await openJournalBatches(
     { database: ledger, path, limit: new BatchLimit(), ahead: new Map() },
@@ -384,7 +357,7 @@ test("a batch is returned only after the reader itself has synced what it read",
 
 const KILLS = IS_LONG ? 3 : 1;
 
-test("every event counts once when a server is killed while it begins one segment after another", async () => {
+test("every event counts once when a server is killed during rotations", async () => {
   await using database = await testDatabase();
   using dir = tempDir();
   const env = { JOURNAL_SEGMENT_BYTES: "2000" };
@@ -393,7 +366,7 @@ test("every event counts once when a server is killed while it begins one segmen
   await Bun.write(dir.file("a.jsonl"), `${lines.join("\n")}\n`);
   let server = await startApp(options);
   const { port } = new URL(server.url);
-  const kept = () => segments(dir.file("data")).length;
+  const kept = () => segmentNames(dir.file("data")).length;
   for (let kill = 0; kill < KILLS; kill++) {
     const before = kept();
     await using client = spawn("client.ts", {
@@ -411,13 +384,13 @@ test("every event counts once when a server is killed while it begins one segmen
     env: { SERVER_URL: server.url },
   });
   expect(code).toBe(0);
-  await until(async () => (await server.balance("live")) === `${50 * KILLS}`);
+  await untilBalance(server, "live", `${50 * KILLS}`);
   await server[Symbol.asyncDispose]();
   const found = await balances(database.url);
   for (let user = 0; user < 50; user++) expect(found[`user${user}`]).toBe("400");
   expect(kept()).toBeGreaterThan(3);
 
-  // The whole journal again, to another database, from the active file and what lies beside it.
+  // The whole journal is posted to another database, from the active file and the segments beside it.
   await using second = await testDatabase();
   const posted = await run("processor.ts", {
     args: [dir.file("data/eventsPost.jsonl")],
@@ -426,9 +399,9 @@ test("every event counts once when a server is killed while it begins one segmen
   expect(posted.code).toBe(0);
   expect(await balances(second.url)).toEqual(found);
 
-  // And from the last file alone: what is missing before it is not skipped silently.
+  // A segment alone is refused: what is missing before it is not skipped silently.
   await using third = await testDatabase();
-  const last = segments(dir.file("data")).toSorted(byBase).at(-1) as string;
+  const last = segmentNames(dir.file("data")).at(-1) as string;
   mkdirSync(dir.file("alone"));
   copyFileSync(dir.file(`data/${last}`), dir.file(`alone/${last}`));
   const refused = await run("processor.ts", {
@@ -438,7 +411,3 @@ test("every event counts once when a server is killed while it begins one segmen
   expect(refused.code).toBe(3);
   expect(refused.stderr).toContain("restore the segments in between");
 });
-
-function byBase(a: string, b: string): number {
-  return Number(a.split(".")[1]) - Number(b.split(".")[1]);
-}

@@ -1,3 +1,4 @@
+/** The journal's writer, on disks that fail, and what a reader finds of what it wrote. */
 import { expect, test } from "bun:test";
 import {
   appendFileSync,
@@ -7,11 +8,12 @@ import {
   truncateSync,
   writeFileSync,
 } from "node:fs";
+import { setImmediate } from "node:timers/promises";
 import { crc32 } from "node:zlib";
 
 import { type Disk, disk, type JournalFile } from "../../lib/journal/disk.ts";
 import { type Journal, JournalFull, openJournal } from "../../lib/journal/writer.ts";
-import { openJournalReader } from "../../lib/journal/reader.ts";
+import { readLines } from "../support/journal.ts";
 import { tempDir } from "../support/programs.ts";
 
 const line = (text: string) => Buffer.from(`${text}\n`);
@@ -54,27 +56,13 @@ async function withJournal(use: (journal: Journal, path: string) => Promise<unkn
   await journal.close();
 }
 
-/** Opens the journal once more and returns the event lines that a reader finds. */
+/** Opens the journal again, and returns the lines that a reader then finds. */
 async function reopen(
   directory: string,
   say: (line: string) => void = () => {},
 ): Promise<string[]> {
   await (await openJournal({ directory, say })).close();
   return readLines(`${directory}/eventsPost.jsonl`);
-}
-
-async function readLines(path: string): Promise<string[]> {
-  const reader = await openJournalReader(path);
-  if (!reader) throw new Error("no journal");
-  const lines: string[] = [];
-  for (let position = reader.start; ;) {
-    const frames = await reader.read(position);
-    if (frames.length === 0) return lines;
-    for (const { payload, to } of frames) {
-      lines.push(...payload.toString().split("\n").slice(0, -1));
-      position = to;
-    }
-  }
 }
 
 test("the file is a header line, then frames with the byte count and the CRC-32 of their lines", async () => {
@@ -112,20 +100,22 @@ test("all waiting appends share the next sync", async () => {
 
 test("an append resolves after the sync, not before", async () => {
   using dir = tempDir();
-  const gate = Promise.withResolvers<void>();
+  const started = Promise.withResolvers<void>();
+  const finish = Promise.withResolvers<void>();
   const { disk, strange } = strangeDisk({});
   const journal = await openJournal({ directory: dir.path, disk });
-  strange.sync = () => gate.promise;
+  strange.sync = () => (started.resolve(), finish.promise);
   let answered = false;
   const appended = journal.append(line("a")).then(() => (answered = true));
-  await Bun.sleep(50);
+  await started.promise;
+  await setImmediate(); // whatever does not wait for the sync has run
   expect(answered).toBe(false);
-  gate.resolve();
+  finish.resolve();
   await appended;
   await journal.close();
 });
 
-test("after a failed sync nothing is acknowledged, and it never syncs again", async () => {
+test("after a failed sync the journal acknowledges nothing more and never syncs again", async () => {
   using dir = tempDir();
   const { disk, strange, calls } = strangeDisk({});
   const journal = await openJournal({ directory: dir.path, disk });
@@ -142,7 +132,7 @@ test("after a failed sync nothing is acknowledged, and it never syncs again", as
   expect((await reopen(dir.path))[0]).toBe("before");
 });
 
-test("a full disk rejects what does not fit, keeps the file whole, and resumes once there is room", async () => {
+test("a full disk rejects what does not fit and keeps the file whole; appends resume once there is room", async () => {
   using dir = tempDir();
   const { disk, strange } = strangeDisk({});
   const journal = await openJournal({ directory: dir.path, disk });
@@ -174,7 +164,7 @@ test.each([
   });
 });
 
-test("the real disk really syncs: a file that cannot be synced is an error", async () => {
+test("the real disk syncs: a file that cannot be synced is an error", async () => {
   // Linux and macOS answer EINVAL or ENOTSUP; a call that is never made answers nothing.
   const refused = /EINVAL|ENOTSUP|EOPNOTSUPP|ENOTTY/;
   const file = await disk.openForAppend("/dev/null");
@@ -184,7 +174,7 @@ test("the real disk really syncs: a file that cannot be synced is an error", asy
   await expect(disk.syncDirectory("/dev/null")).rejects.toThrow(refused);
 });
 
-test("each directory that is created is synced into its parent", async () => {
+test("creating a directory syncs its parent", async () => {
   using dir = tempDir();
   const synced: string[] = [];
   const { syncDirectory } = disk;
@@ -204,7 +194,7 @@ test("a start finds the end of a large file and truncates nothing", async () => 
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path });
   const large = line("x".repeat(13 * 1024 * 1024));
-  for (let i = 0; i < 4; i++) await journal.append(large); // more than it reads
+  for (let i = 0; i < 4; i++) await journal.append(large); // more than the start reads
   const end = await journal.append(line("last"));
   await journal.close();
   const said: string[] = [];
@@ -214,7 +204,7 @@ test("a start finds the end of a large file and truncates nothing", async () => 
   await again.close();
 });
 
-test("a disk without room for a new journal gives an error that names the file and what to do", async () => {
+test("if the disk has no room for a new journal, the error names the file and what to do", async () => {
   using dir = tempDir();
   const { disk } = strangeDisk({
     append: () => Promise.reject(Object.assign(new Error("write"), { code: "ENOSPC" })),
@@ -227,7 +217,7 @@ test("a disk without room for a new journal gives an error that names the file a
 });
 
 test.each(["rename", "syncDirectory"] as const)(
-  "a rotation that fails at %s leaves no file open, which as garbage would end the process",
+  "a rotation that fails at %s leaves no file open",
   async (call) => {
     using dir = tempDir();
     const { disk, calls } = strangeDisk({});
@@ -246,13 +236,14 @@ test.each(["rename", "syncDirectory"] as const)(
     isBroken = true;
     await expect(journal.append(line("second"))).rejects.toThrow("begin the file after");
     await journal.close();
+    // A file that nobody closes ends the process when it is collected as garbage.
     expect(opened).toBe(2);
     expect(calls.filter((name) => name === "close")).toHaveLength(2);
   },
 );
 
 test.each(["open", "rename"] as const)(
-  "no room at the %s of the next file counts as a full disk, and passes",
+  "no room at the %s of the next file rejects the append as a full disk does, and the next append succeeds",
   async (call) => {
     using dir = tempDir();
     let isFull = false;
@@ -314,7 +305,7 @@ test("a tail torn at any byte is truncated, and whole frames stay", async () => 
   }
 });
 
-test("a file whose creation died begins anew, whatever part of its header is there", async () => {
+test("a journal whose creation was interrupted starts empty, whatever part of its header was written", async () => {
   using dir = tempDir();
   const path = dir.file("eventsPost.jsonl");
   const header = '{"journal":"3f5bd0c6-5cf3-4f0e-9a0c-0a6d7f6a2b11","base":0,"version":1}';
@@ -352,7 +343,7 @@ function frameTime(bytes: Buffer): number | null {
   return Number(/"at":(\d+)\}\}$/.exec(bytes.toString("latin1").split("\n")[1] ?? "")?.[1] ?? null);
 }
 
-test("a file that is not a journal is refused and left alone", async () => {
+test("a file that is not a journal is refused and not changed", async () => {
   using dir = tempDir();
   const path = dir.file("eventsPost.jsonl");
   const events = readFileSync(`${import.meta.dir}/../fixtures/assignment.jsonl`);
@@ -371,7 +362,7 @@ test("a second writer is refused while the first one lives", async () => {
   expect(await reopen(dir.path)).toEqual([]);
 });
 
-test("to a reader an incomplete frame is the end until it is complete", async () => {
+test("a reader stops before an incomplete frame until it is complete", async () => {
   await withJournal(async (journal, path) => {
     await journal.append(line("first"));
     const whole = readFileSync(path);

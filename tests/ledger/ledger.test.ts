@@ -7,7 +7,7 @@ import { Fold } from "../../lib/processor/fold.ts";
 import { fileKey, openCheckpoint } from "../../lib/ledger/checkpoints.ts";
 import { post } from "../../lib/ledger/ledger.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
-import { root } from "../support/programs.ts";
+import { isInstalled, root } from "../support/programs.ts";
 
 setDefaultTimeout(30_000);
 
@@ -74,7 +74,7 @@ test("a batch that is posted by many at once counts once", async () => {
   expect(await ledger.balances()).toEqual({ ann: "1", bob: "2" });
 });
 
-test.if(Bun.which("psql") !== null)("the call at the end of post.sql runs in psql", async () => {
+test.if(isInstalled("psql"))("the call at the end of post.sql runs in psql", async () => {
   await using ledger = await openLedger(1);
   const file = await Bun.file(join(root, "lib/ledger/post.sql")).text();
   const [, call = ""] = /^-- A call.*\n(?:-- .*:\n)?([^]*)$/m.exec(file) ?? [];

@@ -1,33 +1,43 @@
 /**
  * A process that is killed at any moment loses no acknowledged event and counts none twice. Real processes
- * are killed. Each event has its own user, so that each shows by itself: if it was lost, its user is
- * missing; if it counted twice, its balance is twice the value.
+ * are killed. Each event has a user of its own: if the event was lost, its user is missing; if it counted
+ * twice, the balance is twice the value.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { appendFileSync, readFileSync, writeFileSync } from "node:fs";
 import { connect } from "node:net";
 
-import { encodeFrame, parseJournalHeader } from "../../lib/journal/format.ts";
+import { parseJournalHeader } from "../../lib/journal/format.ts";
 import { count } from "../faults/figures.ts";
 import { line } from "../support/events.ts";
+import { frame } from "../support/journal.ts";
+import { openLedger } from "../support/ledger.ts";
 import { openProxy } from "../support/network.ts";
-import { balances, connectTest, testDatabase } from "../support/postgres.ts";
-import { messages, run, spawn, startApp, tempDir, until } from "../support/programs.ts";
-import { IS_LONG, seeded } from "../support/random.ts";
+import {
+  messages,
+  root,
+  run,
+  startApp,
+  tempDir,
+  until,
+  untilBalance,
+} from "../support/programs.ts";
+import { IS_LONG, longTest, seeded } from "../support/random.ts";
 
 const KILLS = IS_LONG ? 5 : 2;
-/** More batches than one processor gets through before it is killed. */
+/** More batches than one processor posts before it is killed. */
 const PARTS = IS_LONG ? 16 : 6;
 const CUTS = 40;
+const NO_PROCESSOR = ["--no-processor"];
 setDefaultTimeout(30_000);
 
 test(
   "a server that is killed under load loses no acknowledged event and counts none twice",
   seeded(async (random) => {
-    await using ledger = await openLedger();
+    await using ledger = await openWatched();
     const load = openLoad(random);
     for (let round = 0; round < KILLS; round++) {
-      await using app = await startApp(ledger.app);
+      await using app = await ledger.start();
       const sending = load.start(app);
       await sending.underWay();
       await Bun.sleep(random() * 300);
@@ -43,34 +53,32 @@ test(
 test(
   "a processor that is killed while it posts a file resumes at the checkpoint",
   seeded(async (random) => {
-    await using ledger = await openLedger();
-    const file = ledger.folder.file("a.jsonl");
+    await using ledger = await openWatched();
     const parts = Array.from({ length: PARTS }, (_, part) => manyLines(part));
-    writeFileSync(file, parts.join(""));
+    const file = ledger.write("a.jsonl", parts.join(""));
     for (let kill = 0; kill < KILLS; kill++) {
-      await using processor = ledger.process(file);
+      await using processor = ledger.process([file]);
       const from = await ledger.position();
       await until(async () => (await ledger.position()) > from || processor.child.exitCode);
       await Bun.sleep(random() * 80);
       processor.kill("SIGKILL");
       count("kills");
     }
-    const last = await run("processor.ts", { args: [file], env: ledger.env });
-    expect(last.stderr).toBe("");
+    expect((await ledger.tool([file])).stderr).toBe("");
     const all = Object.entries(await ledger.balances());
     expect(all.filter(([user, sum]) => sum !== user.slice(4))).toEqual([]);
     expect(all).toHaveLength(PARTS * 4_000);
-    expect(await ledger.quarantined()).toBe(PARTS * 1_000);
+    expect(await ledger.quarantine()).toHaveLength(PARTS * 1_000);
   }),
 );
 
 // In the normal run tests/faults/process.test.ts kills it at named points between two batches.
-test.if(IS_LONG)(
+longTest(
   "a processor that is killed while it follows a journal resumes at the checkpoint",
   seeded(async (random) => {
-    await using ledger = await openLedger();
+    await using ledger = await openWatched();
     const load = openLoad(random);
-    await using app = await startApp({ ...ledger.app, args: ["--no-processor"] });
+    await using app = await ledger.start({}, NO_PROCESSOR);
     const sending = load.start(app);
     for (let kill = 0; kill < KILLS; kill++) {
       await using processor = ledger.process();
@@ -87,11 +95,11 @@ test.if(IS_LONG)(
 );
 
 // In the normal run tests/faults/postgres.test.ts terminates backends at random, and cuts at each packet.
-test.if(IS_LONG)(
-  `a server whose connections Postgres terminates ${CUTS} times posts on, and counts every event once`,
+longTest(
+  `a server whose connections Postgres terminates ${CUTS} times keeps posting, and counts every event once`,
   seeded(async (random) => {
-    await using ledger = await openLedger();
-    await using app = await startApp(ledger.app);
+    await using ledger = await openWatched();
+    await using app = await ledger.start();
     const load = openLoad(random);
     const sending = load.start(app);
     const reading = readOften(app.url, random);
@@ -115,17 +123,17 @@ test.if(IS_LONG)(
 );
 
 test("events are accepted while the database is unavailable, and the ledger catches up by itself", async () => {
-  await using ledger = await openLedger();
-  await using proxy = await openProxy(ledger.app.databaseUrl);
-  await using app = await startApp({ ...ledger.app, databaseUrl: proxy.url });
+  await using ledger = await openWatched();
+  await using proxy = await openProxy(ledger.url);
+  await using app = await ledger.start({ DATABASE_URL: proxy.url });
   await app.post(line("ann", 1));
-  await until(async () => (await app.balance("ann")) === "1");
+  await untilBalance(app, "ann", "1");
 
   proxy.cut();
   for (let i = 0; i < 20; i++) expect((await app.post(line("ann", 1))).status).toBe(201);
-  const away = await fetch(`${app.url}/userEvents/ann`);
-  expect(away.status).toBe(503);
-  expect(Number(away.headers.get("retry-after"))).toBeGreaterThan(0);
+  const unavailable = await fetch(`${app.url}/userEvents/ann`);
+  expect(unavailable.status).toBe(503);
+  expect(Number(unavailable.headers.get("retry-after"))).toBeGreaterThan(0);
   expect((await fetch(`${app.url}/readyz`)).status).toBe(503);
   expect((await fetch(`${app.url}/healthz`)).status).toBe(200);
   await until(() => proxy.refused() >= 5);
@@ -135,8 +143,8 @@ test("events are accepted while the database is unavailable, and the ledger catc
   expect((await fetch(`${app.url}/readyz`)).status).toBe(200);
 });
 
-test("a torn last frame is truncated and reported at the start, and the journal continues", async () => {
-  await using ledger = await openLedger();
+test("a start truncates a torn last frame and reports it, and the journal continues", async () => {
+  await using ledger = await openWatched();
   const whole = frame(line("torn", 1));
   const wrong = Buffer.from(whole);
   wrong[wrong.length - 5]! ^= 1;
@@ -153,7 +161,7 @@ test("a torn last frame is truncated and reported at the start, and the journal 
 });
 
 test("a server whose journal has a flipped byte before the last frame refuses to start, naming file and byte", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openWatched();
   await withApp(ledger, async (app) => {
     for (const user of ["ann", "ben", "cid"]) await app.post(line(user, 1));
   });
@@ -173,11 +181,11 @@ test("a server whose journal has a flipped byte before the last frame refuses to
 });
 
 // As in tests/server/http.test.ts, but down to the ledger.
-test.if(IS_LONG)(
-  "on SIGTERM under load what was accepted is on the disk, the exit code is 0, and no connection stays",
+longTest(
+  "after SIGTERM under load every accepted event is on disk, the exit code is 0, and no connection stays open",
   seeded(async (random) => {
-    await using ledger = await openLedger();
-    await using app = await startApp(ledger.app);
+    await using ledger = await openWatched();
+    await using app = await ledger.start();
     const load = openLoad(random);
     const sending = load.start(app);
     await sending.underWay();
@@ -190,7 +198,7 @@ test.if(IS_LONG)(
   }),
 );
 
-test("SIGTERM stops the embedded Postgres; after kill -9 it is found again or stops by itself; files and tools start it", async () => {
+test("SIGTERM stops the embedded Postgres, a start after kill -9 resumes, and processor.ts starts and stops it by itself", async () => {
   using folder = tempDir();
   const dataDir = folder.file("data");
   const port = () => Number(readFileSync(`${dataDir}/postgres/port`, "utf8"));
@@ -250,7 +258,7 @@ function journalEvents(path: string): Map<string, number> {
 
 type App = Awaited<ReturnType<typeof startApp>>;
 type Load = ReturnType<typeof openLoad>;
-type Ledger = Awaited<ReturnType<typeof openLedger>>;
+type Ledger = Awaited<ReturnType<typeof openWatched>>;
 
 /** Events that are sent, each with a user of its own, and which of them were acknowledged. */
 function openLoad(random: () => number) {
@@ -278,7 +286,7 @@ function openLoad(random: () => number) {
   return {
     sent,
     acknowledged,
-    /** Eight senders, until they are stopped or the server goes away. */
+    /** Starts eight senders, which send until they are stopped or the server ends. */
     start(app: App) {
       const before = acknowledged.size;
       let stopped = false;
@@ -298,7 +306,7 @@ function openLoad(random: () => number) {
   };
 }
 
-/** Reads balances until it is stopped; each request may take 10 s. */
+/** Reads balances until it is stopped. Each request may take 10 s. */
 function readOften(url: string, random: () => number) {
   const statuses = new Set<number>();
   let stopped = false;
@@ -319,58 +327,40 @@ function readOften(url: string, random: () => number) {
 /** A part of about 1 MiB, which is one batch: 4,000 users, each worth its number, and bad lines. */
 function manyLines(part: number): string {
   const note = "n".repeat(180);
-  const line = (number: number) =>
-    `{"userId":"user${number}","name":"add_revenue","value":${number},"note":"${note}"}\n`;
-  const good = Array.from({ length: 4_000 }, (_, i) => line(part * 4_000 + i + 1));
+  const good = Array.from({ length: 4_000 }, (_, i) => {
+    const number = part * 4_000 + i + 1;
+    return line(`user${number}`, number, { note });
+  });
   return `${good.join("")}${"bad\n".repeat(1_000)}`;
-}
-
-function frame(lines: string): Buffer {
-  return encodeFrame([Buffer.from(lines)], Buffer.byteLength(lines), Date.now());
 }
 
 /** Runs the server for `use`, stops it, and returns its stderr. */
 async function withApp(ledger: Ledger, use: (app: App) => Promise<unknown>): Promise<string> {
-  await using app = await startApp({ ...ledger.app, args: ["--no-processor"] });
+  await using app = await ledger.start({}, NO_PROCESSOR);
   await use(app);
   app.kill("SIGTERM");
   expect(await app.exit()).toBe(0);
   return app.stderr.text();
 }
 
-/** A ledger, a folder for a journal, and what can be seen of both from outside. */
-async function openLedger() {
-  const database = await testDatabase();
-  const folder = tempDir();
-  const dataDir = folder.file("data");
-  const env = { DATA_DIR: dataDir, DATABASE_URL: database.url };
-  const journal = `${dataDir}/eventsPost.jsonl`;
-  const sql = connectTest(database.url);
-  await sql.unsafe(await Bun.file(`${import.meta.dir}/../../schema.sql`).text());
-  const count = async (query: string) => Number((await sql.unsafe(query))[0]?.["count"] ?? 0);
+/** A ledger with its tables, and what can be seen of it from outside. */
+async function openWatched() {
+  const ledger = await openLedger();
+  await ledger.select(await Bun.file(`${root}/schema.sql`).text());
+  const count = async (query: string) =>
+    Number((await ledger.select<{ count: string | null }>(query))[0]?.count ?? 0);
   const ours = "datname = current_database() and application_name like 'daybook%'";
   return {
-    folder,
-    env,
-    journal,
-    app: { dataDir, databaseUrl: database.url },
-    balances: () => balances(database.url),
+    ...ledger,
     /** How far the only journal or file has been posted. */
     position: () => count("select max(position) as count from checkpoints"),
-    quarantined: () => count("select count(*) from quarantine"),
     connections: () => count(`select count(*) from pg_stat_activity where ${ours}`),
     cutConnections: () =>
       count(`select count(pg_terminate_backend(pid)) from pg_stat_activity where ${ours}`),
-    process: (...args: string[]) => spawn("processor.ts", { args, env }),
     /** Posts the rest of the journal. */
     async postRest() {
-      const { code, stderr } = await run("processor.ts", { args: [journal], env });
+      const { code, stderr } = await ledger.tool([ledger.journal]);
       expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
-    },
-    async [Symbol.asyncDispose]() {
-      await sql.end({ timeout: 1 });
-      folder[Symbol.dispose]();
-      await database.drop();
     },
   };
 }

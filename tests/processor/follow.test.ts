@@ -1,19 +1,22 @@
+/** A follower with a long backlog, and one whose journal is replaced. */
 import { expect, test } from "bun:test";
-import { renameSync, writeFileSync } from "node:fs";
+import { mkdirSync, renameSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 
-import { encodeFrame, encodeJournalHeader } from "../../lib/journal/format.ts";
-import { connectTest, testDatabase } from "../support/postgres.ts";
-import { spawn, tempDir, until } from "../support/programs.ts";
+import { encodeJournalHeader } from "../../lib/journal/format.ts";
+import { line } from "../support/events.ts";
+import { frame } from "../support/journal.ts";
+import { openLedger } from "../support/ledger.ts";
+import { connectTest } from "../support/postgres.ts";
+import { root, until } from "../support/programs.ts";
 
 test("a backlog is posted although every statement of more than 100 ms is terminated", async () => {
-  await using db = await testDatabase();
-  await using sql = connectTest(db.url);
-  await sql.file(`${import.meta.dir}/../../schema.sql`);
-  using dir = tempDir();
-  writeJournal(dir.file("eventsPost.jsonl"), 100, 1_000);
-  await using _processor = spawn("processor.ts", {
-    env: { DATA_DIR: dir.path, DATABASE_URL: db.url },
-  });
+  await using ledger = await openLedger();
+  await using sql = connectTest(ledger.url);
+  await sql.file(join(root, "schema.sql"));
+  mkdirSync(ledger.dataDir);
+  writeJournal(ledger.journal, 100, 1_000);
+  await using _processor = ledger.process();
 
   let ended = 0;
   await until(async () => {
@@ -27,13 +30,9 @@ test("a backlog is posted although every statement of more than 100 ms is termin
 /** A journal of `frames` frames, each with one event for each of `users` users of its own. */
 function writeJournal(path: string, frames: number, users: number): void {
   const parts = [encodeJournalHeader(crypto.randomUUID(), 0)];
-  for (let frame = 0; frame < frames; frame++) {
-    const lines = Array.from(
-      { length: users },
-      (_, user) => `{"userId":"u${frame * users + user}","name":"add_revenue","value":1}\n`,
-    );
-    const payload = Buffer.from(lines.join(""));
-    parts.push(encodeFrame([payload], payload.length, 1));
+  for (let i = 0; i < frames; i++) {
+    const lines = Array.from({ length: users }, (_, user) => line(`u${i * users + user}`));
+    parts.push(frame(lines.join(""), 1));
   }
   writeFileSync(path, Buffer.concat(parts));
 }
@@ -48,13 +47,11 @@ async function endLongStatements(sql: ReturnType<typeof connectTest>, ms: number
 }
 
 test("a journal that replaces another is followed from its beginning", async () => {
-  await using db = await testDatabase();
-  await using sql = connectTest(db.url);
-  using dir = tempDir();
-  writeJournal(dir.file("eventsPost.jsonl"), 3, 2);
-  await using _processor = spawn("processor.ts", {
-    env: { DATA_DIR: dir.path, DATABASE_URL: db.url },
-  });
+  await using ledger = await openLedger();
+  await using sql = connectTest(ledger.url);
+  mkdirSync(ledger.dataDir);
+  writeJournal(ledger.journal, 3, 2);
+  await using _processor = ledger.process();
   const posted = async (events: number) => {
     const rows = await sql<{ sum: string }[]>`select sum(revenue) from users_revenue`.catch(
       () => [],
@@ -62,7 +59,7 @@ test("a journal that replaces another is followed from its beginning", async () 
     return rows[0]?.sum === `${events}`;
   };
   await until(() => posted(6));
-  writeJournal(dir.file("other"), 2, 2);
-  renameSync(dir.file("other"), dir.file("eventsPost.jsonl"));
+  writeJournal(ledger.file("other"), 2, 2);
+  renameSync(ledger.file("other"), ledger.journal);
   await until(() => posted(10));
 }, 20_000);

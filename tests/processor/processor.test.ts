@@ -1,26 +1,28 @@
 /**
- * The processor as a program: files and journals in, balances out. Each event counts once, whatever else
+ * processor.ts as a program: files and journals in, balances out. Each event counts once, whatever else
  * runs at the same time.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { appendFileSync, copyFileSync, mkdirSync, renameSync, writeFileSync } from "node:fs";
+import { appendFileSync, copyFileSync, renameSync } from "node:fs";
 import { dirname, join } from "node:path";
 
-import { encodeFrame, encodeJournalHeader } from "../../lib/journal/format.ts";
+import { encodeJournalHeader } from "../../lib/journal/format.ts";
 import { tryLock } from "../../lib/lock.ts";
 import { line } from "../support/events.ts";
+import { frame } from "../support/journal.ts";
+import { openLedger } from "../support/ledger.ts";
 import { openProxy } from "../support/network.ts";
-import { balances, connectTest, testDatabase } from "../support/postgres.ts";
-import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
-import { IS_LONG, seeded } from "../support/random.ts";
+import { connectTest } from "../support/postgres.ts";
+import { root, tempDir, until, untilBalance } from "../support/programs.ts";
+import { longTest, seeded } from "../support/random.ts";
 
 setDefaultTimeout(20_000);
 
-const fixture = (name: string) => join(import.meta.dir, "..", "fixtures", name);
+const fixture = (name: string) => join(root, "tests", "fixtures", name);
 const FIXTURES = { user1: "27", user2: "58", user01: "2463", user02: "-1338", user03: "444" };
 
 test("files are posted to the cent, and a second run finds nothing new", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const files = [fixture("assignment.jsonl"), fixture("crlf.jsonl")];
   const first = await ledger.post(...files);
   expect(first.stdout).toMatch(
@@ -35,7 +37,7 @@ test("files are posted to the cent, and a second run finds nothing new", async (
 });
 
 test("only the new lines of a file that grew are posted", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const file = ledger.write("a.jsonl", line("ann", 1) + line("ben", 2));
   await ledger.post(file);
   appendFileSync(file, line("ann", 10) + line("cid", 4));
@@ -44,7 +46,7 @@ test("only the new lines of a file that grew are posted", async () => {
 });
 
 test("a file that begins with other bytes is another file, and is posted whole", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const [old, other] = [line("ann", 1) + line("ben", 2), line("ann", 5) + line("ben", 2)];
   await ledger.post(ledger.write("a.jsonl", old));
   const posted = await ledger.post(ledger.write("a.jsonl", other));
@@ -58,7 +60,7 @@ test("a file that begins with other bytes is another file, and is posted whole",
 });
 
 test("a file counts once whatever its folder, and again under another name", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const file = ledger.write("a.jsonl", line("ann", 3));
   const elsewhere = ledger.write("elsewhere/a.jsonl", line("ann", 3));
   await ledger.post(file, elsewhere);
@@ -67,8 +69,8 @@ test("a file counts once whatever its folder, and again under another name", asy
   expect(await ledger.balances()).toEqual({ ann: "6" });
 });
 
-test("an incomplete last line is reported and left, and is posted once it is complete", async () => {
-  await using ledger = await openLedger();
+test("an incomplete last line is reported, and posted by the run that finds it complete", async () => {
+  await using ledger = await openPosting();
   const last = line("ben", 2);
   const file = ledger.write("a.jsonl", line("ann", 1) + last.slice(0, 20));
   const torn = await ledger.post(file);
@@ -84,7 +86,7 @@ test("an incomplete last line is reported and left, and is posted once it is com
 });
 
 test("a last line without newline that is a whole event is posted once", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const file = ledger.write("a.jsonl", line("ann", 1) + line("ben", 2).trimEnd());
   expect((await ledger.post(file)).stdout).toStartWith("posted 2 events");
   appendFileSync(file, `\n${line("ann", 4)}`);
@@ -93,7 +95,7 @@ test("a last line without newline that is a whole event is posted once", async (
 });
 
 test("a bad line is quarantined with its position and reason, and the lines around it are posted", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const good = line("ann", 1);
   const file = ledger.write("a.jsonl", `${good}nonsense\n\n${good}${line("ann", '"98"')}${good}`);
   const posted = await ledger.post(file);
@@ -113,7 +115,7 @@ test("a bad line is quarantined with its position and reason, and the lines arou
 });
 
 test("lines of 100 KB and 5 MB are quarantined, cut to 4 KiB, and the lines after them are posted", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const [long, endless] = ["x".repeat(100_000), "y".repeat(5_000_000)];
   const before = line("ann", 1);
   const file = ledger.write("a.jsonl", `${before}${long}\n${endless}\n${line("ben", 2)}`);
@@ -128,7 +130,7 @@ test("lines of 100 KB and 5 MB are quarantined, cut to 4 KiB, and the lines afte
 });
 
 test("5 MB without a newline are quarantined once, and the lines after them are posted", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const file = ledger.write("a.jsonl", line("ann", 1) + "y".repeat(5_000_000));
   expect(await ledger.post(file)).toMatchObject({ code: 1, stderr: "" });
   appendFileSync(file, `\n${line("ben", 2)}`);
@@ -138,7 +140,7 @@ test("5 MB without a newline are quarantined once, and the lines after them are 
 });
 
 test("NUL bytes and invalid UTF-8 in bad lines are quarantined as U+FFFD", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const bytes = Buffer.concat([
     Buffer.from("a\0b\n"),
     Buffer.from([0x63, 0xff, 0xfe, 0x64, 0x0a]),
@@ -152,7 +154,7 @@ test("NUL bytes and invalid UTF-8 in bad lines are quarantined as U+FFFD", async
 });
 
 test("a BOM, blank lines and CRLF are accepted, and positions count every byte", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const head = `\ufeff${line("ann", 1).replace("\n", "\r\n")}\r\n  \n`;
   const file = ledger.write("a.jsonl", `${head}bad\r\n`);
   expect(await ledger.post(file)).toMatchObject({ code: 1 });
@@ -165,7 +167,7 @@ test("a BOM, blank lines and CRLF are accepted, and positions count every byte",
 });
 
 test("amounts are exact, and any text can be a user id", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const users = ["__proto__", "constructor", "NULL", "{}", 'a"b\\c', "d\n'e", "🦊", "é,e"];
   const lines = users.map((user) => line(user, 0.1) + line(user, 0.2) + line(user, "-0.000000001"));
   expect(await ledger.post(ledger.write("a.jsonl", lines.join("")))).toMatchObject({ code: 0 });
@@ -175,38 +177,38 @@ test("amounts are exact, and any text can be a user id", async () => {
 });
 
 test("if a FILE is missing, it is named, the exit code is 2, and nothing is posted", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const there = ledger.write("a.jsonl", line("ann", 1));
-  const missing = await ledger.post(there, ledger.path("none.jsonl"), dirname(there));
+  const missing = await ledger.post(there, ledger.file("none.jsonl"), dirname(there));
   expect(missing).toMatchObject({ code: 2, stdout: "" });
   expect(missing.stderr).toBe(
-    `${ledger.path("none.jsonl")}: no such file\n${dirname(there)}: not a regular file\n`,
+    `${ledger.file("none.jsonl")}: no such file\n${dirname(there)}: not a regular file\n`,
   );
   expect(await ledger.post(ledger.write("b.jsonl", ""))).toMatchObject({ code: 0, stderr: "" });
   expect(await ledger.balances()).toEqual({});
 });
 
-test("a journal that is given as FILE, copied and followed is posted once", async () => {
-  await using ledger = await openLedger();
-  await using app = await startApp({ ...ledger.app, args: ["--no-processor"] });
+test("a journal is posted once, even if it is given as FILE, copied and followed", async () => {
+  await using ledger = await openPosting();
+  await using app = await ledger.start({}, ["--no-processor"]);
   await app.postLines(line("ann", 1) + line("ben", 2));
-  const journal = join(ledger.app.dataDir, "eventsPost.jsonl");
+  const { journal } = ledger;
   expect((await ledger.post(journal)).stdout).toStartWith("posted 2 events");
 
   await app.post(line("ann", 10));
-  await using follower = ledger.follow();
-  await until(async () => (await app.balance("ann")) === "11");
+  await using follower = ledger.process();
+  await untilBalance(app, "ann", "11");
   await app.post(line("cid", 4));
-  await until(async () => (await app.balance("cid")) === "4");
-  const copy = ledger.path("copy.jsonl");
+  await untilBalance(app, "cid", "4");
+  const copy = ledger.file("copy.jsonl");
   copyFileSync(journal, copy);
   expect((await ledger.post(journal, copy)).stdout).toStartWith("posted 0 events");
   expect(await ledger.balances()).toEqual({ ann: "11", ben: "2", cid: "4" });
   expect(follower.child.exitCode).toBeNull();
 });
 
-test("a journal that is damaged before its end is refused, naming file and byte, with exit code 3", async () => {
-  await using ledger = await openLedger();
+test("a journal that is damaged before its end ends the run with exit code 3, naming file and byte", async () => {
+  await using ledger = await openPosting();
   const header = encodeJournalHeader(crypto.randomUUID(), 0);
   const [first, second] = [frame(line("ann", 1)), frame(line("ben", 2))];
   const flipped = Buffer.from(first);
@@ -219,12 +221,12 @@ test("a journal that is damaged before its end is refused, naming file and byte,
 });
 
 test("a follower quarantines a bad line of the journal and posts the lines after it", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const id = crypto.randomUUID();
   const header = encodeJournalHeader(id, 0);
   const lines = frame(`${line("ann", 1)}bad\n${line("ben", 2)}`);
   ledger.write("data/eventsPost.jsonl", Buffer.concat([header, lines]));
-  await using _follower = ledger.follow();
+  await using _follower = ledger.process();
   await until(async () => (await ledger.balances().catch(() => null))?.["ben"] === "2");
   expect(await ledger.balances()).toEqual({ ann: "1", ben: "2" });
   expect(await ledger.quarantine()).toMatchObject([
@@ -233,7 +235,7 @@ test("a follower quarantines a bad line of the journal and posts the lines after
 });
 
 test("four processors that post the same 3,000 new users in opposite orders do not deadlock", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const forth = Array.from({ length: 3_000 }, (_, i) => line(`user${i}`, 1)).join("");
   const back = forth.trimEnd().split("\n").toReversed().join("\n");
   const files = [forth, back, forth, back].map((text, i) => ledger.write(`${i}.jsonl`, text));
@@ -248,11 +250,11 @@ test("four processors that post the same 3,000 new users in opposite orders do n
   expect(await ledger.deadlocks()).toBe(0);
 });
 
-// In the normal run the test before stands for it: all users are new, and all are contended.
-test.if(IS_LONG)(
+// In the normal run the test above covers this: all users are new, and all are contended.
+longTest(
   "four processors that post random overlapping sets of new users are exact",
   seeded(async (random) => {
-    await using ledger = await openLedger();
+    await using ledger = await openPosting();
     const total = new Map<string, number>();
     const files = Array.from({ length: 4 }, (_, i) => {
       const lines = Array.from({ length: 4_000 }, () => {
@@ -271,10 +273,10 @@ test.if(IS_LONG)(
 );
 
 test("three processors on the same file share its batches, and each batch counts once", async () => {
-  await using ledger = await openLedger();
-  // A batch ends with the block of 1 MiB that holds its thousandth bad line: here, with each block.
+  await using ledger = await openPosting();
+  // A batch ends with the block of 1 MiB that holds its thousandth bad line. Here that is each block.
   const note = "n".repeat(8_000);
-  const group = `{"userId":"ann","name":"add_revenue","value":1,"note":"${note}"}\n${"x\n".repeat(20)}`;
+  const group = line("ann", 1, { note }) + "x\n".repeat(20);
   const file = ledger.write("a.jsonl", group.repeat(700));
   const posted = await ledger.postEach([file, file, file]);
   for (const { code, stderr } of posted) expect([0, 1].includes(code!) && stderr === "").toBe(true);
@@ -286,16 +288,14 @@ test("three processors on the same file share its batches, and each batch counts
 });
 
 test("each event of a file counts once if another file takes its name while it is posted", async () => {
-  await using ledger = await openLedger();
-  // A batch ends with the block that holds its thousandth bad line: it reads two batches and waits.
+  await using ledger = await openPosting();
+  // A batch ends with the block that holds its thousandth bad line. The processor reads two and waits.
   const content = (user: string) => line(user, 1).repeat(60_000) + "x\n".repeat(1_000);
   const file = ledger.write("a.jsonl", content("old").repeat(4));
   const next = ledger.write("next.jsonl", content("new").repeat(4));
-  await ledger.post(ledger.write("empty.jsonl", "")); // makes the tables
+  await ledger.post(ledger.write("empty.jsonl", "")); // creates the tables
   await using sql = connectTest(ledger.url, 2);
-  const { dataDir: DATA_DIR, databaseUrl: DATABASE_URL } = ledger.app;
-  const env = { DATA_DIR, DATABASE_URL };
-  await using first = spawn("processor.ts", { args: [file], env });
+  await using first = ledger.process([file]);
   await sql.begin(async (tx) => {
     await tx`lock table users_revenue in exclusive mode`;
     const isWaiting = () => sql`
@@ -310,7 +310,7 @@ test("each event of a file counts once if another file takes its name while it i
 });
 
 test("three files of one name, each posted by two processors at once, count once", async () => {
-  await using ledger = await openLedger();
+  await using ledger = await openPosting();
   const files = ["one", "two", "three"].map((folder, i) =>
     ledger.write(`${folder}/a.jsonl`, line(folder, 1) + line("all", 10 ** i)),
   );
@@ -319,14 +319,12 @@ test("three files of one name, each posted by two processors at once, count once
   expect(await ledger.balances()).toEqual({ one: "1", two: "1", three: "1", all: "111" });
 });
 
-test("a file is posted as soon as an unavailable database returns", async () => {
-  await using ledger = await openLedger();
+test("a processor waits for an unavailable database, and posts its file when the database returns", async () => {
+  await using ledger = await openPosting();
   await using proxy = await openProxy(ledger.url);
   proxy.cut();
-  await using posting = spawn("processor.ts", {
-    args: [ledger.write("a.jsonl", line("ann", 1))],
-    env: { DATA_DIR: ledger.path("data"), DATABASE_URL: proxy.url },
-  });
+  const file = ledger.write("a.jsonl", line("ann", 1));
+  await using posting = ledger.process([file], { DATABASE_URL: proxy.url });
   await until(() => proxy.refused() >= 3);
   expect(posting.child.exitCode).toBeNull();
   proxy.mend();
@@ -334,19 +332,19 @@ test("a file is posted as soon as an unavailable database returns", async () => 
   expect(await ledger.balances()).toEqual({ ann: "1" });
 });
 
-test("a waiting follower posts each event that is appended", async () => {
-  await using ledger = await openLedger();
-  await using app = await startApp({ ...ledger.app, args: ["--no-processor"] });
-  await using _follower = ledger.follow();
+test("a follower at the end of the journal posts each event that is appended", async () => {
+  await using ledger = await openPosting();
+  await using app = await ledger.start({}, ["--no-processor"]);
+  await using _follower = ledger.process();
   await app.post(line("first", 1));
-  await until(async () => (await app.balance("first")) === "1");
+  await untilBalance(app, "first", "1");
   for (const user of ["ann", "ben", "cid"]) {
     expect((await app.post(line(user, 1))).status).toBe(201);
-    await until(async () => (await app.balance(user)) === "1");
+    await untilBalance(app, user, "1");
   }
 });
 
-test("a lock stays held when its object is garbage", () => {
+test("a lock is held even if nothing refers to it any longer", () => {
   using dir = tempDir();
   const release = (() => {
     tryLock(dir.file("forgotten.lock"));
@@ -359,32 +357,32 @@ test("a lock stays held when its object is garbage", () => {
 });
 
 test("a second follower stands by, and takes over when the first is killed", async () => {
-  await using ledger = await openLedger();
-  await using app = await startApp({ ...ledger.app, args: ["--no-processor"] });
-  await using first = ledger.follow();
+  await using ledger = await openPosting();
+  await using app = await ledger.start({}, ["--no-processor"]);
+  await using first = ledger.process();
   await until(() => first.stderr.text().includes("following "));
-  await using second = ledger.follow();
+  await using second = ledger.process();
   await until(() => second.stderr.text().includes("standing by"));
   await app.post(line("ann", 1));
-  await until(async () => (await app.balance("ann")) === "1");
+  await untilBalance(app, "ann", "1");
 
   first.kill("SIGKILL");
   await app.post(line("ann", 10));
-  await until(async () => (await app.balance("ann")) === "11");
+  await untilBalance(app, "ann", "11");
   expect(second.stderr.text()).toContain("following ");
 });
 
 test("SIGTERM and SIGINT end a follower with exit code 0: at work, standing by, or without a database", async () => {
-  await using ledger = await openLedger();
-  await using atWork = ledger.follow();
+  await using ledger = await openPosting();
+  await using atWork = ledger.process();
   await until(() => atWork.stderr.text().includes("following "));
-  await using standingBy = ledger.follow();
+  await using standingBy = ledger.process();
   await until(() => standingBy.stderr.text().includes("standing by"));
   await using proxy = await openProxy(ledger.url);
   proxy.cut();
   ledger.write("other/eventsPost.jsonl", encodeJournalHeader(crypto.randomUUID(), 0));
-  const env = { DATA_DIR: ledger.path("other"), DATABASE_URL: proxy.url };
-  await using without = spawn("processor.ts", { env });
+  const settings = { DATA_DIR: ledger.file("other"), DATABASE_URL: proxy.url };
+  await using without = ledger.process([], settings);
   await until(() => without.stderr.text().includes("waiting; database"));
 
   standingBy.kill("SIGINT");
@@ -395,44 +393,25 @@ test("SIGTERM and SIGINT end a follower with exit code 0: at work, standing by, 
   expect(atWork.stdout.text()).toBe("");
 });
 
-function frame(lines: string): Buffer {
-  return encodeFrame([Buffer.from(lines)], Buffer.byteLength(lines), Date.now());
-}
-
 function quarantined(row: { position: number; line: string }) {
   return { source: "file:a.jsonl#1", reason: expect.stringMatching(/long/), ...row };
 }
 
-/** A ledger, a folder for files, and the processor to run on them. */
-async function openLedger() {
-  const database = await testDatabase();
-  const folder = tempDir();
-  const { url } = database;
-  const env = { DATA_DIR: folder.file("data"), DATABASE_URL: url };
-  const select = async <T>(query: string): Promise<T[]> => {
-    await using sql = connectTest(url);
-    return [...(await sql.unsafe(query))] as T[];
-  };
-  const post = (...files: string[]) => run("processor.ts", { args: files, env });
+/** A ledger, and the processors that post files to it. */
+async function openPosting() {
+  const ledger = await openLedger();
+  const post = (...files: string[]) => ledger.tool(files);
   const postEach = (files: string[]) => Promise.all(files.map((file) => post(file)));
   return {
-    url,
-    app: { dataDir: folder.file("data"), databaseUrl: url },
-    path: folder.file,
-    write(name: string, content: string | Uint8Array) {
-      const path = folder.file(name);
-      mkdirSync(dirname(path), { recursive: true });
-      writeFileSync(path, content);
-      return path;
-    },
+    ...ledger,
     /** One processor for all files. */
     post,
     /** A processor for each file, at the same time. */
     postEach,
     /** The same, but none changes balances before all of them are ready to. */
     async postAtOnce(files: string[]) {
-      await using sql = connectTest(url, 2);
-      await sql.file(join(import.meta.dir, "..", "..", "schema.sql"));
+      await using sql = connectTest(ledger.url, 2);
+      await sql.file(join(root, "schema.sql"));
       const { posted } = await sql.begin(async (holding) => {
         await holding`lock table users_revenue in exclusive mode`;
         const posted = postEach(files);
@@ -442,25 +421,15 @@ async function openLedger() {
             where relation = 'users_revenue'::regclass and not granted`;
           return row?.waiting === files.length;
         });
-        return { posted }; // in an object, so that the lock goes before they are through
+        return { posted }; // in an object: a promise would be awaited while the lock is held
       });
       return posted;
     },
-    follow: () => spawn("processor.ts", { env }),
-    balances: () => balances(url),
-    quarantine: () =>
-      select<{ source: string; position: number; reason: string; line: string }>(
-        "select source, position::int, reason, line from quarantine order by source, position",
-      ),
     async deadlocks() {
-      const [row] = await select<{ deadlocks: number }>(
+      const [row] = await ledger.select<{ deadlocks: number }>(
         "select deadlocks::int from pg_stat_database where datname = current_database()",
       );
       return row?.deadlocks;
-    },
-    async [Symbol.asyncDispose]() {
-      folder[Symbol.dispose]();
-      await database.drop();
     },
   };
 }

@@ -1,11 +1,13 @@
 /**
- * What an operator does about a damaged journal, from the first check to the last event posted. Each
- * kind of damage here once left a journal that no tool could repair, or that was repaired without end.
+ * A damaged journal from the first check to the last event posted. Each kind of damage here once left a
+ * journal that no tool could repair, or that needed another repair after every repair.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 
 import { repair } from "../../lib/processor/check.ts";
+import { deleteSegments } from "../../lib/processor/retention.ts";
 import { openDatabase } from "../../lib/ledger/database.ts";
 import { checkJournal } from "../../lib/journal/check.ts";
 import { disk } from "../../lib/journal/disk.ts";
@@ -13,13 +15,12 @@ import { openJournalReader } from "../../lib/journal/reader.ts";
 import { repairFile } from "../../lib/journal/repair.ts";
 import { JournalDamage } from "../../lib/journal/format.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
-import { balances, testDatabase } from "../support/postgres.ts";
-import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { event, line } from "../support/events.ts";
+import { segmentNames } from "../support/journal.ts";
+import { openLedger } from "../support/ledger.ts";
+import { tempDir, until, untilBalance } from "../support/programs.ts";
 
 setDefaultTimeout(60_000);
-
-const event = (userId: string) =>
-  Buffer.from(`{"userId":"${userId}","name":"add_revenue","value":1}\n`);
 
 /** Appends one frame for each of `users`; returns the positions behind them. */
 async function append(
@@ -29,7 +30,7 @@ async function append(
 ): Promise<number[]> {
   const journal = await openJournal({ directory, segmentBytes });
   const ends: number[] = [];
-  for (const user of users) ends.push(await journal.append(event(user)));
+  for (const user of users) ends.push(await journal.append(Buffer.from(line(user))));
   await journal.close();
   return ends;
 }
@@ -40,19 +41,10 @@ function change(path: string, at: number, by = 2): void {
   writeFileSync(path, bytes);
 }
 
-/** A folder with a journal, a database, and the tools on both. */
-async function openDesk() {
-  const database = await testDatabase();
-  const dir = tempDir();
-  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
-  return {
-    ...{ dir, env, url: database.url, path: dir.file("eventsPost.jsonl") },
-    tool: (...args: string[]) => run("processor.ts", { args, env }),
-    async [Symbol.asyncDispose]() {
-      await database.drop();
-      dir[Symbol.dispose]();
-    },
-  };
+/** The position at which the file at `path` begins. */
+function baseOf(path: string): number {
+  const [header = ""] = readFileSync(path, "utf8").split("\n");
+  return (JSON.parse(header) as { base: number }).base;
 }
 
 async function damageOf(path: string) {
@@ -60,27 +52,26 @@ async function damageOf(path: string) {
   return files.flatMap(({ damage }) => damage);
 }
 
-test("a rotation that died, or is in progress, is not damage", async () => {
+test("a rotation that was interrupted, or is in progress, is not damage", async () => {
   using dir = tempDir();
   await append(dir.path, "abcd", 200);
   const path = dir.file("eventsPost.jsonl");
-  const { base } = JSON.parse(readFileSync(path, "utf8").split("\n")[0] ?? "") as { base: number };
-  renameSync(path, dir.file(`eventsPost.${base}.jsonl`));
+  renameSync(path, dir.file(`eventsPost.${baseOf(path)}.jsonl`));
   expect(await damageOf(path)).toEqual([]);
 });
 
-test("a rotten header of the active file is repaired, and the file before it left alone", async () => {
-  await using desk = await openDesk();
-  await append(desk.dir.path, "abcd", 200);
-  const before = readFileSync(desk.path);
-  change(desk.path, 20);
-  expect(await damageOf(desk.path)).toMatchObject([{ from: 0 }]);
-  expect((await desk.tool("--check", "--repair")).code).toBe(0);
-  expect((await desk.tool("--check")).code).toBe(0);
-  expect(readFileSync(desk.path)).toEqual(before);
+test("--repair restores the damaged header of the active file, and leaves the segments alone", async () => {
+  await using ledger = await openLedger();
+  await append(ledger.dataDir, "abcd", 200);
+  const before = readFileSync(ledger.journal);
+  change(ledger.journal, 20);
+  expect(await damageOf(ledger.journal)).toMatchObject([{ from: 0 }]);
+  expect((await ledger.tool(["--check", "--repair"])).code).toBe(0);
+  expect((await ledger.tool(["--check"])).code).toBe(0);
+  expect(readFileSync(ledger.journal)).toEqual(before);
 });
 
-test("acknowledged frames before a torn one are not a torn tail, whichever byte has rotted", async () => {
+test("a damaged frame followed by another frame is damage, not a torn tail, whichever byte is damaged", async () => {
   for (const cut of [0, 5]) {
     using dir = tempDir();
     const [, end = 0] = await append(dir.path, "abc");
@@ -108,16 +99,16 @@ test("acknowledged frames before a torn one are not a torn tail, whichever byte 
   }
 });
 
-test("damage of any length is replaced by frames that every reader accepts", async () => {
+test("--repair replaces damage of any length with frames that every reader accepts", async () => {
   for (const mib of [15, 17, 30, 33]) {
     using dir = tempDir();
     const journal = await openJournal({ directory: dir.path });
-    await journal.append(event("a"));
-    const lines = Buffer.alloc(event("b").length * 20_000, event("b"));
+    await journal.append(Buffer.from(line("a")));
+    const lines = Buffer.from(line("b").repeat(20_000));
     const from = journal.end();
     while (journal.end() - from < mib * 1024 * 1024) await journal.append(lines);
     const to = journal.end();
-    await journal.append(event("c"));
+    await journal.append(Buffer.from(line("c")));
     await journal.close();
     const path = dir.file("eventsPost.jsonl");
     const bytes = readFileSync(path);
@@ -126,131 +117,122 @@ test("damage of any length is replaced by frames that every reader accepts", asy
     for (const file of files) await repairFile(file, id as string, disk);
     expect(await damageOf(path)).toEqual([]);
     const reader = await openJournalReader(path);
-    expect((await reader?.read(to))?.[0]?.payload.toString()).toBe(event("c").toString());
+    expect((await reader?.read(to))?.[0]?.payload.toString()).toBe(line("c"));
   }
 });
 
-test("of damage that was posted in part both parts are reported, and what follows is posted", async () => {
-  await using desk = await openDesk();
-  const [, posted = 0] = await append(desk.dir.path, "ab");
-  expect((await desk.tool(desk.path)).code).toBe(0);
-  const [end = 0] = await append(desk.dir.path, "cde");
-  const bytes = readFileSync(desk.path);
-  writeFileSync(desk.path, bytes.fill(0, posted - 30, posted + 30));
-  const { code, stdout } = await desk.tool("--check", "--repair");
+test("damage that was posted in part is reported in two parts, and the events after it are posted", async () => {
+  await using ledger = await openLedger();
+  const [, posted = 0] = await append(ledger.dataDir, "ab");
+  expect((await ledger.tool([ledger.journal])).code).toBe(0);
+  const [end = 0] = await append(ledger.dataDir, "cde");
+  const bytes = readFileSync(ledger.journal);
+  writeFileSync(ledger.journal, bytes.fill(0, posted - 30, posted + 30));
+  const { code, stdout } = await ledger.tool(["--check", "--repair"]);
   expect(code).toBe(0);
   expect(stdout).toContain("they had been posted");
   expect(stdout).toContain("they had not been posted: 1 of their lines are still events");
-  expect((await desk.tool("--check")).code).toBe(0);
-  expect((await openJournalReader(desk.path).then((reader) => reader?.read(end)))?.length).toBe(2);
-  await using server = await startApp({ dataDir: desk.dir.path, databaseUrl: desk.url });
-  await server.post(event("f").toString());
-  await until(async () => (await server.balance("f")) === "1");
-  expect(Object.keys(await balances(desk.url))).toEqual([..."abdef"]);
+  expect((await ledger.tool(["--check"])).code).toBe(0);
+  expect(
+    (await openJournalReader(ledger.journal).then((reader) => reader?.read(end)))?.length,
+  ).toBe(2);
+  await using server = await ledger.start();
+  await server.post(event("f"));
+  await untilBalance(server, "f", "1");
+  expect(Object.keys(await ledger.balances())).toEqual([..."abdef"]);
 });
 
-test("a repair that dies between its steps can be repeated", async () => {
-  await using desk = await openDesk();
-  await append(desk.dir.path, "abc");
-  expect((await desk.tool(desk.path)).code).toBe(0);
-  change(desk.path, readFileSync(desk.path).length - 4);
-  const database = openDatabase(() => desk.url, "test", 1);
-  const dying = repair(desk.path, database, () => {
+test("a repair that is interrupted between its steps can be repeated", async () => {
+  await using ledger = await openLedger();
+  await append(ledger.dataDir, "abc");
+  expect((await ledger.tool([ledger.journal])).code).toBe(0);
+  change(ledger.journal, readFileSync(ledger.journal).length - 4);
+  const database = openDatabase(() => ledger.url, "test", 1);
+  const dying = repair(ledger.journal, database, () => {
     throw new Error("killed");
   });
   await expect(dying).rejects.toThrow("killed");
   await database.close();
-  expect((await desk.tool("--check", "--repair")).code).toBe(0);
-  await append(desk.dir.path, "d");
-  expect(await desk.tool(desk.path)).toMatchObject({ code: 0, stderr: "" });
-  expect(Object.keys(await balances(desk.url))).toEqual([..."abcd"]);
+  expect((await ledger.tool(["--check", "--repair"])).code).toBe(0);
+  await append(ledger.dataDir, "d");
+  expect(await ledger.tool([ledger.journal])).toMatchObject({ code: 0, stderr: "" });
+  expect(Object.keys(await ledger.balances())).toEqual([..."abcd"]);
 });
 
-test("the command that a repair prints posts the events that it has moved aside", async () => {
-  await using desk = await openDesk();
-  const journal = await openJournal({ directory: desk.dir.path });
-  await journal.append(event("a"));
-  const end = await journal.append(Buffer.concat([event("b"), event("c"), event("d")]));
-  await journal.append(event("e"));
+test("the command that --repair prints posts the events that it moved aside", async () => {
+  await using ledger = await openLedger();
+  const journal = await openJournal({ directory: ledger.dataDir });
+  await journal.append(Buffer.from(line("a")));
+  const end = await journal.append(Buffer.from(line("b") + line("c") + line("d")));
+  await journal.append(Buffer.from(line("e")));
   await journal.close();
-  change(desk.path, end - 20); // of the last event's value or name
-  const { stdout } = await desk.tool("--check", "--repair");
+  change(ledger.journal, end - 20); // of the last event's value or name
+  const { stdout } = await ledger.tool(["--check", "--repair"]);
   const [, command = ""] = /bun run processor\.ts (\S+) posts them/.exec(stdout) ?? [];
-  expect((await desk.tool(command)).code).toBe(0);
-  await desk.tool(desk.path);
-  expect(Object.keys(await balances(desk.url))).toEqual([..."abce"]);
+  expect((await ledger.tool([command])).code).toBe(0);
+  await ledger.tool([ledger.journal]);
+  expect(Object.keys(await ledger.balances())).toEqual([..."abce"]);
 });
 
-test("lost bytes prevent neither the deletion of segments nor a rebuild with --yes", async () => {
-  await using desk = await openDesk();
-  await append(desk.dir.path, "abcdef", 300);
-  expect((await desk.tool(desk.path)).code).toBe(0);
-  const [first = ""] = readdirSync(desk.dir.path).filter((name) => /\.0\.jsonl$/.test(name));
-  change(desk.dir.file(first), readFileSync(desk.dir.file(first)).indexOf("userId"));
-  expect((await desk.tool("--check", "--repair")).code).toBe(0);
-  const { code, stderr, stdout } = await desk.tool("--rebuild");
+test("lost bytes prevent neither the deletion of segments nor --rebuild --yes", async () => {
+  await using ledger = await openLedger();
+  await append(ledger.dataDir, "abcdef", 300);
+  expect((await ledger.tool([ledger.journal])).code).toBe(0);
+  const [first = ""] = segmentNames(ledger.dataDir);
+  const path = join(ledger.dataDir, first);
+  change(path, readFileSync(path).indexOf("userId"));
+  expect((await ledger.tool(["--check", "--repair"])).code).toBe(0);
+  const { code, stderr, stdout } = await ledger.tool(["--rebuild"]);
   expect(stderr, stdout).toContain("--yes");
   expect(code).toBe(2);
   {
-    const app = { dataDir: desk.dir.path, databaseUrl: desk.url };
-    await using server = await startApp({ ...app, env: { JOURNAL_KEEP_DAYS: "0" } });
-    await server.post(event("g").toString());
-    await until(() => !readdirSync(desk.dir.path).includes(first), 20_000);
+    await using server = await ledger.start({ JOURNAL_KEEP_DAYS: "0" });
+    await server.post(event("g"));
+    await until(() => !segmentNames(ledger.dataDir).includes(first), 20_000);
     await until(() => server.balance("g"));
   }
-  expect((await desk.tool("--verify")).stdout).toContain("1 of 7 balances differ");
-  expect((await desk.tool("--rebuild", "--yes")).code).toBe(0);
-  expect((await desk.tool("--verify")).code).toBe(0);
+  expect((await ledger.tool(["--verify"])).stdout).toContain("1 of 7 balances differ");
+  expect((await ledger.tool(["--rebuild", "--yes"])).code).toBe(0);
+  expect((await ledger.tool(["--verify"])).code).toBe(0);
 });
 
-test("the last file of a journal is kept while no other one says which journal it is", async () => {
-  await using desk = await openDesk();
-  await append(desk.dir.path, "abc", 100);
-  expect((await desk.tool(desk.path)).code).toBe(0);
-  const { base } = JSON.parse(readFileSync(desk.path, "utf8").split("\n")[0] ?? "") as {
-    base: number;
-  };
-  const last = `eventsPost.${base}.jsonl`;
-  renameSync(desk.path, desk.dir.file(last));
-  const id = (await openJournalReader(desk.path))?.id;
-  const app = { dataDir: desk.dir.path, databaseUrl: desk.url };
-  const env = { ...desk.env, JOURNAL_KEEP_DAYS: "0" };
-  const kept = () => readdirSync(desk.dir.path).filter((name) => /\.\d+\.jsonl$/.test(name));
-  {
-    await using processor = spawn("processor.ts", { env });
-    await until(() => kept().length === 1, 20_000);
-    await Bun.sleep(100);
-    processor.kill("SIGTERM");
-    await processor.exit();
-  }
-  expect(kept()).toEqual([last]);
-  await using server = await startApp(app);
-  expect((await (await server.post(event("d").toString())).text()).includes(id as string)).toBe(
-    true,
-  );
+test("the only file that identifies a journal is never deleted", async () => {
+  await using ledger = await openLedger();
+  await append(ledger.dataDir, "abc", 100);
+  expect((await ledger.tool([ledger.journal])).code).toBe(0);
+  const last = `eventsPost.${baseOf(ledger.journal)}.jsonl`;
+  renameSync(ledger.journal, join(ledger.dataDir, last));
+  const id = (await openJournalReader(ledger.journal))?.id ?? "";
+  const database = openDatabase(() => ledger.url, "test", 1);
+  const deleteAgain = () => deleteSegments({ database, path: ledger.journal, keepDays: 0 });
+  expect(await deleteAgain()).toHaveLength(2);
+  expect(await deleteAgain()).toEqual([]);
+  await database.close();
+  expect(segmentNames(ledger.dataDir)).toEqual([last]);
+  await using server = await ledger.start();
+  expect(await (await server.post(event("d"))).text()).toContain(id);
 });
 
-test("a plain file may have neighbours with numbers in their names", async () => {
-  await using desk = await openDesk();
-  const plain = desk.dir.file("events.jsonl");
-  writeFileSync(plain, event("a"));
-  writeFileSync(desk.dir.file("events.1.jsonl"), event("b"));
-  writeFileSync(desk.dir.file("events.20240101.jsonl"), event("c"));
-  expect(await desk.tool(plain)).toMatchObject({ code: 0, stderr: "" });
-  expect(await balances(desk.url)).toEqual({ a: "1" });
-  expect((await desk.tool("--verify", plain)).code).toBe(0);
+test("files with numbers in their names are not mistaken for segments of the plain file beside them", async () => {
+  await using ledger = await openLedger();
+  const plain = ledger.write("events.jsonl", line("a"));
+  ledger.write("events.1.jsonl", line("b"));
+  ledger.write("events.20240101.jsonl", line("c"));
+  expect(await ledger.tool([plain])).toMatchObject({ code: 0, stderr: "" });
+  expect(await ledger.balances()).toEqual({ a: "1" });
+  expect((await ledger.tool(["--verify", plain])).code).toBe(0);
 });
 
-test("all files of a journal, or one of its segments, stand for the journal, also while the active file is missing", async () => {
-  await using desk = await openDesk();
-  await append(desk.dir.path, "abc", 100);
-  const all = readdirSync(desk.dir.path).filter((name) => /^eventsPost.*\.jsonl$/.test(name));
-  const paths = all.map((name) => desk.dir.file(name));
-  expect((await desk.tool(desk.path)).stdout).toStartWith("posted 3 events");
-  for (const given of [paths, [desk.dir.file("eventsPost.0.jsonl")]])
-    expect(await desk.tool(...given)).toMatchObject({ code: 0, stderr: "" });
-  expect((await desk.tool("--verify", ...paths)).code).toBe(0);
-  rmSync(desk.path);
+test("all files of a journal, or one of its segments, name the journal, even while the active file is missing", async () => {
+  await using ledger = await openLedger();
+  await append(ledger.dataDir, "abc", 100);
+  const names = [...segmentNames(ledger.dataDir), "eventsPost.jsonl"];
+  const paths = names.map((name) => join(ledger.dataDir, name));
+  expect((await ledger.tool([ledger.journal])).stdout).toStartWith("posted 3 events");
+  for (const given of [paths, paths.slice(0, 1)])
+    expect(await ledger.tool(given)).toMatchObject({ code: 0, stderr: "" });
+  expect((await ledger.tool(["--verify", ...paths])).code).toBe(0);
+  rmSync(ledger.journal);
   for (const tool of [[], ["--check"], ["--verify"]])
-    expect((await desk.tool(...tool, desk.path)).stderr).not.toContain("no such file");
+    expect((await ledger.tool([...tool, ledger.journal])).stderr).not.toContain("no such file");
 });

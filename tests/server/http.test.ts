@@ -10,8 +10,9 @@ import { readFileSync, statSync } from "node:fs";
 import { connect } from "node:net";
 import { constants, crc32, gzipSync, zstdCompressSync } from "node:zlib";
 
+import { event } from "../support/events.ts";
 import { connectTest, testDatabase } from "../support/postgres.ts";
-import { startApp, tempDir, until } from "../support/programs.ts";
+import { startApp, tempDir, until, untilBalance } from "../support/programs.ts";
 
 const SECRET = "a-secret-of-this-test";
 const MARKER = "zebra-quagga-okapi";
@@ -383,7 +384,7 @@ for (const [value, balance] of GOOD_VALUES)
   test(`value: ${value} is accepted on both routes and is ${balance}`, async () => {
     const [one, many, less] = [newUser(), newUser(), newUser()];
     await take(event(one, value));
-    await takeLines(`${event(many, value)}\n${event(less, value, "subtract_revenue")}`);
+    await takeLines(`${event(many, value)}\n${event(less, value, { name: "subtract_revenue" })}`);
     const negative = balance.startsWith("-") ? balance.slice(1) : `-${balance}`;
     await settles(one, balance);
     await settles(many, balance);
@@ -421,7 +422,11 @@ const NO_EVENTS: [what: string, json: string, field: string][] = [
     "__proto__",
     "constructor",
     MARKER,
-  ].map((name): [string, string, string] => [`name: "${name}"`, event(MARKER, 1, name), "name"]),
+  ].map((name): [string, string, string] => [
+    `name: "${name}"`,
+    event(MARKER, 1, { name }),
+    "name",
+  ]),
   ["value: missing", `{"userId":${u},"name":"add_revenue"}`, "value"],
   ["value: only in another field", `{"userId":${u},"name":"add_revenue","x":{"value":1}}`, "value"],
   ...[
@@ -503,7 +508,7 @@ test("bad lines are listed by number and left out, good ones are stored", async 
     event(user, 1),
     bad,
     "",
-    event(bad, null),
+    event(bad, "null"),
     `${event(user, 2)}\r`,
     `${event(bad, 1)}${event(bad, 1)}`,
     event(user, 4),
@@ -637,8 +642,8 @@ test("balances are exact and have no trailing zeros", async () => {
 test("subtract_revenue subtracts, even below zero", async () => {
   const user = newUser();
   await take(event(user, "1.5"));
-  await take(event(user, "4", "subtract_revenue"));
-  await take(event(user, "-0.25", "subtract_revenue"));
+  await take(event(user, "4", { name: "subtract_revenue" }));
+  await take(event(user, "-0.25", { name: "subtract_revenue" }));
   await settles(user, "-2.25");
 });
 
@@ -788,13 +793,9 @@ function newUser(): string {
   return `user-${crypto.randomUUID()}`;
 }
 
-function event(user: string, value: unknown, name = "add_revenue"): string {
-  return written(JSON.stringify(user), value, name);
-}
-
 /** An event whose user is already written as JSON. */
-function written(user: string, value: unknown, name = "add_revenue"): string {
-  return `{"userId":${user},"name":"${name}","value":${value}}`;
+function written(user: string, value: number | string): string {
+  return `{"userId":${user},"name":"add_revenue","value":${value}}`;
 }
 
 /** An event of `user` with exactly that many bytes. */
@@ -900,12 +901,9 @@ async function problem(response: Response, statuses: number[]) {
   return { detail: String(document["detail"]), errors: (document["errors"] ?? []) as Fault[] };
 }
 
-/** The balance becomes `wanted`. */
-async function settles(user: string, wanted: string): Promise<void> {
-  let found: string | null = null;
-  const same = async () => (found = await app.balance(user)) === wanted;
-  await until(same, 5_000).catch(() => {});
-  expect(found).toBe(wanted as never);
+/** Waits until the balance is `wanted`. */
+function settles(user: string, wanted: string): Promise<void> {
+  return untilBalance(app, user, wanted, 5_000);
 }
 
 function journalBytes(): number {

@@ -1,4 +1,6 @@
 /** Journals as bytes and as lines, without the writer. */
+import { readdirSync } from "node:fs";
+
 import { disk as realDisk, type Disk } from "../../lib/journal/disk.ts";
 import { encodeFrame } from "../../lib/journal/format.ts";
 import { type JournalReader, openJournalReader } from "../../lib/journal/reader.ts";
@@ -25,4 +27,11 @@ export async function readFrames(path: string, disk: Disk = realDisk) {
 export async function readLines(path: string, disk: Disk = realDisk): Promise<string[]> {
   const frames = await readFrames(path, disk);
   return frames.flatMap(({ payload }) => payload.toString().trimEnd().split("\n"));
+}
+
+/** The names of the segments in `directory`, in the order of their positions. The active file is not one. */
+export function segmentNames(directory: string): string[] {
+  const base = (name: string) => Number(/^eventsPost\.(\d+)\.jsonl$/.exec(name)?.[1] ?? Number.NaN);
+  const names = readdirSync(directory).filter((name) => base(name) >= 0);
+  return names.toSorted((a, b) => base(a) - base(b));
 }

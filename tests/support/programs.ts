@@ -131,11 +131,12 @@ export async function untilBalance(
 
 /**
  * For `test.if`: whether a program that a test needs is installed. If not, the test is skipped and the
- * program named; under CI this throws instead.
+ * program named; with CI=true this throws instead.
  */
 export function isInstalled(program: string): boolean {
   if (Bun.which(program)) return true;
-  if (process.env["CI"] === "true") throw new Error(`install ${program}: in CI no test is skipped`);
+  if (process.env["CI"] === "true")
+    throw new Error(`install ${program}: with CI=true no test is skipped`);
   console.warn(`skipping tests that need ${program}, which is not installed`);
   return false;
 }
