@@ -174,6 +174,12 @@ test.each(["it is opened", "its header is read"] as const)(
     expect(frame?.to).toBeLessThan(journal.end());
     const [next] = await reader.read(frame?.to ?? 0);
     expect(next?.payload.toString()).toBe("another\n");
+    // At its end: the next file begins at this position, and the old one has other bytes there.
+    const end = journal.end();
+    rotate = () => journal.append(line("third"));
+    const atEnd = await reader.read(end);
+    const [third] = atEnd.length > 0 ? atEnd : await reader.read(end);
+    expect(third?.payload.toString()).toBe("third\n");
     await journal.close();
   },
 );
