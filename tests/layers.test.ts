@@ -24,7 +24,7 @@ const OWNERS: Record<string, string[]> = {
   ajv: ["server/event-schema.ts"],
   "bun:sqlite": ["lock.ts"],
   "cli-progress": ["progress.ts"],
-  elysia: ["server/api.ts", "server/problem.ts"],
+  elysia: ["server/api.ts", "server/listener.ts", "server/problem.ts"],
   jose: ["server/token.ts"],
   pino: ["log.ts"],
   postgres: ["ledger/database.ts"],
