@@ -29,6 +29,16 @@ export class Unavailable extends Error {
   }
 }
 
+/**
+ * Postgres refuses what a row contains: a constraint, a domain, a trigger. That is not an outage, and the
+ * same rows will be refused again. The message is Postgres' own, without the values.
+ */
+export class RowRefused extends Unavailable {
+  constructor(readonly reason: string) {
+    super(reason, false);
+  }
+}
+
 /** Thrown by `work` of `Database.use` when the cause is not the database: it is passed on unchanged. */
 export class CannotProceed extends Error {}
 
@@ -115,11 +125,16 @@ async function applySchema(sql: Sql): Promise<void> {
 /** SQLSTATE classes that are transient: connection, rollback, resources, locks, intervention, system. */
 const TRANSIENT = /^(08|40|53|55|57|58)|^XX000$/;
 
-function describe(error: unknown): Unavailable {
+/** SQLSTATE classes about what a row contains: data, integrity constraints, and `raise` in a trigger. */
+const ROW = /^2[23]|^P0001$/;
+
+/** What kind of failure an error of the driver is. */
+export function describe(error: unknown): Unavailable {
   if (error instanceof Unavailable) return error;
   const { message, code } = error as { message?: string; code?: string };
   const sqlState = error instanceof postgres.PostgresError ? (code ?? "") : null;
   const text = (message || code || String(error)).split("\n")[0] as string;
+  if (sqlState !== null && ROW.test(sqlState)) return new RowRefused(text);
   return new Unavailable(text, sqlState === null || TRANSIENT.test(sqlState));
 }
 

@@ -12,7 +12,7 @@
  * (40P01, reproduced with three sessions); and four processors became slower, from 276,000 to 178,000
  * rows/s.
  */
-import { arrayLiteral, columns, type Database, type Transaction } from "./database.ts";
+import { arrayLiteral, columns, type Database, RowRefused, type Transaction } from "./database.ts";
 import postSql from "./post.sql" with { type: "text" };
 import type { Sums } from "../event/sums.ts";
 
@@ -21,6 +21,8 @@ const READ_DEADLINE_MS = 2_000;
 /** How much later than Postgres the driver gives up on a posting. */
 const GRACE_MS = 5_000;
 const MAX_PRUNED = 10_000;
+/** The error of the fence in post.sql. */
+const CHECKPOINT_HAS_MOVED = "daybook.checkpoint_has_moved";
 
 /** Without its comments: `pg_stat_activity` shows only the first 1,024 bytes of a statement. */
 const STATEMENT = postSql.replace(/^ *--.*\n/gm, "");
@@ -88,12 +90,14 @@ export interface Quarantined {
 
 /**
  * What became of a batch. `elsewhere`: its checkpoint is no longer at `from`. `ahead`: some of its
- * sources are not where it expects them; fold again with these positions. Both changed nothing.
+ * sources are not where it expects them; fold again with these positions. `refused`: Postgres refuses what a
+ * row would contain (see refusals.ts). All three changed nothing.
  */
 export type Outcome =
   | { state: "posted"; quarantined: number; duplicates: number }
   | { state: "elsewhere" }
-  | { state: "ahead"; posted: Map<string, number> };
+  | { state: "ahead"; posted: Map<string, number> }
+  | { state: "refused"; batch: Batch; reason: string };
 
 /** Notes how events of each name count from now on. Throws Unavailable. */
 export async function noteEventTypes(database: Database, types: ReadonlyMap<string, number>) {
@@ -123,7 +127,16 @@ export function post(database: Database, batch: Batch, timeoutMs: number): Promi
     const quarantined = batch.quarantined.length + disputed;
     return { state: "posted", quarantined, duplicates: batch.duplicates + repeated };
   };
-  return database.use((sql) => sql.begin(posting) as Promise<Outcome>, timeoutMs + GRACE_MS);
+  const outcome = database.use(
+    (sql) => sql.begin(posting) as Promise<Outcome>,
+    timeoutMs + GRACE_MS,
+  );
+  return outcome.catch((error: Error) => {
+    if (error instanceof RowRefused) return { state: "refused", batch, reason: error.reason };
+    // The driver ran the statement outside its transaction, after another processor had posted the batch.
+    if (error.message.includes(CHECKPOINT_HAS_MOVED)) return { state: "elsewhere" };
+    throw error;
+  });
 }
 
 /** Locks the sources in order; returns the positions of all of them if one is not at `from`. */

@@ -5,7 +5,7 @@
  */
 import { formatAmount } from "../event/amount.ts";
 import type { Change } from "../event/event.ts";
-import type { Sql, Statements } from "./database.ts";
+import { describe, RowRefused, type Sql, type Statements } from "./database.ts";
 import { SAME_ID } from "./ledger.ts";
 
 const ROWS_PER_PAGE = 500;
@@ -51,20 +51,20 @@ export async function settleRepeated(sql: Statements, row: QuarantinedLine): Pro
 }
 
 /**
- * Posts a line and removes it from the quarantine, in one statement. Divides by zero, and changes
- * nothing, if its id is claimed at the same moment. A line of a removed segment becomes part of that
+ * Posts a line and removes it from the quarantine, in one statement. Returns `null`, or why Postgres
+ * refuses it. Throws Unavailable, and changes nothing, if its id is claimed at the same moment. A line of a removed segment becomes part of that
  * journal's snapshot.
  */
 export async function postQuarantined(
   sql: Sql,
   { key, position }: QuarantinedLine,
   { userId, sign, amount, claim }: Change & { claim: { id: string; event: string } | null },
-): Promise<void> {
+): Promise<string | null> {
   const claiming = claim
     ? sql`insert into event_ids (id, event) select ${claim.id}, ${claim.event} from released
           on conflict do nothing returning 1`
     : sql`select 1 from released`;
-  await sql`
+  return sql`
     with released as (
       delete from quarantine where source = ${key} and position = ${position} returning 1
     ), claimed as (${claiming}), posted as (
@@ -78,5 +78,13 @@ export async function postQuarantined(
       where removed.source = ${key} and removed.position > ${position} and ${sign !== 0}
       on conflict (source, user_id) do update set revenue = snapshot.revenue + excluded.revenue
     )
-    select 1 / ((select count(*) from claimed) = (select count(*) from released))::int`;
+    select case when (select count(*) from claimed) < (select count(*) from released)
+      then current_setting('daybook.id_was_claimed')::int end`.then(
+    () => null,
+    (error) => {
+      const failure = describe(error);
+      if (failure instanceof RowRefused) return failure.reason;
+      throw failure;
+    },
+  );
 }

@@ -9,6 +9,7 @@
 import { open } from "node:fs/promises";
 import { basename } from "node:path";
 
+import type { Change } from "../event/event.ts";
 import { matchGenerations } from "../event/generations.ts";
 import {
   type Block,
@@ -57,11 +58,15 @@ export interface BatchSource {
   limit: BatchLimit;
   /** How far sources are posted, where that is further than the journal expects (see Fold). */
   ahead: ReadonlyMap<string, number>;
+  /** The lines that Postgres refuses, by position, with its reasons. */
+  refused?: ReadonlyMap<number, string>;
+  /** Called with each event that counts (see Fold). */
+  counted?: ((position: number, change: Change) => void) | undefined;
 }
 
 /** Batches of `journal` from its checkpoint on. Throws JournalBehind, JournalDamage or Unavailable. */
 export async function openJournalBatches(
-  { database, path, limit, ahead }: BatchSource,
+  { database, path, limit, ahead, refused, counted }: BatchSource,
   journal: JournalReader,
 ): Promise<BatchReader> {
   const key = journalKey(journal.id);
@@ -78,7 +83,7 @@ export async function openJournalBatches(
       let isPosting = true;
       const settled = () => (isPosting = false);
       const ready = posting.then(settled, settled);
-      const fold = new Fold(limit.maxUsers, posted);
+      const fold = new Fold(limit.maxUsers, posted, refused, counted);
       const start = position;
       let digest = "";
       while (!fold.isFull && position - start < MAX_BATCH_BYTES) {
@@ -148,7 +153,7 @@ async function checkCheckpoint(
  * Throws Unavailable.
  */
 export async function openFileBatches(
-  { database, path, limit }: BatchSource,
+  { database, path, limit, refused, counted }: BatchSource,
   leftOver: (bytes: number) => void,
 ): Promise<BatchReader> {
   await using opening = new AsyncDisposableStack();
@@ -164,7 +169,7 @@ export async function openFileBatches(
     from,
     bytes: size,
     async next() {
-      const fold = new Fold(limit.maxUsers);
+      const fold = new Fold(limit.maxUsers, new Map(), refused, counted);
       const start = offset;
       while (!fold.isFull && offset - start < MAX_BATCH_BYTES) {
         const { value: block } = await blocks.next();

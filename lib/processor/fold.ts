@@ -87,15 +87,20 @@ export class Fold {
   /** The `run` in which the last of `uncounted` was added. */
   private uncountedRun = -1;
   private readonly scanner = openScanner();
+  /** Why events with ids were refused, by their identity: the same event is refused wherever it stands. */
+  private readonly refusedEvents = new Map<string, string>();
 
   /**
    * About `maxUsers` balances change in one transaction. `posted` says how far sources are posted, by
    * checkpoint key, where that is further than the journal expects: a source that moved from one
-   * server to another.
+   * server to another. `refused` has the lines that Postgres refuses, by position, with its reasons.
+   * `counted` is called with each event that counts as far as the fold can tell.
    */
   constructor(
     private readonly maxUsers: number,
     private readonly posted: ReadonlyMap<string, number> = new Map(),
+    private readonly refused: ReadonlyMap<number, string> = new Map(),
+    private readonly counted?: (position: number, change: Change) => void,
   ) {}
 
   /** Whether it is time to post. */
@@ -144,9 +149,10 @@ export class Fold {
     const decoded = decodeEvent(line);
     if (decoded instanceof InvalidEvent) return this.quarantine(line, position, decoded.reason);
     const { userId, sign, amount, id } = decoded;
-    if (id !== undefined && sign !== 0)
-      return this.claim(position, position + line.length, { ...decoded, id });
+    if (id !== undefined && sign !== 0) return this.claim(line, position, { ...decoded, id });
+    if (this.isRefused(line, position)) return;
     if (sign !== 0) this.changes.addTo(userId, amount);
+    if (sign !== 0) this.counted?.(position, decoded);
     this.events++;
   }
 
@@ -174,11 +180,23 @@ export class Fold {
     const { userFrom, userTo, hash, idTo, sign, whole, billionths, end } = this.scanner;
     if (idTo > 0 && sign !== 0) {
       const change = scannedChange(this.scanner, bytes);
-      return this.claim(position + index, position + end, { ...change, id: change.id as string });
+      const line = bytes.subarray(index, end);
+      return this.claim(line, position + index, { ...change, id: change.id as string });
     }
+    if (this.refused.size > 0 && this.isRefused(bytes.subarray(index, end), position + index))
+      return;
     if (sign !== 0)
       this.changes.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
+    if (sign !== 0) this.counted?.(position + index, scannedChange(this.scanner, bytes));
     this.events++;
+  }
+
+  /** Quarantines the line at `position` if Postgres refuses it. */
+  private isRefused(line: Uint8Array, position: number): boolean {
+    const reason = this.refused.get(position);
+    if (reason === undefined) return false;
+    this.quarantine(line, position, reason);
+    return true;
   }
 
   /** Whether the next of the marked events counts: not if another server has stored its bytes. */
@@ -204,15 +222,23 @@ export class Fold {
     return move.to;
   }
 
-  private claim(from: number, to: number, change: Change & { id: string }): void {
+  private claim(line: Uint8Array, from: number, change: Change & { id: string }): void {
     const { id, userId } = change;
+    const to = from + line.length;
     const event = identityOf(change);
+    const reason = this.refused.get(from) ?? this.refusedEvents.get(event);
+    if (reason !== undefined) {
+      this.refusedEvents.set(event, reason);
+      return this.quarantine(line, from, reason);
+    }
     const amount = formatAmount(change.amount);
     const claim = { id, userId, amount, event, from, to, run: this.run };
     const first = this.claims.get(id);
     this.events++;
-    if (!first) this.claims.set(id, claim);
-    else if (first.event !== event) this.conflicts.push(claim);
+    if (!first) {
+      this.claims.set(id, claim);
+      this.counted?.(from, change);
+    } else if (first.event !== event) this.conflicts.push(claim);
     else {
       this.repeated++;
       this.duplicates++;

@@ -23,8 +23,14 @@ import {
   pruneIds,
 } from "../ledger/ledger.ts";
 import { watchDirectory } from "../watch.ts";
-import { type BatchReader, openFileBatches, openJournalBatches } from "./batches.ts";
+import {
+  type BatchReader,
+  type BatchSource,
+  openFileBatches,
+  openJournalBatches,
+} from "./batches.ts";
 import { BatchLimit } from "./fold.ts";
+import { findRefusedOf, requireWritableBalances } from "./refusals.ts";
 import type { Report } from "./supervisor.ts";
 
 /** A file fails when the database has been unavailable for this long; the journal waits for ever. */
@@ -35,6 +41,8 @@ const FILE_PATIENCE_MS = 60_000;
  */
 const GARBAGE_BYTES = 16 * 1024 * 1024;
 const PRUNE_EVERY_MS = 60_000;
+/** Others may post meanwhile, so that more lines are refused each time. */
+const MAX_SEARCHES = 10;
 const FIRST_PAUSE_MS = 100;
 const MAX_PAUSE_MS = 2_000;
 /** A pause before the next attempt at the journal: after a transient error, and after another. */
@@ -59,10 +67,16 @@ interface Posting extends Context {
   limit: BatchLimit;
   /** Where sources are that are further than the journal expects, by checkpoint key. */
   ahead: ReadonlyMap<string, number>;
+  /** Lines that Postgres refuses, by position; they go to quarantine. */
+  refused: Map<number, string>;
+  /** How often in a row lines were searched, and the batch was refused again. */
+  searches: number;
+  /** A batch that was refused because Postgres refuses every change of the table. */
+  blocked: Batch | null;
   /** A batch that was sent to the ledger, and of which it is not known whether it was posted. */
   sent: Batch | null;
   /** Opens the batches at the checkpoint; `null` if there is nothing to post yet. */
-  open(): Promise<BatchReader | null>;
+  open(counted?: BatchSource["counted"]): Promise<BatchReader | null>;
   opened?(batches: BatchReader): void;
   posted(posted: Posted): void;
   /** Work to do between two batches. */
@@ -83,13 +97,11 @@ export async function follow(
   let trouble = "";
   const posting: Posting = {
     ...context,
-    limit: new BatchLimit(),
-    ahead: new Map(),
-    sent: null,
-    async open() {
+    ...startOfPosting(),
+    async open(counted) {
       const journal = await openJournalReader(path);
       if (!journal) await directory.next();
-      return journal && openJournalBatches({ path, ...posting }, journal);
+      return journal && openJournalBatches({ path, ...posting, counted }, journal);
     },
     posted(posted) {
       if (trouble) report({ type: "say", line: "processor: posting again" });
@@ -117,15 +129,13 @@ export async function postFile(path: string, context: Context): Promise<void> {
   let pauseMs = FIRST_PAUSE_MS;
   const posting: Posting = {
     ...context,
-    limit: new BatchLimit(),
-    ahead: new Map(),
-    sent: null,
-    async open() {
+    ...startOfPosting(),
+    async open(counted) {
       const openedMs = performance.now();
       const journal = await openJournalReader(path);
       const batches = journal
-        ? await openJournalBatches({ path, ...posting }, journal)
-        : await openFileBatches({ path, ...posting }, leftOver);
+        ? await openJournalBatches({ path, ...posting, counted }, journal)
+        : await openFileBatches({ path, ...posting, counted }, leftOver);
       // A large file that is posted in part is hashed up to there: that uses up no patience.
       deadlineMs += performance.now() - openedMs;
       return batches;
@@ -147,7 +157,8 @@ export async function postFile(path: string, context: Context): Promise<void> {
       if (!isTransient || performance.now() > deadlineMs) throw error;
       if (pauseMs > 1_000) report({ type: "say", line: `${path}: waiting; ${error.message}` });
     }
-    if (attempted.state !== "ahead") await Bun.sleep(pauseMs);
+    if (attempted.state === "ahead" || attempted.state === "refused") continue;
+    await Bun.sleep(pauseMs);
     pauseMs = Math.min(pauseMs * 2, MAX_PAUSE_MS);
   }
 
@@ -157,9 +168,22 @@ export async function postFile(path: string, context: Context): Promise<void> {
   }
 }
 
+function startOfPosting() {
+  return {
+    limit: new BatchLimit(),
+    ahead: new Map<string, number>(),
+    refused: new Map<number, string>(),
+    searches: 0,
+    blocked: null,
+    sent: null,
+  };
+}
+
 /** Opens the batches and posts them to the end. */
 async function attempt(posting: Posting): Promise<Attempt> {
   try {
+    if (posting.blocked) await requireWritableBalances(posting.database, posting.blocked);
+    posting.blocked = null;
     await noteEventTypes(posting.database, getEventTypes());
     await using batches = await posting.open();
     if (!batches) return { state: "done" };
@@ -174,11 +198,28 @@ async function attempt(posting: Posting): Promise<Attempt> {
     const ended = await postBatches(batches, posting);
     posting.sent = null; // it was posted, or refused because another processor had posted it
     posting.ahead = ended.state === "ahead" ? ended.posted : new Map();
+    if (ended.state === "refused") await searchRefused(ended, posting);
     return ended;
   } catch (error) {
     const isTransient = error instanceof Unavailable && error.isTransient;
     return { state: "failed", error: error as Error, isTransient };
   }
+}
+
+/** Adds the lines that Postgres refuses of a batch to those that go to quarantine. */
+async function searchRefused(
+  { batch, reason }: { batch: Batch; reason: string },
+  posting: Posting,
+): Promise<void> {
+  posting.blocked = batch;
+  const found = await findRefusedOf(batch, reason, posting);
+  posting.blocked = null;
+  const isNew = [...found.keys()].some((position) => !posting.refused.has(position));
+  for (const [position, why] of found) posting.refused.set(position, why);
+  if (isNew && ++posting.searches <= MAX_SEARCHES) return;
+  posting.searches = 0;
+  const what = `it refuses a batch, and its lines cannot be found (${reason}); posting pauses`;
+  throw new Unavailable(what, false);
 }
 
 /** Posts batch after batch, folding one while the one before is under way. */
@@ -215,6 +256,9 @@ async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
     if (outcome.state === "posted") {
       limit.succeeded();
       posting.sent = null;
+      posting.searches = 0;
+      for (const position of posting.refused.keys())
+        if (position < batch.to) posting.refused.delete(position);
       posting.posted(reportOf(batch, outcome, performance.now() - fromMs));
     }
     return outcome;

@@ -123,8 +123,8 @@ async function retry(sql: Sql, row: QuarantinedLine, line?: Uint8Array): Promise
   const claim =
     id === undefined || sign === 0 ? null : { id, event: identityOf({ ...change, id }) };
   const claimed = claim && (await readClaim(sql, claim.id));
-  if (claimed === null) await postQuarantined(sql, row, { ...change, claim });
-  else if (claimed === claim?.event) await settleRepeated(sql, row);
+  if (claimed === null) return postQuarantined(sql, row, { ...change, claim });
+  if (claimed === claim?.event) await settleRepeated(sql, row);
   else return OTHER_EVENT;
   return null;
 }

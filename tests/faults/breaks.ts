@@ -426,6 +426,32 @@ export const BREAKS: readonly Break[] = [
     "processor/check",
   ),
 
+  // What Postgres refuses.
+  without(
+    "the subtransaction in which the change of a user is tried",
+    "exception when data_exception or integrity_constraint_violation or raise_exception then refused := refused || change.user_id",
+    "exception when division_by_zero then refused := refused || change.user_id",
+    "processor/refused",
+  ),
+  without(
+    "that a violated constraint is not an outage",
+    "/^2[23]|^P0001$/",
+    "/^22/",
+    "processor/refused",
+  ),
+  without(
+    "that only what a row contains makes a line bad",
+    "when data_exception or integrity_constraint_violation or raise_exception then indexes",
+    "when others then indexes",
+    "processor/refused",
+  ),
+  without(
+    "that only the refused lines of a user are quarantined",
+    "return findRefusedLines(database, lines);",
+    "return new Map(lines.map(({ position }) => [position, reason]));",
+    "processor/refused",
+  ),
+
   // The client.
   without(
     "the server's word on a chunk whose answer was lost",

@@ -1,0 +1,71 @@
+/**
+ * What Postgres refuses of a batch: constraints, domains, foreign keys and triggers that a team has added
+ * to `users_revenue`. The functions in schema.sql try the parts of a batch one by one, and undo everything.
+ */
+import { arrayLiteral, columns, type Database, type Transaction } from "./database.ts";
+import type { Batch } from "./ledger.ts";
+
+/** 100,000 users, or 100,000 lines of one user, take between one and two seconds. */
+const SEARCH_TIMEOUT_MS = 120_000;
+const GRACE_MS = 5_000;
+
+/** An event that would count. `amount` is a decimal. */
+export interface CountedLine {
+  position: number;
+  userId: string;
+  amount: string;
+  id: string | null;
+}
+
+/**
+ * Asks Postgres to add zero to some balances, those of the batch first. Returns how many there were, and
+ * the reason if it refused them all. Throws Unavailable.
+ */
+export function findRefusedBalances(
+  database: Database,
+  batch: Batch,
+): Promise<{ tried: number; why: string | null }> {
+  return search(database, async (tx) => {
+    const [row] = await tx<{ tried: number; why: string | null }[]>`
+      select tried, why from daybook_refused_balances(${batch.changes.userArray()}::text::text[])`;
+    return row as { tried: number; why: string | null };
+  });
+}
+
+/** The users whose change Postgres refuses. Throws Unavailable. */
+export function findRefusedUsers(database: Database, batch: Batch): Promise<Set<string>> {
+  const [ids, users, amounts] = columns([...batch.claims.values()], "id", "userId", "amount");
+  return search(database, async (tx) => {
+    const rows = await tx<{ user: string }[]>`
+      select refused_user as user from daybook_refused_users(
+        ${batch.changes.userArray()}::text::text[], ${batch.changes.amountArray()}::text::numeric[],
+        ${ids as string}::text::text[], ${users as string}::text::text[],
+        ${amounts as string}::text::numeric[])`;
+    return new Set(rows.map(({ user }) => user));
+  });
+}
+
+/** The lines that Postgres refuses, by position, each with its reason. Throws Unavailable. */
+export function findRefusedLines(
+  database: Database,
+  lines: readonly CountedLine[],
+): Promise<Map<number, string>> {
+  const users = arrayLiteral(lines.map(({ userId }) => userId));
+  const amounts = arrayLiteral(lines.map(({ amount }) => amount));
+  const ids = arrayLiteral(lines.map(({ id }) => id));
+  return search(database, async (tx) => {
+    const rows = await tx<{ index: string; why: string }[]>`
+      select index, why from daybook_refused_lines(
+        ${users}::text::text[], ${amounts}::text::numeric[], ${ids}::text::text[])`;
+    return new Map(rows.map(({ index, why }) => [lines[Number(index) - 1]?.position ?? 0, why]));
+  });
+}
+
+function search<T>(database: Database, find: (tx: Transaction) => Promise<T>): Promise<T> {
+  const searching = async (tx: Transaction) => {
+    await tx`select set_config('statement_timeout', ${`${SEARCH_TIMEOUT_MS}`}, true)`;
+    return find(tx);
+  };
+  const deadlineMs = SEARCH_TIMEOUT_MS + GRACE_MS;
+  return database.use((sql) => sql.begin(searching) as Promise<T>, deadlineMs);
+}
