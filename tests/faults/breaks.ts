@@ -192,13 +192,6 @@ export const BREAKS: readonly Break[] = [
     "processor/check",
   ),
   without(
-    "the check of the checkpoint under its lock",
-    'if (checkpoint?.position !== batch.from) return { state: "elsewhere" };',
-    "",
-    "processor/processor",
-    "faults/process",
-  ),
-  without(
     "the fence in the statement",
     "and checkpoint.position = move.begins",
     "",
