@@ -371,7 +371,7 @@ test("--wait includes what another client has sent meanwhile", async () => {
   let isSent = false;
   let waits = 0;
   await using proxy = await openMeddler(server.url, async ({ method, url = "" }) => {
-    // The balances alone prove nothing: they are posted soon, even if nobody waits.
+    // The balances alone prove nothing: they are posted soon even if the client does not wait.
     if (url.includes("?after=")) waits++;
     // Another client sends all of it between HEAD and the first chunk.
     if (method === "PATCH" && !isSent) {

@@ -343,7 +343,7 @@ async function withApp(ledger: Ledger, use: (app: App) => Promise<unknown>): Pro
   return app.stderr.text();
 }
 
-/** A ledger with its tables, and what can be seen of it from outside. */
+/** A ledger with its tables, and questions to its database. */
 async function openWatched() {
   const ledger = await openLedger();
   await ledger.select(await Bun.file(`${root}/schema.sql`).text());
