@@ -7,6 +7,7 @@ import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
 import { SETTINGS } from "../lib/config.ts";
+import { event } from "./support/events.ts";
 import { messages, run, spawn, startApp, tempDir, until } from "./support/programs.ts";
 
 const SECRET = "quokka-in-a-secret";
@@ -119,7 +120,7 @@ test("on HOST 0.0.0.0 each secret grants write access, and none appears on stdou
   const answers: string[] = [];
   const post = async (authorization: string) => {
     const headers = { authorization, "content-type": "application/json" };
-    const body = `{"userId":"u","name":"add_revenue","value":1}`;
+    const body = event("u");
     const response = await fetch(`${url}/liveEvent`, { method: "POST", headers, body });
     answers.push(await response.text());
     return response.status;
@@ -161,7 +162,7 @@ test("a second server on the port or the DATA_DIR of the first fails to start an
   await using app = await startApp(options);
   expect(app.url).toStartWith("http://127.0.0.1:");
   const journal = () => readFileSync(dir.file("eventsPost.jsonl"), "utf8");
-  const post = () => app.post({ userId: "u", name: "add_revenue", value: 1 });
+  const post = () => app.post(event("u"));
   expect((await post()).status).toBe(201);
   const before = journal();
   const PORT = new URL(app.url).port;

@@ -98,7 +98,7 @@ test("25,000 consecutive bad lines are all kept, each with its own number", asyn
 test("line numbers stay right across chunks, blank lines and lines that are too long", async () => {
   await using server = await openServer();
   const note = "n".repeat(50_000);
-  const large = `{"userId":"ann","name":"add_revenue","value":1,"note":"${note}"}\n`;
+  const large = line("ann", 1, { note });
   const endless = "y".repeat(3_000_000);
   const lines = `${large.repeat(45)}bad46\n\r\n${endless}\n${large.repeat(45)}${"z".repeat(70_000)}\nbad95`;
   const file = server.write("a.jsonl", `${lines}\n${line("ben", 2)}`);
@@ -371,7 +371,7 @@ test("--wait includes what another client has sent meanwhile", async () => {
   let isSent = false;
   let waits = 0;
   await using proxy = await openMeddler(server.url, async ({ method, url = "" }) => {
-    // The balances alone prove nothing: they are posted soon, even if nobody waits.
+    // The balances alone prove nothing: they are posted soon even if the client does not wait.
     if (url.includes("?after=")) waits++;
     // Another client sends all of it between HEAD and the first chunk.
     if (method === "PATCH" && !isSent) {
@@ -727,7 +727,7 @@ test.if(process.platform === "linux")(
   async () => {
     using folder = tempDir();
     const path = folder.file("a.jsonl");
-    const part = `{"userId":"ann","name":"add_revenue","value":1,"note":"${"n".repeat(60_000)}"}\n`;
+    const part = line("ann", 1, { note: "n".repeat(60_000) });
     const lines = Buffer.from(part.repeat(100));
     for (let i = 0; i < 40; i++) appendFileSync(path, lines);
     let maxKib = 0;

@@ -1,6 +1,6 @@
 /**
- * Each event of a file counts once, whatever happens while it is sent: the client is killed, the server
- * and its processor are killed, and the network drops, delays and cuts. The test computes the expected
+ * Each event of a file counts once, whatever happens while it is sent: the client, or the server with its
+ * processor, is killed; the network drops, delays and cuts. The test computes the expected
  * balances from the file that it wrote.
  */
 import { expect, setDefaultTimeout } from "bun:test";
@@ -8,9 +8,9 @@ import { readFileSync, statSync } from "node:fs";
 
 import { count } from "../faults/figures.ts";
 import { rejectedFaults, writeEvents } from "../support/events.ts";
+import { openLedger } from "../support/ledger.ts";
 import { type Fault, openMeddler } from "../support/network.ts";
-import { balances, testDatabase } from "../support/postgres.ts";
-import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { run, spawn, until } from "../support/programs.ts";
 import { longTest, seeded } from "../support/random.ts";
 
 setDefaultTimeout(300_000);
@@ -19,13 +19,13 @@ const LINES = 40_000;
 const KILLS = 10;
 /** A client that fails five times in a row pauses for 10 s altogether, and then for 5 s each time. */
 const MAX_WAIT_MS = 120_000;
-/** How many bytes may get through after the point at which a client is to die. */
+/** How many bytes may reach the journal after the point at which a client is to be killed. */
 const MAX_SLACK_BYTES = 1024 * 1024;
 
 longTest(
-  "every event counts once when the client is killed again and again, and the server now and then",
+  "every event counts once when the client is killed repeatedly, and the server with every third kill",
   seeded(async (random) => {
-    await using ledger = await openLedger();
+    await using ledger = await openSending();
     const { good, bad, balances } = writeEvents(ledger.file, LINES, random);
     await using proxy = await ledger.openProxy(() => null);
     await ledger.sendAndKill(proxy.url, random);
@@ -41,7 +41,7 @@ longTest(
 longTest(
   "every event counts once when the network also drops, delays and cuts requests and answers",
   seeded(async (random) => {
-    await using ledger = await openLedger();
+    await using ledger = await openSending();
     const { good, bad, balances } = writeEvents(ledger.file, LINES, random);
     await using proxy = await ledger.openProxy(() => badLuck(random));
     await ledger.sendAndKill(proxy.url, random);
@@ -66,22 +66,19 @@ function differences(found: Record<string, string>, expected: Record<string, str
 }
 
 /** A server with its own ledger, and a file to send. */
-async function openLedger() {
-  const database = await testDatabase();
-  const folder = tempDir();
-  const file = folder.file("a.jsonl");
-  const journal = folder.file("data/eventsPost.jsonl");
-  const app = { dataDir: folder.file("data"), databaseUrl: database.url };
-  let server = await startApp(app);
-  const size = () => statSync(journal).size;
+async function openSending() {
+  const ledger = await openLedger();
+  const file = ledger.file("a.jsonl");
+  let server = await ledger.start();
+  const size = () => statSync(ledger.journal).size;
   let maxBytes = Number.POSITIVE_INFINITY;
 
   return {
     file,
     server,
-    balances: () => balances(database.url),
+    balances: ledger.balances,
     /**
-     * A proxy to the server. It holds requests back at the point at which a client is to die. Without it,
+     * A proxy to the server. It delays requests at the point at which a client is to be killed. Without it,
      * the client could finish the file on a busy machine before the test looks again.
      */
     openProxy: (choose: () => Fault) =>
@@ -107,7 +104,7 @@ async function openLedger() {
           server.kill("SIGKILL");
           count("kills");
           await server.exit();
-          server = await startApp({ ...app, env: { PORT: new URL(server.url).port } });
+          server = await ledger.start({ PORT: new URL(server.url).port });
           await reach(size());
         }
         await Bun.sleep(random() * 10);
@@ -127,13 +124,12 @@ async function openLedger() {
     },
     /** The events in the journal. */
     events() {
-      const lines = readFileSync(journal, "utf8").trimEnd().split("\n");
+      const lines = readFileSync(ledger.journal, "utf8").trimEnd().split("\n");
       return lines.filter((line) => !/^\{"(journal|frame|source)":/.test(line)).length;
     },
     async [Symbol.asyncDispose]() {
       await server[Symbol.asyncDispose]();
-      folder[Symbol.dispose]();
-      await database.drop();
+      await ledger[Symbol.asyncDispose]();
     },
   };
 }

@@ -141,7 +141,7 @@ test("every event counts once if the connection is cut after each of the first C
     sent++;
     await Bun.sleep(20);
   }
-  await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 30_000);
+  await untilBalance(server, "ann", `${sent}`, 30_000);
 });
 
 longTest(
@@ -162,7 +162,7 @@ longTest(
     };
     // Until the deadline of a posting, and once more.
     await until(async () => (await add(), swallowed > 2), 90_000, 50);
-    await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 60_000);
+    await untilBalance(server, "ann", `${sent}`, 60_000);
   },
 );
 
@@ -216,7 +216,7 @@ test("while the table is locked, events are accepted and GET answers 503; afterw
       expect(status).toBe(503);
     }
   });
-  await until(async () => (await server.balance("ann").catch(() => null)) === `${sent}`, 60_000);
+  await untilBalance(server, "ann", `${sent}`, 60_000);
 });
 
 /** A serialization failure, a deadlock, no room on the disk, no memory, a shutdown. */

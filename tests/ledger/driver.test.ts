@@ -1,9 +1,9 @@
 /**
- * What the driver promises when its connection dies, and why `patches/postgres@3.4.9.patch` exists:
- * postgres 3.4.9 as published breaks each of these claims. Some end in a promise that never settles, some
- * in an exception that cannot be caught, one in a statement outside its transaction.
+ * What the patched driver promises when its connection is lost. postgres 3.4.9 as published breaks each of
+ * these promises, which is why `patches/postgres@3.4.9.patch` exists: some promises never settle, some
+ * exceptions cannot be caught, and one statement runs outside its transaction.
  *
- * Every client reaches a real Postgres through a proxy that this file cuts at a known moment.
+ * Every client reaches a real Postgres through a proxy that the test cuts at a known moment.
  */
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from "bun:test";
 import net from "node:net";
@@ -40,12 +40,12 @@ afterEach(async () => {
   await wire.close();
 });
 
-// A broken claim mostly shows as a promise that never settles: do not wait long for it.
+// A failure mostly shows as a promise that never settles, so a test does not wait long.
 const limitMs = 1_500;
 
 for (const how of ["close", "reset"] as const) {
   test(
-    `a ${how} while a statement of a transaction runs rejects it, and the pool still works`,
+    `a ${how} while a statement of a transaction runs rejects the transaction, and the pool still works`,
     async () => {
       const { sql } = client();
       for (let round = 0; round < 3; round++) {
@@ -64,7 +64,7 @@ for (const how of ["close", "reset"] as const) {
   );
 
   test(
-    `after a ${how} in the middle of a transaction no later statement runs outside of it`,
+    `after a ${how} in the middle of a transaction none of its statements runs outside it`,
     async () => {
       const { sql, cut } = client();
       await sql`create table if not exists notes (note text)`;
@@ -91,7 +91,7 @@ for (const how of ["close", "reset"] as const) {
 }
 
 test(
-  "after a reset of all connections at once none of them waits to reconnect",
+  "after a reset of all connections none of them waits before it reconnects",
   async () => {
     const { sql, cut } = client({ max: 8 });
     const all = () => Promise.all(Array.from({ length: 8 }, () => sql`select pg_sleep(0.02)`));
@@ -104,7 +104,7 @@ test(
 );
 
 test(
-  "statements that wait inside a lost transaction are rejected",
+  "statements that are queued in a lost transaction are rejected",
   async () => {
     const { sql, cut } = client();
     const waiting: Promise<string>[] = [];
@@ -122,7 +122,7 @@ test(
 );
 
 test(
-  "a killed backend leaves neither its error nor its rows to the next query",
+  "the next query gets neither the error nor the rows of a query whose backend was killed",
   async () => {
     const { sql } = client({ fetch_types: false });
     const killed = sql`
@@ -135,7 +135,7 @@ test(
 );
 
 test(
-  "a connection cut while it starts rejects the query that waits for it, and nothing else",
+  "a connection that is cut while it starts rejects only the query that waits for it",
   async () => {
     const { sql } = client();
     wire.cutAtOnce = true;
@@ -159,7 +159,7 @@ test(
 );
 
 test(
-  "a transaction that begins when the pipeline is full still owns its connection",
+  "a transaction that begins while the pipeline is full has a connection of its own",
   async () => {
     const { sql } = client({ max_pipeline: 1 });
     await one(sql);
@@ -173,7 +173,7 @@ test(
 );
 
 test(
-  "a cursor that is being read when its connection is lost does not write to the next one",
+  "a cursor that is being read when its connection is lost does not write to the next connection",
   async () => {
     const { sql, cut } = client();
     const read = Promise.withResolvers<void>();
@@ -194,7 +194,7 @@ test(
 );
 
 test(
-  "a reserved connection that is lost rejects its statements, and its release does no harm",
+  "a reserved connection that is lost rejects its statements, and can still be released",
   async () => {
     const { sql, cut } = client();
     const reserved = await sql.reserve();
@@ -228,7 +228,7 @@ test(
 );
 
 test(
-  "end() settles when the connection is lost under its last query",
+  "end() settles when the connection is lost during the last query",
   async () => {
     const { sql, cut } = client();
     await one(sql);
@@ -260,7 +260,7 @@ test(
 );
 
 test(
-  "cancelling a query of an unreachable server throws nothing outside a promise",
+  "cancelling a query throws nothing outside a promise if the server is unreachable",
   async () => {
     const { sql, cut } = client();
     await one(sql);

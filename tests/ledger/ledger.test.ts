@@ -1,4 +1,4 @@
-/** Posting when the driver does what it was seen to do: it runs statements outside their transaction. */
+/** Posting while the driver runs statements outside their transaction, as it was seen to do. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { join } from "node:path";
 
@@ -6,6 +6,7 @@ import { type Database, openDatabase, type Sql } from "../../lib/ledger/database
 import { Fold } from "../../lib/processor/fold.ts";
 import { fileKey, openCheckpoint } from "../../lib/ledger/checkpoints.ts";
 import { post } from "../../lib/ledger/ledger.ts";
+import { event } from "../support/events.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
 import { isInstalled, root } from "../support/programs.ts";
 
@@ -16,8 +17,8 @@ const KEY = fileKey("a", 1);
 
 function batch() {
   const fold = new Fold(10);
-  fold.add(Buffer.from('{"userId":"ann","name":"add_revenue","value":1}'), 0);
-  fold.add(Buffer.from('{"userId":"bob","name":"add_revenue","value":2,"id":"b"}'), 50);
+  fold.add(Buffer.from(event("ann")), 0);
+  fold.add(Buffer.from(event("bob", 2, { id: "b" })), 50);
   return fold.batch({ key: KEY, from: 0, to: 100, digest: null });
 }
 
@@ -38,7 +39,7 @@ async function openLedger(connections: number) {
   };
 }
 
-/** A database whose transactions are none, and in which `between` happens once a row is locked. */
+/** A database without transactions, in which `between` runs once a row is locked. */
 function strayDatabase(database: Database, between: () => Promise<unknown>): Database {
   const stray = (sql: Sql) => {
     const run = (strings: TemplateStringsArray, ...values: never[]) => {
@@ -67,14 +68,14 @@ test("a statement that runs outside its transaction, after another has posted th
   expect(await ledger.balances()).toEqual({ ann: "1", bob: "2" });
 });
 
-test("a batch that is posted by many at once counts once", async () => {
+test("a batch that several posters post at once counts once", async () => {
   await using ledger = await openLedger(8);
   const all = await Promise.all(Array.from({ length: 8 }, () => ledger.post()));
   expect(all.filter(({ state }) => state === "posted")).toHaveLength(1);
   expect(await ledger.balances()).toEqual({ ann: "1", bob: "2" });
 });
 
-test.if(isInstalled("psql"))("the call at the end of post.sql runs in psql", async () => {
+test.if(isInstalled("psql"))("the example at the end of post.sql runs in psql", async () => {
   await using ledger = await openLedger(1);
   const file = await Bun.file(join(root, "lib/ledger/post.sql")).text();
   const [, call = ""] = /^-- A call.*\n(?:-- .*:\n)?([^]*)$/m.exec(file) ?? [];

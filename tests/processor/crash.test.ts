@@ -139,7 +139,7 @@ test("events are accepted while the database is unavailable, and the ledger catc
   await until(() => proxy.refused() >= 5);
 
   proxy.mend();
-  await until(async () => (await app.balance("ann").catch(() => null)) === "21");
+  await untilBalance(app, "ann", "21");
   expect((await fetch(`${app.url}/readyz`)).status).toBe(200);
 });
 
@@ -208,7 +208,7 @@ test("SIGTERM stops the embedded Postgres, a start after kill -9 resumes, and pr
   await killed.exit();
 
   await using app = await startApp({ dataDir });
-  await until(async () => (await app.balance("ann").catch(() => null)) === "1");
+  await untilBalance(app, "ann", "1");
   app.kill("SIGTERM");
   expect(await app.exit()).toBe(0);
   expect(await answers(port())).toBe(false);
@@ -343,7 +343,7 @@ async function withApp(ledger: Ledger, use: (app: App) => Promise<unknown>): Pro
   return app.stderr.text();
 }
 
-/** A ledger with its tables, and what can be seen of it from outside. */
+/** A ledger with its tables, and questions to its database. */
 async function openWatched() {
   const ledger = await openLedger();
   await ledger.select(await Bun.file(`${root}/schema.sql`).text());

@@ -246,7 +246,7 @@ test("a segment that is not wholly posted is never deleted", async () => {
     expect(segmentNames(ledger.dataDir)).toHaveLength(before.length - deleted.length);
     expect(segmentNames(ledger.dataDir).length).toBeGreaterThan(4);
   });
-  await until(async () => (await server.balance("ann").catch(() => null)) === "31", 30_000);
+  await untilBalance(server, "ann", "31", 30_000);
 });
 
 test("--quarantine=retry posts a line once when its id is free again; other lines remain, with their reasons", async () => {

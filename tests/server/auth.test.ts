@@ -8,6 +8,7 @@ import { exportJWK, generateKeyPair, type JWTPayload, SignJWT, UnsecuredJWT } fr
 
 import { openThrottle } from "../../lib/server/throttle.ts";
 import { InvalidToken, KeysUnavailable, openTokens } from "../../lib/server/token.ts";
+import { event } from "../support/events.ts";
 import { connectTest, testDatabase } from "../support/postgres.ts";
 import { run, startApp, tempDir, until } from "../support/programs.ts";
 
@@ -90,7 +91,7 @@ afterAll(async () => {
   jwks.stop(true);
 });
 
-const EVENT = '{"userId":"ann","name":"add_revenue","value":1}';
+const EVENT = event("ann");
 const SHA256 = new Bun.CryptoHasher("sha256").update(`${EVENT}\n`).digest("hex");
 const json = { "content-type": "application/json" };
 const ndjson = { "content-type": "application/x-ndjson" };

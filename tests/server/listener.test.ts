@@ -2,12 +2,13 @@
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { connect } from "node:tls";
 
+import { event } from "../support/events.ts";
 import { run, startApp, tempDir, until } from "../support/programs.ts";
 
 setDefaultTimeout(30_000);
 
 const NO_DATABASE = "postgres://daybook:x@127.0.0.1:1/daybook";
-const EVENT = '{"userId":"ann","name":"add_revenue","value":1}';
+const EVENT = event("ann");
 
 /** Writes a certificate for 127.0.0.1 with the common name `name`. */
 function certify(folder: { file(name: string): string }, name: string): void {

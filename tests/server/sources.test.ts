@@ -12,7 +12,7 @@ import { Fold } from "../../lib/processor/fold.ts";
 import { parseFrames, parseJournalHeader } from "../../lib/journal/format.ts";
 import { encodeSourceMark } from "../../lib/journal/source-mark.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
-import { run, SECRET, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { run, SECRET, spawn, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
 import { seeded } from "../support/random.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
@@ -342,7 +342,7 @@ test("a server that was killed reports the same offsets as before, posted or not
   }
   {
     await using app = await start(world.databaseUrl, []);
-    await until(async () => (await app.balance("u349")) === "349");
+    await untilBalance(app, "u349", "349");
     await killed(app);
   }
   for (const databaseUrl of [world.databaseUrl, NOWHERE]) {

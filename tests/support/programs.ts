@@ -115,7 +115,10 @@ async function startOnce(options: AppOptions) {
   };
 }
 
-/** Waits until GET answers `wanted` as the balance of `userId`; throws with the last balance found. */
+/**
+ * Waits until GET answers `wanted` as the balance of `userId`. While the database is unavailable GET fails:
+ * that is waited for as well. Throws with the last balance or failure.
+ */
 export async function untilBalance(
   app: { balance(userId: string): Promise<string | null> },
   userId: string,
@@ -123,7 +126,8 @@ export async function untilBalance(
   withinMs = 10_000,
 ): Promise<void> {
   let found: string | null = null;
-  const isThere = async () => (found = await app.balance(userId)) === wanted;
+  const ask = () => app.balance(userId).catch((error: Error) => error.message);
+  const isThere = async () => (found = await ask()) === wanted;
   await until(isThere, withinMs).catch((error: Error) => {
     throw new Error(`${userId} has ${found}, expected ${wanted}: ${error.message}`);
   });
