@@ -4,14 +4,23 @@
  * that the file begins with those bytes, and resumes behind them. While one chunk is in transit, the
  * next one is read and hashed.
  */
-import { existsSync, realpathSync, renameSync, rmSync, statSync } from "node:fs";
+import { createReadStream, existsSync, realpathSync, renameSync, rmSync, statSync } from "node:fs";
 import { type FileHandle, open } from "node:fs/promises";
 import { tmpdir, userInfo } from "node:os";
 import { basename, dirname, join } from "node:path";
 
 import { isText, MAX_SOURCE_BYTES } from "../event/event.ts";
+import { foreignFormat, HEAD_BYTES } from "../event/formats.ts";
 import { matchGenerations } from "../event/generations.ts";
-import { type Read, readHandle, readStream } from "../event/lines.ts";
+import {
+  DamagedInput,
+  explainForeign,
+  explainNuls,
+  type Input,
+  openInput,
+  openStreamInput,
+} from "../event/input.ts";
+import { type Read, readHandle } from "../event/lines.ts";
 import { type Lock, tryLock } from "../lock.ts";
 import { type Progress, say, showProgress } from "../progress.ts";
 import { type DirectoryWatch, watchDirectory } from "../watch.ts";
@@ -48,6 +57,8 @@ export class Total {
   /** Bytes and lines that the server had stored before. */
   knownBytes = 0;
   knownLines = 0;
+  /** Whether bytes remain that are no event yet. */
+  hasLeftOver = false;
   /** The journal position behind all of it. */
   position = "";
 
@@ -56,6 +67,16 @@ export class Total {
     if (tooLong !== "further part") this.rejected += rejected;
     this.bytes += end.offset - start.offset;
     this.position = position || this.position;
+  }
+
+  /** Adds what has been sent of another file. */
+  join(other: Total): void {
+    this.accepted += other.accepted;
+    this.rejected += other.rejected;
+    this.bytes += other.bytes;
+    this.knownBytes += other.knownBytes;
+    this.knownLines += other.knownLines;
+    this.hasLeftOver ||= other.hasLeftOver;
   }
 
   skip(from: Place, to: Place): void {
@@ -80,7 +101,9 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
         throw new UploadFailed(`cannot read ${path}: ${error.message}`);
       });
       const isOwner = lock !== null;
-      const rejected = await sendOpened(file, { ...options, path, again, watch, isOwner });
+      const rejected = await sendOpened(file, { ...options, path, again, watch, isOwner }).catch(
+        unreadable(path),
+      );
       if (rejected) return rejected;
     }
   } finally {
@@ -89,17 +112,38 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
   }
 }
 
-/** Sends standard input: a source of its own, which nobody can resume later. */
-export async function sendStream(options: SendOptions): Promise<Rejected> {
-  say("stdin cannot be resumed after a crash: there is no record of how much was sent");
-  const rejected = await openRejected("stdin.rejected.jsonl", { offset: 0, isOwner: true, say });
-  const read = readStream(Bun.stdin.stream());
-  const upload = { ...options, source: options.name, read, rejected, progress: null };
-  const leftOver = (line: number) =>
-    say(`stdin: line ${line} has no newline and is not a complete event: not sent`);
-  const { conflict } = await sendChunks(upload, startOfSource(), { isFinal: true, leftOver });
-  if (conflict) throw new UploadFailed(`another client sends the source ${options.name}`);
+/** What a stream holds is not lines of events. */
+export class ForeignInput extends Error {}
+
+/** Sends a pipe, `null` for standard input: a source of its own, which nobody can resume later. */
+export async function sendStream(path: string | null, options: SendOptions): Promise<Rejected> {
+  const { name, total } = options;
+  const shown = path ?? "stdin";
+  say(`${shown} cannot be resumed after a crash: there is no record of how much was sent`);
+  const stream = path === null ? Bun.stdin.stream() : createReadStream(path);
+  const { compression, read } = await openStreamInput(stream as AsyncIterable<Uint8Array>);
+  const foreign = foreignFormat(await read(0, HEAD_BYTES).catch(unreadable(shown)));
+  if (foreign)
+    throw new ForeignInput(`${shown}: ${explainForeign(foreign, { path: null, compression })}`);
+  const rejectedPath = `${path === null ? "stdin" : basename(path)}.rejected.jsonl`;
+  const rejected = await openRejected(rejectedPath, { offset: 0, isOwner: true, say });
+  const upload = { ...options, source: name, read, rejected, progress: null };
+  const leftOver = (line: number) => {
+    total.hasLeftOver = true;
+    say(`${shown}: line ${line} has no newline and is not a complete event: not sent`);
+  };
+  const sending = sendChunks(upload, startOfSource(), { isFinal: true, leftOver });
+  const { conflict } = await sending.catch(unreadable(shown));
+  if (conflict) throw new UploadFailed(`another client sends the source ${name}`);
   return rejected;
+}
+
+/** What cannot be read is given up, with what was sent of it. */
+function unreadable(path: string): (error: unknown) => never {
+  return (error) => {
+    if (!(error instanceof DamagedInput)) throw error;
+    throw new UploadFailed(`${path}: ${error.message}`);
+  };
 }
 
 interface FileOptions extends SendOptions {
@@ -117,6 +161,8 @@ interface Upload {
   rejected: Rejected;
   total: Total;
   progress: Progress | null;
+  /** The offset in the file as it is on the disk, for the progress. */
+  fileOffset?(offset: number): number;
   stop: AbortSignal;
 }
 
@@ -126,21 +172,16 @@ interface Upload {
  */
 async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejected | null> {
   const { path, follow, stop, watch, isOwner, total } = options;
-  const read = readHandle(file);
   const { size } = await file.stat();
-  const { source, state } = await findSource(options, read, size);
-  const { chunk, end: start } = await lastChunk(read, state?.offset ?? 0);
+  const input = await openInput(readHandle(file), size);
+  const { read, readAll } = input;
+  const { source, state } = await findSource(options, input);
+  const { chunk, end: start } = await lastChunk(readAll, state?.offset ?? 0);
   if (state && start.offset < state.offset) return null;
   const rejectedPath = `${path}.rejected.jsonl`;
   const rejected = await openRejected(rejectedPath, { offset: start.offset, isOwner, say });
-  const progress = showProgress(basename(path), size, start.offset);
-  const upload = { ...options, source, read, rejected, progress };
-  const leftOver = (line: number) => {
-    if (!follow)
-      say(
-        `${path}: line ${line} has no newline and is not a complete event: left for the next run`,
-      );
-  };
+  const progress = showProgress(basename(path), size, input.fileOffset(start.offset));
+  const upload = { ...options, source, read, rejected, progress, fileOffset: input.fileOffset };
   try {
     // The client that sent it may have died before it noted what was rejected: only the server knows.
     if (chunk) await recoverRejected(upload, chunk);
@@ -149,8 +190,14 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
     for (let place = start; ;) {
       // Checked before sending: a file that was replaced by now is sent to its end.
       const isReplaced = await hasOtherFile(path, file);
-      if ((await file.stat()).size < place.offset) return null;
+      if (!input.compression && (await file.stat()).size < place.offset) return null;
       const isFinal = !follow || isReplaced;
+      const leftOver = (line: number) => {
+        if (!isFinal) return;
+        total.hasLeftOver = true;
+        const what = `line ${line} has no newline and is not a complete event`;
+        say(`${path}: ${what}: ${isReplaced ? "not sent" : "left for the next run"}`);
+      };
       const { end, conflict } = await sendChunks(upload, place, { isFinal, leftOver });
       if (conflict) {
         const behind = await skipStored(upload, end, conflict);
@@ -158,8 +205,11 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
         total.skip(end, behind);
         total.position = conflict.position;
         place = behind;
-      } else if (!follow || stop.aborted) return rejected;
-      else if (isReplaced) {
+        continue;
+      }
+      if (isFinal && !stop.aborted) await checkNuls(file, end, { path, input, total });
+      if (!follow || stop.aborted) return rejected;
+      if (isReplaced) {
         if (rejected.count() > 0 && isOwner) setAside(rejectedPath);
         return null;
       } else {
@@ -177,7 +227,7 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
  * another client sends it too and it is elsewhere.
  */
 async function sendChunks(
-  { api, source, read, rejected, total, progress, stop }: Upload,
+  { api, source, read, rejected, total, progress, fileOffset, stop }: Upload,
   start: Place,
   options: Parameters<typeof readChunks>[2],
 ): Promise<{ end: Place; conflict: SourceState | null }> {
@@ -199,7 +249,7 @@ async function sendChunks(
     }
     rejected.add(chunk, answer.errors);
     total.add(chunk, answer);
-    progress?.update(chunk.end.offset, total.accepted);
+    progress?.update(fileOffset?.(chunk.end.offset) ?? 0, total.accepted);
     end = chunk.end;
   }
 }
@@ -208,7 +258,7 @@ async function sendChunks(
  * The source of a file: of the generations `NAME`, `NAME#2`, … the last whose stored bytes the file
  * begins with. If there is none, or with `again`, the first that does not exist.
  */
-async function findSource({ api, name, again }: SendOptions, read: Read, size: number) {
+async function findSource({ api, name, again }: SendOptions, { readAll, bytes }: Input) {
   const known: { source: string; state: SourceState; offset: number; digest: string }[] = [];
   let source = name;
   for (let generation = 2; ; generation++) {
@@ -218,9 +268,21 @@ async function findSource({ api, name, again }: SendOptions, read: Read, size: n
     source = `${name}#${generation}`;
     if (!isText(source, MAX_SOURCE_BYTES)) break; // a name this long cannot exist
   }
-  const matches = again ? [] : await matchGenerations(read, size, known);
+  const matches = again ? [] : await matchGenerations(readAll, bytes, known);
   const matching = new Set(matches.map(({ generation }) => generation));
   return known.findLast((each) => matching.has(each)) ?? { source, state: null };
+}
+
+/** Reports the NULs at the end of a file, which are not sent. */
+async function checkNuls(
+  file: FileHandle,
+  end: Place,
+  { path, input, total }: { path: string; input: Input; total: Total },
+): Promise<void> {
+  const count = await input.countNuls(end.offset, (await file.stat()).size);
+  if (count === 0) return;
+  total.hasLeftOver = true;
+  say(`${path} ${explainNuls(path, count)}`);
 }
 
 /**

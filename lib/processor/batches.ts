@@ -7,18 +7,11 @@
  * posted whole.
  */
 import { open } from "node:fs/promises";
-import { basename } from "node:path";
 
 import type { Change } from "../event/event.ts";
 import { matchGenerations } from "../event/generations.ts";
-import {
-  type Block,
-  isComplete,
-  type Read,
-  readBlocks,
-  readHandle,
-  withoutBom,
-} from "../event/lines.ts";
+import { DamagedInput, explainNuls, type Input, openInput, sourceName } from "../event/input.ts";
+import { type Block, isComplete, readBlocks, readHandle, withoutBom } from "../event/lines.ts";
 import { JournalBehind, JournalDamage } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import {
@@ -149,21 +142,23 @@ async function checkCheckpoint(
 
 /**
  * Batches of the file at `path` from its checkpoint on. The file stays the one that was opened, even if
- * another one takes its name. `leftOver` gets the length of a last line that is not a whole event.
+ * another one takes its name. `leftOver` is told what of its end is no event yet.
  * Throws Unavailable.
  */
 export async function openFileBatches(
   { database, path, limit, refused, counted }: BatchSource,
-  leftOver: (bytes: number) => void,
+  leftOver: (what: string) => void,
 ): Promise<BatchReader> {
   await using opening = new AsyncDisposableStack();
   const handle = opening.use(await open(path));
   const { size } = await handle.stat();
-  const read = readHandle(handle);
-  const { key, from, hash } = await findGeneration(database, read, { name: basename(path), size });
-  const blocks = readBlocks(read, from, BLOCK_BYTES);
+  const input = await openInput(readHandle(handle), size);
+  const name = sourceName(path, input.compression);
+  const { key, from, hash } = await findGeneration(database, input, name).catch(named);
+  const blocks = readBlocks(input.read, from, BLOCK_BYTES);
   const opened = opening.move();
   let offset = from;
+  let hasCheckedNuls = false;
 
   return {
     from,
@@ -172,10 +167,14 @@ export async function openFileBatches(
       const fold = new Fold(limit.maxUsers, new Map(), refused, counted);
       const start = offset;
       while (!fold.isFull && offset - start < MAX_BATCH_BYTES) {
-        const { value: block } = await blocks.next();
-        if (!block) break;
+        const { value: block } = await blocks.next().catch(named);
+        if (!block) {
+          await checkNuls();
+          break;
+        }
         if (!block.whole && !isComplete(block.bytes)) {
-          leftOver(block.to - block.from);
+          const what = `the last line (${block.to - block.from} bytes) has no newline and is not a whole event`;
+          leftOver(`: ${what}: left for the next run`);
           break;
         }
         addBlock(fold, block);
@@ -188,6 +187,17 @@ export async function openFileBatches(
     },
     [Symbol.asyncDispose]: () => opened.disposeAsync(),
   };
+
+  async function checkNuls(): Promise<void> {
+    const count = hasCheckedNuls ? 0 : await input.countNuls(offset, (await handle.stat()).size);
+    hasCheckedNuls = true;
+    if (count > 0) leftOver(` ${explainNuls(path, count)}`);
+  }
+
+  function named(error: unknown): never {
+    if (!(error instanceof DamagedInput)) throw error;
+    throw new DamagedInput(`${path}: ${error.message}`);
+  }
 }
 
 function addBlock(fold: Fold, block: Block): void {
@@ -209,17 +219,17 @@ export function linesOf(block: Block): { bytes: Uint8Array; from: number } {
 /** The generation of a file whose posted bytes it begins with, or a new one. `hash` is of those bytes. */
 async function findGeneration(
   database: Database,
-  read: Read,
-  file: { name: string; size: number },
+  input: Input,
+  name: string,
 ): Promise<{ key: string; from: number; hash: Bun.CryptoHasher }> {
-  const known = await listFileCheckpoints(database, file.name);
+  const known = await listFileCheckpoints(database, name);
   const generations = known.map((each) => ({ ...each, offset: each.position }));
-  const match = (await matchGenerations(read, file.size, generations)).at(-1);
+  const match = (await matchGenerations(input.readAll, input.bytes, generations)).at(-1);
   if (match) return { key: match.generation.key, from: match.generation.offset, hash: match.hash };
 
-  const key = fileKey(file.name, Math.max(0, ...known.map(({ generation }) => generation)) + 1);
+  const key = fileKey(name, Math.max(0, ...known.map(({ generation }) => generation)) + 1);
   const hash = new Bun.CryptoHasher("sha256");
   const { position } = await openCheckpoint(database, key, hash.copy().digest("hex"));
   // If another process has opened this generation and posted some of it, its bytes are compared.
-  return position > 0 ? findGeneration(database, read, file) : { key, from: 0, hash };
+  return position > 0 ? findGeneration(database, input, name) : { key, from: 0, hash };
 }

@@ -162,9 +162,8 @@ export async function postFile(path: string, context: Context): Promise<void> {
     pauseMs = Math.min(pauseMs * 2, MAX_PAUSE_MS);
   }
 
-  function leftOver(bytes: number) {
-    const what = `the last line (${bytes} bytes) has no newline and is not a whole event`;
-    report({ type: "say", line: `${path}: ${what}: left for the next run` });
+  function leftOver(what: string) {
+    report({ type: "leftOver", line: `${path}${what}` });
   }
 }
 

@@ -36,6 +36,8 @@ export type Report =
       /** Duration of the transaction. */
       ms: number;
     }
+  /** Bytes remain that are no event yet. */
+  | { type: "leftOver"; line: string }
   | { type: "done" }
   | { type: "failed"; line: string };
 

@@ -74,7 +74,7 @@ test("an incomplete last line is reported, and posted by the run that finds it c
   const last = line("ben", 2);
   const file = ledger.write("a.jsonl", line("ann", 1) + last.slice(0, 20));
   const torn = await ledger.post(file);
-  expect(torn.code).toBe(0);
+  expect(torn.code).toBe(1);
   expect(torn.stderr).toBe(
     `${file}: the last line (20 bytes) has no newline and is not a whole event: left for the next run\n`,
   );
