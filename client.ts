@@ -12,7 +12,7 @@ import { ForeignInput, sendFile, type SendOptions, sendStream, Total } from "./l
 import { parseDuration, readCommand } from "./lib/config.ts";
 import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event/event.ts";
 import { inspectFile } from "./lib/event/input.ts";
-import { print, say } from "./lib/progress.ts";
+import { print, say, STOPPED } from "./lib/progress.ts";
 
 async function main(): Promise<number> {
   const { settings, options, files } = readCommand(COMMAND);
@@ -37,8 +37,9 @@ async function main(): Promise<number> {
 
   setEventTypes(settings.EVENT_TYPES); // decides whether a last line without newline is an event
   const stop = new AbortController();
-  if (options["follow"])
-    for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+  for (const signal of ["SIGTERM", "SIGINT"] as const)
+    if (follow) process.on(signal, () => stop.abort(signal));
+    else process.once(signal, () => stop.abort(signal)); // a second one ends it at once
   const [secret = ""] = settings.AUTH_SECRET;
   const credential = String(options["token"] ?? settings.AUTH_TOKEN ?? secret);
   const { SERVER_URL: serverUrl } = settings;
@@ -71,6 +72,8 @@ const COMMAND = {
     1: "the same, but lines were rejected (see FILE.rejected.jsonl), or bytes remain that are no event yet",
     2: "invalid use or setting, no such file, one that is not lines of events, or a wrong secret or token",
     3: "the server is unreachable or did not store the events, or a compressed file is damaged",
+    130: "stopped by SIGINT before the end; run again, it continues",
+    143: "the same, by SIGTERM",
   },
 } as const;
 
@@ -103,6 +106,10 @@ async function inspect(path: string): Promise<GivenInput & { problem: string | n
   }
 }
 
+/** After a signal, the chunk under way has this long to be answered. */
+const GRACE_MS = 3_000;
+const CANNOT_RESUME = "it cannot be resumed: what the summary counts is stored, the rest is not";
+
 /** Sends the inputs one after the other, prints the summary, and returns the exit code. */
 async function send(
   inputs: GivenInput[],
@@ -111,8 +118,15 @@ async function send(
   const startedMs = performance.now();
   const all = new Total();
   let code = 0;
-  for (const { path, name, isStream } of inputs) {
-    const total = new Total();
+  let [current] = inputs as [GivenInput];
+  let total = new Total();
+  const { follow, stop } = options;
+  // What the server does not answer in time may be stored or not: the next run finds out.
+  if (!follow)
+    stop.addEventListener("abort", () => setTimeout(() => process.exit(endStopped()), GRACE_MS));
+  for (current of inputs) {
+    const { path, name, isStream } = current;
+    total = new Total();
     const sendOptions = { ...options, name, total };
     try {
       const rejected = await (isStream
@@ -121,25 +135,38 @@ async function send(
       const lines = rejected.count();
       if (lines > 0) say(`${lines} lines were rejected: see ${rejected.path}`);
       if (lines > 0 || total.rejected > 0 || total.hasLeftOver) code = 1;
+      if (total.isStopped && !follow) return endStopped();
       if (wait && total.position) await options.api.waitUntilPosted(total.position);
     } catch (error) {
       if (!(error instanceof UploadFailed || error instanceof ForeignInput)) throw error;
+      if (stop.aborted && !follow) return endStopped();
       say(error.message);
       if (isStream && error instanceof UploadFailed)
-        say(
-          `${path === "-" ? "stdin" : path} cannot be resumed: what the summary counts is stored, the rest is not`,
-        );
+        say(`${path === "-" ? "stdin" : path}: ${CANNOT_RESUME}`);
       code = error instanceof ForeignInput || error.isDenied ? 2 : 3;
     }
     all.join(total);
     if (code > 1) break;
   }
-  const [{ path }] = inputs as [GivenInput];
-  const from = inputs.length > 1 ? `${inputs.length} files` : path === "-" ? "stdin" : path;
-  const summary = summarize(from, all, performance.now() - startedMs);
-  if (code > 1) print(`stopped: ${summary}`);
-  else print(wait ? `${summary}; all of it is in the ledger` : summary);
+  if (code > 1) print(`stopped: ${summary()}`);
+  else print(wait ? `${summary()}; all of it is in the ledger` : summary());
   return code;
+
+  function summary(): string {
+    const [{ path }] = inputs as [GivenInput];
+    const from = inputs.length > 1 ? `${inputs.length} files` : path === "-" ? "stdin" : path;
+    return summarize(from, all, performance.now() - startedMs);
+  }
+
+  function endStopped(): number {
+    const { path, isStream } = current;
+    const shown = path === "-" ? "stdin" : path;
+    if (isStream) say(`${shown}: stopped; ${CANNOT_RESUME}`);
+    else say(`${shown}: stopped at ${total.percent} %; run it again to continue`);
+    all.join(total);
+    print(`stopped: ${summary()}`);
+    return STOPPED[stop.reason as keyof typeof STOPPED];
+  }
 }
 
 function summarize(from: string, total: Total, ms: number): string {

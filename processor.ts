@@ -19,7 +19,7 @@ import { activeOf } from "./lib/journal/segments.ts";
 import { openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, type Job, supervise } from "./lib/processor/supervisor.ts";
 import type { ToolName } from "./lib/processor/tools.ts";
-import { print, type Progress, say, showProgress } from "./lib/progress.ts";
+import { percent, print, type Progress, say, showProgress, STOPPED } from "./lib/progress.ts";
 
 type Tell = (line: string, level?: "info" | "warn" | "error") => void;
 
@@ -83,6 +83,8 @@ const COMMAND = {
     1: "balances differ, the journal is damaged, lines are in quarantine, or a FILE's end is no event yet",
     2: "invalid use or setting, no such file, one that is not lines of events, or a source that --verify needs is missing",
     3: "gave up: the database is unavailable or refuses, or a file is damaged",
+    130: "stopped by SIGINT before the end of the FILEs; run again, it continues",
+    143: "the same, by SIGTERM",
   },
 } as const;
 
@@ -123,7 +125,7 @@ function reject(lines: string[]): number {
 /** Runs the job in its Worker, shows its progress, and returns the exit code. */
 async function post(job: Job, tell: Tell): Promise<number> {
   const stop = new AbortController();
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort(signal));
   const { DATA_DIR: dataDir } = job.settings;
   const isFollowing = job.files.length === 0;
   if (isFollowing && !(await acquireProcessorLock(dataDir, stop.signal, tell))) return 0;
@@ -131,7 +133,8 @@ async function post(job: Job, tell: Tell): Promise<number> {
   const startedMs = performance.now();
   const total = { events: 0, quarantined: 0, bytes: 0 };
   let progress: Progress | undefined;
-  let offset = 0;
+  let current = { file: job.files[0] ?? "", bytes: 0, offset: 0 };
+  let isDone = false;
   let eventsBefore = 0;
   let hasFailed = false;
   let hasLeftOver = false;
@@ -140,15 +143,15 @@ async function post(job: Job, tell: Tell): Promise<number> {
     if (report.type === "opened") {
       progress?.stop();
       progress = showProgress(basename(report.file), report.bytes, report.from);
-      offset = report.from;
+      current = { ...report, offset: report.from };
       eventsBefore = total.events;
     }
     if (report.type === "posted") {
       total.events += report.events;
       total.quarantined += report.quarantined;
       total.bytes += report.bytes;
-      offset += report.bytes;
-      progress?.update(offset, total.events - eventsBefore);
+      current.offset = report.fileOffset ?? current.offset + report.bytes;
+      progress?.update(current.offset, total.events - eventsBefore);
     }
     if (report.type === "leftOver") {
       tell(report.line, "warn");
@@ -159,12 +162,19 @@ async function post(job: Job, tell: Tell): Promise<number> {
       tell(report.line, "error");
       hasFailed = true;
     }
+    isDone ||= report.type === "done";
   });
   stop.signal.addEventListener("abort", () => processor.stop());
   if (stop.signal.aborted) await processor.stop();
   await processor.ended;
   progress?.stop();
+  const isStopped = !isFollowing && !isDone && !hasFailed && stop.signal.aborted;
+  if (isStopped) {
+    const { file, bytes, offset } = current;
+    tell(`${file}: stopped at ${percent(offset, bytes)} %; run it again to continue`);
+  }
   if (!isFollowing) printSummary(job.files.length, total, performance.now() - startedMs);
+  if (isStopped) return STOPPED[stop.signal.reason as keyof typeof STOPPED];
   if (hasFailed) return 3;
   return !isFollowing && (total.quarantined > 0 || hasLeftOver) ? 1 : 0;
 }

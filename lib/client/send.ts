@@ -22,7 +22,7 @@ import {
 } from "../event/input.ts";
 import { type Read, readHandle } from "../event/lines.ts";
 import { type Lock, tryLock } from "../lock.ts";
-import { type Progress, say, showProgress } from "../progress.ts";
+import { percent, type Progress, say, showProgress } from "../progress.ts";
 import { type DirectoryWatch, watchDirectory } from "../watch.ts";
 import { type Api, type SourceState, type Stored, UploadFailed } from "./api.ts";
 import {
@@ -59,6 +59,9 @@ export class Total {
   knownLines = 0;
   /** Whether bytes remain that are no event yet. */
   hasLeftOver = false;
+  /** Whether it was stopped before the end, and how much of the file was sent by then. */
+  isStopped = false;
+  percent = 0;
   /** The journal position behind all of it. */
   position = "";
 
@@ -121,7 +124,10 @@ export async function sendStream(path: string | null, options: SendOptions): Pro
   const shown = path ?? "stdin";
   say(`${shown} cannot be resumed after a crash: there is no record of how much was sent`);
   const stream = path === null ? Bun.stdin.stream() : createReadStream(path);
-  const { compression, read } = await openStreamInput(stream as AsyncIterable<Uint8Array>);
+  const opened = untilStopped(openStreamInput(stream as AsyncIterable<Uint8Array>), options.stop);
+  const { compression, read: readOn } = (await opened) ?? NOTHING;
+  const read: Read = async (from, to) =>
+    (await untilStopped(readOn(from, to), options.stop)) ?? new Uint8Array();
   const foreign = foreignFormat(await read(0, HEAD_BYTES).catch(unreadable(shown)));
   if (foreign)
     throw new ForeignInput(`${shown}: ${explainForeign(foreign, { path: null, compression })}`);
@@ -135,7 +141,19 @@ export async function sendStream(path: string | null, options: SendOptions): Pro
   const sending = sendChunks(upload, startOfSource(), { isFinal: true, leftOver });
   const { conflict } = await sending.catch(unreadable(shown));
   if (conflict) throw new UploadFailed(`another client sends the source ${name}`);
+  total.isStopped = options.stop.aborted;
   return rejected;
+}
+
+const NOTHING = { compression: null, read: async () => new Uint8Array() };
+
+/** What `promise` settles to; `undefined` if it is stopped before: a pipe may be silent for ever. */
+function untilStopped<T>(promise: Promise<T>, stop: AbortSignal): Promise<T | undefined> {
+  const { promise: stopped, resolve } = Promise.withResolvers<undefined>();
+  const abort = () => resolve(undefined);
+  if (stop.aborted) abort();
+  stop.addEventListener("abort", abort);
+  return Promise.race([promise, stopped]).finally(() => stop.removeEventListener("abort", abort));
 }
 
 /** What cannot be read is given up, with what was sent of it. */
@@ -161,8 +179,9 @@ interface Upload {
   rejected: Rejected;
   total: Total;
   progress: Progress | null;
-  /** The offset in the file as it is on the disk, for the progress. */
-  fileOffset?(offset: number): number;
+  /** A file, and its size. */
+  input?: Input;
+  size?: number;
   stop: AbortSignal;
 }
 
@@ -181,11 +200,12 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
   const rejectedPath = `${path}.rejected.jsonl`;
   const rejected = await openRejected(rejectedPath, { offset: start.offset, isOwner, say });
   const progress = showProgress(basename(path), size, input.fileOffset(start.offset));
-  const upload = { ...options, source, read, rejected, progress, fileOffset: input.fileOffset };
+  const upload = { ...options, source, read, rejected, progress, input, size };
   try {
     // The client that sent it may have died before it noted what was rejected: only the server knows.
     if (chunk) await recoverRejected(upload, chunk);
     total.skip(startOfSource(), start);
+    total.percent = percent(input.fileOffset(start.offset), size);
     total.position ||= state?.position ?? "";
     for (let place = start; ;) {
       // Checked before sending: a file that was replaced by now is sent to its end.
@@ -207,7 +227,7 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
         place = behind;
         continue;
       }
-      if (isFinal && !stop.aborted) await checkNuls(file, end, { path, input, total });
+      if (isFinal && !total.isStopped) await checkNuls(file, end, { path, input, total });
       if (!follow || stop.aborted) return rejected;
       if (isReplaced) {
         if (rejected.count() > 0 && isOwner) setAside(rejectedPath);
@@ -227,7 +247,7 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
  * another client sends it too and it is elsewhere.
  */
 async function sendChunks(
-  { api, source, read, rejected, total, progress, fileOffset, stop }: Upload,
+  { api, source, read, rejected, total, progress, input, size = 0, stop }: Upload,
   start: Place,
   options: Parameters<typeof readChunks>[2],
 ): Promise<{ end: Place; conflict: SourceState | null }> {
@@ -236,6 +256,7 @@ async function sendChunks(
   let next = chunks.next();
   for (;;) {
     const { value: chunk } = await next;
+    if (chunk && stop.aborted) total.isStopped = true;
     if (!chunk || stop.aborted) return { end, conflict: null };
     next = chunks.next();
     next.catch(() => {}); // awaited in the next turn
@@ -249,7 +270,9 @@ async function sendChunks(
     }
     rejected.add(chunk, answer.errors);
     total.add(chunk, answer);
-    progress?.update(fileOffset?.(chunk.end.offset) ?? 0, total.accepted);
+    const fileOffset = input?.fileOffset(chunk.end.offset) ?? 0;
+    total.percent = percent(fileOffset, size);
+    progress?.update(fileOffset, total.accepted);
     end = chunk.end;
   }
 }

@@ -25,7 +25,7 @@ export interface Input {
   readAll: Read;
   /** How many bytes there are; infinity for a compressed file, which tells it at its end. */
   bytes: number;
-  /** How many bytes of the file, as it is on the disk, have been read when the events are read up to `offset`. */
+  /** About how many bytes of the file, as it is on the disk, hold the events up to `offset`. */
   fileOffset(offset: number): number;
   /** How many NULs are at the end of the file, which ends at `to`, behind `from`. */
   countNuls(from: number, to: number): Promise<number>;
@@ -52,10 +52,16 @@ export async function openInput(raw: Read, bytes: number): Promise<Input> {
       yield block;
     }
   }
-  const read = rereadable(() => decompress(blocks(), compression));
-  const readAll = read;
-  const unknown = { bytes: Infinity, fileOffset: () => readTo, countNuls: async () => 0 };
-  return { compression, read, readAll, ...unknown };
+  const decompressed = rereadable(() => decompress(blocks(), compression));
+  let decompressedTo = 1;
+  const read: Read = async (from, to) => {
+    const bytes = await decompressed(from, to);
+    decompressedTo = Math.max(decompressedTo, from + bytes.length);
+    return bytes;
+  };
+  const fileOffset = (offset: number) => Math.floor((readTo * offset) / decompressedTo);
+  const none = { bytes: Infinity, countNuls: async () => 0 };
+  return { compression, read, readAll: read, fileOffset, ...none };
 }
 
 /** The events in a stream, and its first bytes. */

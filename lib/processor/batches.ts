@@ -37,6 +37,8 @@ export interface BatchReader extends AsyncDisposable {
   readonly from: number;
   /** How many bytes there are, when it was opened. */
   readonly bytes: number;
+  /** For a compressed file: about where in the file an offset is. */
+  fileOffset?(offset: number): number;
   /**
    * The next batch, or `null` when everything complete has been given. It cannot be posted before
    * `posting` settles: what arrives until then can be part of it.
@@ -163,6 +165,7 @@ export async function openFileBatches(
   return {
     from,
     bytes: size,
+    fileOffset: input.fileOffset,
     async next() {
       const fold = new Fold(limit.maxUsers, new Map(), refused, counted);
       const start = offset;

@@ -509,4 +509,16 @@ export const BREAKS: readonly Break[] = [
     'tell(report.line, "warn");',
     "client/input",
   ),
+  without(
+    "that a processor of FILEs that was told to stop says so in its exit code",
+    "if (isStopped) return STOPPED[stop.signal.reason as keyof typeof STOPPED];",
+    "",
+    "client/stop",
+  ),
+  without(
+    "that a client that was told to stop says so in its exit code",
+    "if (total.isStopped && !follow) return endStopped();",
+    "",
+    "client/stop",
+  ),
 ];
