@@ -4,7 +4,16 @@
  * that the file begins with those bytes, and resumes behind them. While one chunk is in transit, the
  * next one is read and hashed.
  */
-import { createReadStream, existsSync, realpathSync, renameSync, rmSync, statSync } from "node:fs";
+import {
+  createReadStream,
+  existsSync,
+  readFileSync,
+  realpathSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { type FileHandle, open } from "node:fs/promises";
 import { tmpdir, userInfo } from "node:os";
 import { basename, dirname, join } from "node:path";
@@ -228,6 +237,7 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
         continue;
       }
       if (isFinal && !total.isStopped) await checkNuls(file, end, { path, input, total });
+      if (!total.isStopped && isNoted(path, source)) rmSync(`${path}.again`);
       if (!follow || stop.aborted) return rejected;
       if (isReplaced) {
         if (rejected.count() > 0 && isOwner) setAside(rejectedPath);
@@ -279,9 +289,10 @@ async function sendChunks(
 
 /**
  * The source of a file: of the generations `NAME`, `NAME#2`, … the last whose stored bytes the file
- * begins with. If there is none, or with `again`, the first that does not exist.
+ * begins with. If there is none, the first that does not exist; so with `again`, unless a copy was begun
+ * and interrupted: that one is continued.
  */
-async function findSource({ api, name, again }: SendOptions, { readAll, bytes }: Input) {
+async function findSource({ api, name, again, path, isOwner }: FileOptions, input: Input) {
   const known: { source: string; state: SourceState; offset: number; digest: string }[] = [];
   let source = name;
   for (let generation = 2; ; generation++) {
@@ -291,9 +302,41 @@ async function findSource({ api, name, again }: SendOptions, { readAll, bytes }:
     source = `${name}#${generation}`;
     if (!isText(source, MAX_SOURCE_BYTES)) break; // a name this long cannot exist
   }
-  const matches = again ? [] : await matchGenerations(readAll, bytes, known);
+  const matches = await matchGenerations(input.readAll, input.bytes, known);
   const matching = new Set(matches.map(({ generation }) => generation));
-  return known.findLast((each) => matching.has(each)) ?? { source, state: null };
+  const last = known.findLast((each) => matching.has(each));
+  if (!again) return last ?? { source, state: null };
+  // A note says that it was begun, or less of it is stored than of the file before it.
+  const noted = known.find((each) => matching.has(each) && isNoted(path, each.source));
+  const longest = Math.max(...[...matching].map(({ offset }) => offset));
+  const begun = noted ?? (last && last.offset < longest ? last : null);
+  if (begun) {
+    const stored = `behind the ${begun.offset} bytes that are stored`;
+    say(`${path}: continuing the copy that an interrupted --again had begun, ${stored}`);
+    return begun;
+  }
+  if (isOwner) noteCopy(path, source);
+  return { source, state: null };
+}
+
+/**
+ * Notes in FILE.again that a copy is begun, until it is complete. Only so is an interrupted one known: if
+ * the file has grown since it was sent, the server cannot tell the two apart.
+ */
+function noteCopy(path: string, source: string): void {
+  try {
+    writeFileSync(`${path}.again`, `${source}\n`);
+  } catch (error) {
+    const { message } = error as Error;
+    say(
+      `cannot note that this copy was begun: ${message}; if it is interrupted, run it without --again`,
+    );
+  }
+}
+
+function isNoted(path: string, source: string): boolean {
+  const note = `${path}.again`;
+  return existsSync(note) && readFileSync(note, "utf8") === `${source}\n`;
 }
 
 /** Reports the NULs at the end of a file, which are not sent. */

@@ -236,6 +236,41 @@ test("--again sends the whole file once more; what is appended later is sent onc
   );
 });
 
+test.each([
+  ["of a file that was sent whole", true, 0],
+  ["of a file that has grown since", true, 55_000],
+  ["of a file that was not sent before", false, 0],
+])(
+  "an interrupted --again %s is continued by --again, which says so; the next one is another copy",
+  async (_, isSent, grownLines) => {
+    await using server = await openServer();
+    const text = line("ann", 1).repeat(70_000);
+    const first = line("ann", 1).repeat(70_000 - grownLines);
+    const file = server.write("a.jsonl", first);
+    if (isSent) await server.send(file);
+    writeFileSync(file, text);
+
+    const ran: { code: number | null; text: string }[] = [];
+    for (const signal of ["SIGKILL", "SIGTERM", null, null] as const) {
+      let chunks = 0;
+      await using proxy = await openMeddler(server.url, ({ method }) => {
+        if (signal && method === "PATCH" && ++chunks === 2) client.kill(signal);
+        return null;
+      });
+      const env = { SERVER_URL: proxy.url };
+      await using client = spawn("client.ts", { args: [file, "--again"], env });
+      ran.push({ code: await client.exit(), text: client.stderr.text() });
+    }
+    const continues =
+      /a\.jsonl: continuing the copy that .* behind the \d+ bytes that are stored\n/;
+    expect(ran.map(({ text }) => continues.test(text))).toEqual([false, true, true, false]);
+    expect(ran.map(({ code }) => code)).toEqual([null, 143, 0, 0]);
+    const stored = (isSent ? first.length : 0) + 2 * text.length;
+    expect(server.journal().join("").length).toBe(stored);
+    expect(existsSync(`${file}.again`)).toBe(false);
+  },
+);
+
 test("--follow sends what is appended to the file; SIGTERM ends it with exit code 0 and a summary", async () => {
   await using server = await openServer();
   const file = server.write("a.jsonl", line("ann", 1));
