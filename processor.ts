@@ -14,7 +14,7 @@ import { basename, join } from "node:path";
 import { maskSettings, type Options, readCommand } from "./lib/config.ts";
 import { inspectFile } from "./lib/event/input.ts";
 import { disk } from "./lib/journal/disk.ts";
-import { openJournalReader } from "./lib/journal/reader.ts";
+import { explainPiece, openJournalReader } from "./lib/journal/reader.ts";
 import { activeOf } from "./lib/journal/segments.ts";
 import { openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, type Job, supervise } from "./lib/processor/supervisor.ts";
@@ -109,8 +109,10 @@ async function whyUnreadable(file: string, tool: ToolName | null): Promise<strin
   const stat = statSync(file, { throwIfNoEntry: false });
   if (stat?.isFile()) {
     if (tool) return null; // what has been posted by an earlier version is still recounted
-    const { problem } = await inspectFile(file);
-    return problem && `${file}: ${problem}`;
+    const { problem, head, compression } = await inspectFile(file);
+    const found =
+      problem ?? (await explainPiece(file, { head, isCompressed: compression !== null }));
+    return found && `${file}: ${found}`;
   }
   if (stat) return `${file}: not a regular file`;
   // While a journal begins its next file, no file has this name.

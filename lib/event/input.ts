@@ -81,16 +81,19 @@ export async function openStreamInput(stream: AsyncIterable<Uint8Array>) {
 }
 
 /** What `path` is, if it is not lines of events, with the command that converts it; and its name as a source. */
-export async function inspectFile(
-  path: string,
-): Promise<{ problem: string | null; name: string; compression: Compression | null }> {
+export async function inspectFile(path: string): Promise<{
+  problem: string | null;
+  name: string;
+  compression: Compression | null;
+  head: Buffer;
+}> {
   await using handle = await open(path);
   const { compression, read } = await openInput(readHandle(handle), (await handle.stat()).size);
   // What is damaged is reported when it is read to its end.
   const head = await read(0, HEAD_BYTES).catch(() => new Uint8Array());
   const foreign = foreignFormat(head);
   const problem = foreign && explainForeign(foreign, { path, compression });
-  return { problem, name: sourceName(path, compression), compression };
+  return { problem, name: sourceName(path, compression), compression, head: Buffer.from(head) };
 }
 
 export function explainForeign(

@@ -12,7 +12,7 @@ import type { Change } from "../event/event.ts";
 import { matchGenerations } from "../event/generations.ts";
 import { DamagedInput, explainNuls, type Input, openInput, sourceName } from "../event/input.ts";
 import { type Block, isComplete, readBlocks, readHandle, withoutBom } from "../event/lines.ts";
-import { JournalBehind, JournalDamage } from "../journal/format.ts";
+import { encodeJournalHeader, JournalBehind, JournalDamage } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import {
   type Checkpoint,
@@ -59,10 +59,13 @@ export interface BatchSource {
   counted?: ((position: number, change: Change) => void) | undefined;
 }
 
-/** Batches of `journal` from its checkpoint on. Throws JournalBehind, JournalDamage or Unavailable. */
+/**
+ * Batches of `journal` from its checkpoint on. `leftOver` is told what of its end is no whole frame. Throws JournalBehind, JournalDamage or Unavailable.
+ */
 export async function openJournalBatches(
   { database, path, limit, ahead, refused, counted }: BatchSource,
   journal: JournalReader,
+  leftOver?: (what: string) => void,
 ): Promise<BatchReader> {
   const key = journalKey(journal.id);
   const checkpoint = await openCheckpoint(database, key, null);
@@ -93,13 +96,28 @@ export async function openJournalBatches(
         if (position === start || !isPosting) break;
         await Promise.race([ready, Bun.sleep(POLL_MS)]);
       }
-      if (position === start) return null;
+      if (position === start) {
+        if (leftOver) await checkEnd(leftOver);
+        return null;
+      }
       for (const [source, { to }] of fold.sources) if (posted.has(source)) posted.set(source, to);
       await syncUpTo(position);
       return fold.batch({ key, from: start, to: position, digest });
     },
     async [Symbol.asyncDispose]() {},
   };
+
+  async function checkEnd(leftOver: (what: string) => void): Promise<void> {
+    const end = await journal.end();
+    const headerBytes = encodeJournalHeader(journal.id, position).length;
+    // A file of the journal may have nothing but its header yet, and a server may be writing to it.
+    if (end - position === headerBytes || (await journal.read(position)).length > 0) return;
+    const bytes = end - position - (position === journal.start ? headerBytes : 0);
+    if (bytes > 0)
+      leftOver(
+        `: the last ${bytes} bytes are no whole frame of the journal: left for the next run`,
+      );
+  }
 
   /** What cannot be read may have been posted by another processor, and deleted. */
   async function unlessPosted(error: unknown, start: number): Promise<never> {

@@ -12,7 +12,7 @@ import { join } from "node:path";
 
 import type { SettingsOf } from "../config.ts";
 import { getEventTypes } from "../event/event.ts";
-import { openJournalReader } from "../journal/reader.ts";
+import { openJournalReader, openNamedJournal } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
 import {
@@ -133,14 +133,15 @@ export async function postFile(path: string, context: Context): Promise<boolean>
   let pauseMs = FIRST_PAUSE_MS;
   let offset = 0;
   let fileOffset = (offset: number) => offset;
+  let hasLeftOver = false;
   const posting: Posting = {
     ...context,
     ...startOfPosting(),
     async open(counted) {
       const openedMs = performance.now();
-      const journal = await openJournalReader(path);
+      const journal = await openNamedJournal(path);
       const batches = journal
-        ? await openJournalBatches({ path, ...posting, counted }, journal)
+        ? await openJournalBatches({ path, ...posting, counted }, journal, leftOver)
         : await openFileBatches({ path, ...posting, counted }, leftOver);
       // A large file that is posted in part is hashed up to there: that uses up no patience.
       deadlineMs += performance.now() - openedMs;
@@ -176,6 +177,8 @@ export async function postFile(path: string, context: Context): Promise<boolean>
   return false;
 
   function leftOver(what: string) {
+    if (hasLeftOver) return; // another attempt finds it again
+    hasLeftOver = true;
     report({ type: "leftOver", line: `${path}${what}` });
   }
 }

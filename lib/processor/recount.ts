@@ -10,7 +10,7 @@ import { openInput, sourceName } from "../event/input.ts";
 import { eachEvent, type Read, readBlocks, readFile } from "../event/lines.ts";
 import { Sums } from "../event/sums.ts";
 import { isLost } from "../journal/format.ts";
-import { type JournalReader, openJournalReader } from "../journal/reader.ts";
+import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
 import { parseSourceMark } from "../journal/source-mark.ts";
 import { type Checkpoint, journalKey, parseKey } from "../ledger/checkpoints.ts";
 import { CannotProceed, type Database, type Statements } from "../ledger/database.ts";
@@ -135,7 +135,7 @@ export async function snapshotUpTo(
 async function locateSources(checkpoints: Checkpoint[], paths: string[]): Promise<Source[]> {
   const found = new Map<string, Source>();
   for (const path of paths) {
-    const journal = await openJournalReader(path);
+    const journal = await openNamedJournal(path);
     const checkpoint = checkpoints.find(({ key }) => journal && key === journalKey(journal.id));
     if (journal && checkpoint) found.set(checkpoint.key, { checkpoint, journal });
     if (!journal)

@@ -527,4 +527,10 @@ export const BREAKS: readonly Break[] = [
     "if (false as boolean && begun) {",
     "client/client",
   ),
+  without(
+    "that lines like frames do not make a file of events a journal",
+    "return head && isEventFile(head) ? null : await openJournalReader(path, disk);",
+    "return await openJournalReader(path, disk);",
+    "processor/processor",
+  ),
 ];
