@@ -8,48 +8,56 @@ import { accessSync, constants, statSync } from "node:fs";
 import { basename } from "node:path";
 
 import { openApi, UploadFailed } from "./lib/client/api.ts";
-import type { Rejected } from "./lib/client/rejected.ts";
-import { sendFile, type SendOptions, sendStream, Total } from "./lib/client/send.ts";
+import { ForeignInput, sendFile, type SendOptions, sendStream, Total } from "./lib/client/send.ts";
 import { parseDuration, readCommand } from "./lib/config.ts";
 import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event/event.ts";
-import { print, say } from "./lib/progress.ts";
+import { inspectFile } from "./lib/event/input.ts";
+import { print, say, STOPPED } from "./lib/progress.ts";
 
 async function main(): Promise<number> {
   const { settings, options, files } = readCommand(COMMAND);
-  const [path = "events.jsonl"] = files;
-  const isStream = path === "-";
+  const paths = files.length > 0 ? files : ["events.jsonl"];
   const retryMs = parseDuration(String(options["retry-for"] ?? "5m"));
   if (retryMs === undefined) return reject("--retry-for requires a duration like 90s, 5m or 2h");
-  const problem = isStream ? null : whyUnreadable(path);
-  if (problem) return reject(`${path}: ${problem}`);
-  const defaultName = isStream ? `stdin-${crypto.randomUUID()}` : basename(path);
-  const name = String(options["source"] ?? defaultName);
+  for (const option of ["source", "follow"])
+    if (options[option] && paths.length > 1) return reject(`--${option} requires a single FILE`);
+  const inputs = await Promise.all(paths.map(inspect));
+  const problems = inputs.flatMap(({ path, problem }) => (problem ? `${path}: ${problem}` : []));
+  if (problems.length > 0) return reject(problems.join("\n"));
+  const follow = options["follow"] === true && inputs.every(({ isStream }) => !isStream);
+  const compressed = inputs.find(({ compression }) => compression);
+  if (follow && compressed)
+    return reject(
+      `${compressed.path}: a compressed file cannot be followed: send it without --follow`,
+    );
+  const names = inputs.map(({ name }) => String(options["source"] ?? name));
   // A URL drops path segments of one or two dots.
-  if (!isText(name, MAX_SOURCE_BYTES) || /^\.\.?$/.test(name))
+  if (names.some((name) => !isText(name, MAX_SOURCE_BYTES) || /^\.\.?$/.test(name)))
     return reject(`--source requires a name of 1 to ${MAX_SOURCE_BYTES} bytes, not "." or ".."`);
 
   setEventTypes(settings.EVENT_TYPES); // decides whether a last line without newline is an event
   const stop = new AbortController();
-  const follow = options["follow"] === true && !isStream;
-  if (options["follow"])
-    for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+  for (const signal of ["SIGTERM", "SIGINT"] as const)
+    if (follow) process.on(signal, () => stop.abort(signal));
+    else process.once(signal, () => stop.abort(signal)); // a second one ends it at once
   const [secret = ""] = settings.AUTH_SECRET;
   const credential = String(options["token"] ?? settings.AUTH_TOKEN ?? secret);
   const { SERVER_URL: serverUrl } = settings;
   const api = openApi({ serverUrl, credential, retryMs, say, stop: stop.signal });
   const again = options["again"] === true;
-  const total = new Total();
-  const sendOptions = { api, name, again, follow, stop: stop.signal, total };
-  return send(path, { ...sendOptions, wait: options["wait"] === true });
+  return send(
+    inputs.map((input, index) => ({ ...input, name: names[index] as string })),
+    { api, again, follow, stop: stop.signal, wait: options["wait"] === true },
+  );
 }
 
 const COMMAND = {
   program: "client",
-  usage: "bun run client.ts [--again] [--follow] [--wait] [FILE]",
+  usage: "bun run client.ts [--again] [--follow] [--wait] [FILE…]",
   about:
-    "Sends the events of FILE (default: events.jsonl; -: standard input), one a line, to the\n" +
-    "server. Run again, it resumes where the server has it: every event counts once. Lines that\n" +
-    "the server rejects are in FILE.rejected.jsonl, each with its reason.",
+    "Sends the events of each FILE (default: events.jsonl; -: standard input), one a line, plain or\n" +
+    "compressed with gzip or zstd, to the server. Run again, it resumes where the server has it: every\n" +
+    "event counts once. Lines that the server rejects are in FILE.rejected.jsonl, with their reasons.",
   options: {
     again: { type: "boolean", meaning: "send the whole file once more, on purpose" },
     follow: { type: "boolean", meaning: "keep sending as the file grows, until SIGTERM" },
@@ -58,57 +66,114 @@ const COMMAND = {
     token: { type: "string", meaning: "present this instead of AUTH_SECRET; so does AUTH_TOKEN" },
     "retry-for": { type: "string", meaning: "how long to retry while the server is down (5m)" },
   },
-  maxFiles: 1,
+  maxFiles: Number.POSITIVE_INFINITY,
   exits: {
     0: "every event is on the server's disk",
-    1: "the same, but some lines were rejected: see FILE.rejected.jsonl",
-    2: "invalid use or setting, no such file, or a wrong secret or token",
-    3: "the server is unreachable, or did not store the events",
+    1: "the same, but lines were rejected (see FILE.rejected.jsonl), or bytes remain that are no event yet",
+    2: "invalid use or setting, no such file, one that is not lines of events, or a wrong secret or token",
+    3: "the server is unreachable or did not store the events, or a compressed file is damaged",
+    130: "stopped by SIGINT before the end; run again, it continues",
+    143: "the same, by SIGTERM",
   },
 } as const;
 
-/** Why the file at `path` cannot be read, or `null`. */
-function whyUnreadable(path: string): string | null {
+/** What is given to be sent. */
+interface GivenInput {
+  /** `-` for standard input. */
+  path: string;
+  /** The name of the source. */
+  name: string;
+  /** Standard input or another pipe. */
+  isStream: boolean;
+  compression: string | null;
+}
+
+/** What is at `path`. `problem`: why it cannot be sent. */
+async function inspect(path: string): Promise<GivenInput & { problem: string | null }> {
+  const stream = { path, isStream: true, compression: null, problem: null };
+  const file = { ...stream, isStream: false, name: basename(path) };
+  if (path === "-") return { ...stream, name: `stdin-${crypto.randomUUID()}` };
   try {
-    if (!statSync(path).isFile()) return "not a regular file";
+    const stat = statSync(path);
     accessSync(path, constants.R_OK);
-    return null;
+    if (stat.isFIFO()) return { ...stream, name: `pipe-${crypto.randomUUID()}` };
+    if (!stat.isFile()) return { ...file, problem: "not a regular file or a pipe" };
+    return { ...file, ...(await inspectFile(path)) };
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
-    return code === "ENOENT" || code === "ENOTDIR" ? "no such file" : message;
+    const problem = code === "ENOENT" || code === "ENOTDIR" ? "no such file" : message;
+    return { ...file, problem };
   }
 }
 
-/** Sends the file, prints the summary, and returns the exit code. */
-async function send(path: string, options: SendOptions & { wait: boolean }): Promise<number> {
-  const { api, total, wait } = options;
+/** After a signal, the chunk under way has this long to be answered. */
+const GRACE_MS = 3_000;
+const CANNOT_RESUME = "it cannot be resumed: what the summary counts is stored, the rest is not";
+
+/** Sends the inputs one after the other, prints the summary, and returns the exit code. */
+async function send(
+  inputs: GivenInput[],
+  { wait, ...options }: Omit<SendOptions, "name" | "total"> & { wait: boolean },
+): Promise<number> {
   const startedMs = performance.now();
-  let failure: UploadFailed | null = null;
-  let rejected: Rejected | null = null;
-  try {
-    rejected = await (path === "-" ? sendStream(options) : sendFile(path, options));
-    if (wait && total.position) await api.waitUntilPosted(total.position);
-  } catch (error) {
-    if (!(error instanceof UploadFailed)) throw error;
-    failure = error;
-    say(failure.message);
-    if (path === "-")
-      say("stdin cannot be resumed: what the summary counts is stored, the rest is not");
+  const all = new Total();
+  let code = 0;
+  let [current] = inputs as [GivenInput];
+  let total = new Total();
+  const { follow, stop } = options;
+  // What the server does not answer in time may be stored or not: the next run finds out.
+  if (!follow)
+    stop.addEventListener("abort", () => setTimeout(() => process.exit(endStopped()), GRACE_MS));
+  for (current of inputs) {
+    const { path, name, isStream } = current;
+    total = new Total();
+    const sendOptions = { ...options, name, total };
+    try {
+      const rejected = await (isStream
+        ? sendStream(path === "-" ? null : path, sendOptions)
+        : sendFile(path, sendOptions));
+      const lines = rejected.count();
+      if (lines > 0) say(`${lines} lines were rejected: see ${rejected.path}`);
+      if (lines > 0 || total.rejected > 0 || total.hasLeftOver) code = 1;
+      if (total.isStopped && !follow) return endStopped();
+      if (wait && total.position) await options.api.waitUntilPosted(total.position);
+    } catch (error) {
+      if (!(error instanceof UploadFailed || error instanceof ForeignInput)) throw error;
+      if (stop.aborted && !follow) return endStopped();
+      say(error.message);
+      if (isStream && error instanceof UploadFailed)
+        say(`${path === "-" ? "stdin" : path}: ${CANNOT_RESUME}`);
+      code = error instanceof ForeignInput || error.isDenied ? 2 : 3;
+    }
+    all.join(total);
+    if (code > 1) break;
   }
-  const rejectedLines = rejected?.count() ?? 0;
-  if (rejectedLines > 0) say(`${rejectedLines} lines were rejected: see ${rejected?.path}`);
-  const summary = summarize(path, total, performance.now() - startedMs);
-  if (failure) print(`stopped: ${summary}`);
-  else print(wait ? `${summary}; all of it is in the ledger` : summary);
-  if (failure) return failure.isDenied ? 2 : 3;
-  return total.rejected > 0 || rejectedLines > 0 ? 1 : 0;
+  if (code > 1) print(`stopped: ${summary()}`);
+  else print(wait ? `${summary()}; all of it is in the ledger` : summary());
+  return code;
+
+  function summary(): string {
+    const [{ path }] = inputs as [GivenInput];
+    const from = inputs.length > 1 ? `${inputs.length} files` : path === "-" ? "stdin" : path;
+    return summarize(from, all, performance.now() - startedMs);
+  }
+
+  function endStopped(): number {
+    const { path, isStream } = current;
+    const shown = path === "-" ? "stdin" : path;
+    if (isStream) say(`${shown}: stopped; ${CANNOT_RESUME}`);
+    else say(`${shown}: stopped at ${total.percent} %; run it again to continue`);
+    all.join(total);
+    print(`stopped: ${summary()}`);
+    return STOPPED[stop.reason as keyof typeof STOPPED];
+  }
 }
 
-function summarize(path: string, total: Total, ms: number): string {
+function summarize(from: string, total: Total, ms: number): string {
   const { accepted, rejected, bytes, knownBytes, knownLines } = total;
   const known = knownBytes ? `; already there: ${knownBytes} bytes (${knownLines} lines)` : "";
   return (
-    `sent ${accepted} events (${rejected} rejected) from ${path === "-" ? "stdin" : path}: ` +
+    `sent ${accepted} events (${rejected} rejected) from ${from}: ` +
     `${bytes} bytes in ${(ms / 1000).toFixed(1)} s, ` +
     `${Math.round((1000 * accepted) / ms)} events/s${known}`
   );

@@ -12,13 +12,14 @@ import { mkdirSync, statSync } from "node:fs";
 import { basename, join } from "node:path";
 
 import { maskSettings, type Options, readCommand } from "./lib/config.ts";
+import { inspectFile } from "./lib/event/input.ts";
 import { disk } from "./lib/journal/disk.ts";
-import { openJournalReader } from "./lib/journal/reader.ts";
+import { explainPiece, openJournalReader } from "./lib/journal/reader.ts";
 import { activeOf } from "./lib/journal/segments.ts";
 import { openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, type Job, supervise } from "./lib/processor/supervisor.ts";
 import type { ToolName } from "./lib/processor/tools.ts";
-import { print, type Progress, say, showProgress } from "./lib/progress.ts";
+import { percent, print, type Progress, say, showProgress, STOPPED } from "./lib/progress.ts";
 
 type Tell = (line: string, level?: "info" | "warn" | "error") => void;
 
@@ -28,7 +29,8 @@ async function main(): Promise<number> {
   if (misuse !== undefined) return reject([misuse]);
   // A segment stands for its whole journal, so eventsPost*.jsonl is one journal.
   const files = [...new Set(await Promise.all(given.map((file) => activeOf(file, disk))))];
-  const unreadable = (await Promise.all(files.map(whyUnreadable))).filter((why) => why !== null);
+  const reasons = await Promise.all(files.map((file) => whyUnreadable(file, tool ?? null)));
+  const unreadable = reasons.filter((why) => why !== null);
   if (unreadable.length > 0) return reject(unreadable);
 
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl } = settings;
@@ -59,7 +61,7 @@ const COMMAND = {
     "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry]] [FILE…]",
   about:
     "Follows the journal in DATA_DIR and posts its events to the ledger, until stopped. With FILEs\n" +
-    "(event files or journals), posts each of them once, however often it is run, and exits.\n" +
+    "(event files, also gzip or zstd, or journals), posts each of them once, however often it is run, and exits.\n" +
     "With one of the options, it checks or corrects instead. --verify and --rebuild need every source\n" +
     "of the ledger. They find the journal in DATA_DIR; name the journals of other servers and the\n" +
     "files posted by processor.ts FILE. If one is missing, they name it and do nothing.",
@@ -78,9 +80,11 @@ const COMMAND = {
   maxFiles: Number.POSITIVE_INFINITY,
   exits: {
     0: "done, or stopped; nothing differs, is damaged or is in quarantine",
-    1: "balances differ, the journal is damaged, or lines are in quarantine",
-    2: "invalid use or setting, no such file, or a source that --verify needs is missing",
+    1: "balances differ, the journal is damaged, lines are in quarantine, or a FILE's end is no event yet",
+    2: "invalid use or setting, no such file, one that is not lines of events, or a source that --verify needs is missing",
     3: "gave up: the database is unavailable or refuses, or a file is damaged",
+    130: "stopped by SIGINT before the end of the FILEs; run again, it continues",
+    143: "the same, by SIGTERM",
   },
 } as const;
 
@@ -101,9 +105,15 @@ function toolOf(options: Options): { tool?: ToolName | null; misuse?: string } {
   };
 }
 
-async function whyUnreadable(file: string): Promise<string | null> {
+async function whyUnreadable(file: string, tool: ToolName | null): Promise<string | null> {
   const stat = statSync(file, { throwIfNoEntry: false });
-  if (stat?.isFile()) return null;
+  if (stat?.isFile()) {
+    if (tool) return null; // what has been posted by an earlier version is still recounted
+    const { problem, head, compression } = await inspectFile(file);
+    const found =
+      problem ?? (await explainPiece(file, { head, isCompressed: compression !== null }));
+    return found && `${file}: ${found}`;
+  }
   if (stat) return `${file}: not a regular file`;
   // While a journal begins its next file, no file has this name.
   return (await openJournalReader(file).catch(() => null)) ? null : `${file}: no such file`;
@@ -117,7 +127,7 @@ function reject(lines: string[]): number {
 /** Runs the job in its Worker, shows its progress, and returns the exit code. */
 async function post(job: Job, tell: Tell): Promise<number> {
   const stop = new AbortController();
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort(signal));
   const { DATA_DIR: dataDir } = job.settings;
   const isFollowing = job.files.length === 0;
   if (isFollowing && !(await acquireProcessorLock(dataDir, stop.signal, tell))) return 0;
@@ -125,36 +135,50 @@ async function post(job: Job, tell: Tell): Promise<number> {
   const startedMs = performance.now();
   const total = { events: 0, quarantined: 0, bytes: 0 };
   let progress: Progress | undefined;
-  let offset = 0;
+  let current = { file: job.files[0] ?? "", bytes: 0, offset: 0 };
+  let isDone = false;
   let eventsBefore = 0;
   let hasFailed = false;
+  let hasLeftOver = false;
   const processor = supervise(job, (report) => {
     if (report.type === "say") tell(report.line, report.level);
     if (report.type === "opened") {
       progress?.stop();
       progress = showProgress(basename(report.file), report.bytes, report.from);
-      offset = report.from;
+      current = { ...report, offset: report.from };
       eventsBefore = total.events;
     }
     if (report.type === "posted") {
       total.events += report.events;
       total.quarantined += report.quarantined;
       total.bytes += report.bytes;
-      offset += report.bytes;
-      progress?.update(offset, total.events - eventsBefore);
+      current.offset = report.fileOffset ?? current.offset + report.bytes;
+      progress?.update(current.offset, total.events - eventsBefore);
+    }
+    if (report.type === "leftOver") {
+      tell(report.line, "warn");
+      hasLeftOver = true;
     }
     if (report.type === "failed") {
       progress?.stop();
       tell(report.line, "error");
       hasFailed = true;
     }
+    isDone ||= report.type === "done";
   });
   stop.signal.addEventListener("abort", () => processor.stop());
   if (stop.signal.aborted) await processor.stop();
   await processor.ended;
   progress?.stop();
+  const isStopped = !isFollowing && !isDone && !hasFailed && stop.signal.aborted;
+  if (isStopped) {
+    const { file, bytes, offset } = current;
+    tell(`${file}: stopped at ${percent(offset, bytes)} %; run it again to continue`);
+  }
   if (!isFollowing) printSummary(job.files.length, total, performance.now() - startedMs);
-  return hasFailed ? 3 : total.quarantined > 0 && !isFollowing ? 1 : 0;
+  if (isStopped) return STOPPED[stop.signal.reason as keyof typeof STOPPED];
+  if (hasFailed) return 3;
+  return !isFollowing && (total.quarantined > 0 || hasLeftOver) ? 1 : 0;
 }
 
 function printSummary(

@@ -8,6 +8,14 @@ const bars = process.stderr.isTTY ? await import("cli-progress") : null;
 
 const REPORT_MS = 5_000;
 
+/** The exit codes of a program that a signal has stopped before its work was done. */
+export const STOPPED = { SIGINT: 130, SIGTERM: 143 } as const;
+
+/** How much of the total is done; the file may have grown. */
+export function percent(bytes: number, totalBytes: number): number {
+  return Math.floor((100 * bytes) / Math.max(1, totalBytes, bytes));
+}
+
 /** Writes a line to stderr. */
 export function say(line: string): void {
   process.stderr.write(`${line}\n`);
@@ -46,8 +54,7 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
         bar.update(bytes, { rate: rate.toLocaleString("en"), left });
       } else if (nowMs - reportedMs >= REPORT_MS) {
         reportedMs = nowMs;
-        const percent = Math.floor((100 * bytes) / Math.max(1, totalBytes, bytes)); // the file may have grown
-        say(`${what}: ${percent}%, ${events} events, ${rate} events/s`);
+        say(`${what}: ${percent(bytes, totalBytes)}%, ${events} events, ${rate} events/s`);
       }
     },
     stop(): void {

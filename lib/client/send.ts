@@ -4,16 +4,34 @@
  * that the file begins with those bytes, and resumes behind them. While one chunk is in transit, the
  * next one is read and hashed.
  */
-import { existsSync, realpathSync, renameSync, rmSync, statSync } from "node:fs";
+import {
+  createReadStream,
+  existsSync,
+  readFileSync,
+  realpathSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { type FileHandle, open } from "node:fs/promises";
 import { tmpdir, userInfo } from "node:os";
 import { basename, dirname, join } from "node:path";
 
 import { isText, MAX_SOURCE_BYTES } from "../event/event.ts";
+import { foreignFormat, HEAD_BYTES } from "../event/formats.ts";
 import { matchGenerations } from "../event/generations.ts";
-import { type Read, readHandle, readStream } from "../event/lines.ts";
+import {
+  DamagedInput,
+  explainForeign,
+  explainNuls,
+  type Input,
+  openInput,
+  openStreamInput,
+} from "../event/input.ts";
+import { type Read, readHandle } from "../event/lines.ts";
 import { type Lock, tryLock } from "../lock.ts";
-import { type Progress, say, showProgress } from "../progress.ts";
+import { percent, type Progress, say, showProgress } from "../progress.ts";
 import { type DirectoryWatch, watchDirectory } from "../watch.ts";
 import { type Api, type SourceState, type Stored, UploadFailed } from "./api.ts";
 import {
@@ -48,6 +66,11 @@ export class Total {
   /** Bytes and lines that the server had stored before. */
   knownBytes = 0;
   knownLines = 0;
+  /** Whether bytes remain that are no event yet. */
+  hasLeftOver = false;
+  /** Whether it was stopped before the end, and how much of the file was sent by then. */
+  isStopped = false;
+  percent = 0;
   /** The journal position behind all of it. */
   position = "";
 
@@ -56,6 +79,16 @@ export class Total {
     if (tooLong !== "further part") this.rejected += rejected;
     this.bytes += end.offset - start.offset;
     this.position = position || this.position;
+  }
+
+  /** Adds what has been sent of another file. */
+  join(other: Total): void {
+    this.accepted += other.accepted;
+    this.rejected += other.rejected;
+    this.bytes += other.bytes;
+    this.knownBytes += other.knownBytes;
+    this.knownLines += other.knownLines;
+    this.hasLeftOver ||= other.hasLeftOver;
   }
 
   skip(from: Place, to: Place): void {
@@ -80,7 +113,9 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
         throw new UploadFailed(`cannot read ${path}: ${error.message}`);
       });
       const isOwner = lock !== null;
-      const rejected = await sendOpened(file, { ...options, path, again, watch, isOwner });
+      const rejected = await sendOpened(file, { ...options, path, again, watch, isOwner }).catch(
+        unreadable(path),
+      );
       if (rejected) return rejected;
     }
   } finally {
@@ -89,17 +124,53 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
   }
 }
 
-/** Sends standard input: a source of its own, which nobody can resume later. */
-export async function sendStream(options: SendOptions): Promise<Rejected> {
-  say("stdin cannot be resumed after a crash: there is no record of how much was sent");
-  const rejected = await openRejected("stdin.rejected.jsonl", { offset: 0, isOwner: true, say });
-  const read = readStream(Bun.stdin.stream());
-  const upload = { ...options, source: options.name, read, rejected, progress: null };
-  const leftOver = (line: number) =>
-    say(`stdin: line ${line} has no newline and is not a complete event: not sent`);
-  const { conflict } = await sendChunks(upload, startOfSource(), { isFinal: true, leftOver });
-  if (conflict) throw new UploadFailed(`another client sends the source ${options.name}`);
+/** What a stream holds is not lines of events. */
+export class ForeignInput extends Error {}
+
+/** Sends a pipe, `null` for standard input: a source of its own, which nobody can resume later. */
+export async function sendStream(path: string | null, options: SendOptions): Promise<Rejected> {
+  const { name, total } = options;
+  const shown = path ?? "stdin";
+  say(`${shown} cannot be resumed after a crash: there is no record of how much was sent`);
+  const stream = path === null ? Bun.stdin.stream() : createReadStream(path);
+  const opened = untilStopped(openStreamInput(stream as AsyncIterable<Uint8Array>), options.stop);
+  const { compression, read: readOn } = (await opened) ?? NOTHING;
+  const read: Read = async (from, to) =>
+    (await untilStopped(readOn(from, to), options.stop)) ?? new Uint8Array();
+  const foreign = foreignFormat(await read(0, HEAD_BYTES).catch(unreadable(shown)));
+  if (foreign)
+    throw new ForeignInput(`${shown}: ${explainForeign(foreign, { path: null, compression })}`);
+  const rejectedPath = `${path === null ? "stdin" : basename(path)}.rejected.jsonl`;
+  const rejected = await openRejected(rejectedPath, { offset: 0, isOwner: true, say });
+  const upload = { ...options, source: name, read, rejected, progress: null };
+  const leftOver = (line: number) => {
+    total.hasLeftOver = true;
+    say(`${shown}: line ${line} has no newline and is not a complete event: not sent`);
+  };
+  const sending = sendChunks(upload, startOfSource(), { isFinal: true, leftOver });
+  const { conflict } = await sending.catch(unreadable(shown));
+  if (conflict) throw new UploadFailed(`another client sends the source ${name}`);
+  total.isStopped = options.stop.aborted;
   return rejected;
+}
+
+const NOTHING = { compression: null, read: async () => new Uint8Array() };
+
+/** What `promise` settles to; `undefined` if it is stopped before: a pipe may be silent for ever. */
+function untilStopped<T>(promise: Promise<T>, stop: AbortSignal): Promise<T | undefined> {
+  const { promise: stopped, resolve } = Promise.withResolvers<undefined>();
+  const abort = () => resolve(undefined);
+  if (stop.aborted) abort();
+  stop.addEventListener("abort", abort);
+  return Promise.race([promise, stopped]).finally(() => stop.removeEventListener("abort", abort));
+}
+
+/** What cannot be read is given up, with what was sent of it. */
+function unreadable(path: string): (error: unknown) => never {
+  return (error) => {
+    if (!(error instanceof DamagedInput)) throw error;
+    throw new UploadFailed(`${path}: ${error.message}`);
+  };
 }
 
 interface FileOptions extends SendOptions {
@@ -117,6 +188,9 @@ interface Upload {
   rejected: Rejected;
   total: Total;
   progress: Progress | null;
+  /** A file, and its size. */
+  input?: Input;
+  size?: number;
   stop: AbortSignal;
 }
 
@@ -126,31 +200,33 @@ interface Upload {
  */
 async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejected | null> {
   const { path, follow, stop, watch, isOwner, total } = options;
-  const read = readHandle(file);
   const { size } = await file.stat();
-  const { source, state } = await findSource(options, read, size);
-  const { chunk, end: start } = await lastChunk(read, state?.offset ?? 0);
+  const input = await openInput(readHandle(file), size);
+  const { read, readAll } = input;
+  const { source, state } = await findSource(options, input);
+  const { chunk, end: start } = await lastChunk(readAll, state?.offset ?? 0);
   if (state && start.offset < state.offset) return null;
   const rejectedPath = `${path}.rejected.jsonl`;
   const rejected = await openRejected(rejectedPath, { offset: start.offset, isOwner, say });
-  const progress = showProgress(basename(path), size, start.offset);
-  const upload = { ...options, source, read, rejected, progress };
-  const leftOver = (line: number) => {
-    if (!follow)
-      say(
-        `${path}: line ${line} has no newline and is not a complete event: left for the next run`,
-      );
-  };
+  const progress = showProgress(basename(path), size, input.fileOffset(start.offset));
+  const upload = { ...options, source, read, rejected, progress, input, size };
   try {
     // The client that sent it may have died before it noted what was rejected: only the server knows.
     if (chunk) await recoverRejected(upload, chunk);
     total.skip(startOfSource(), start);
+    total.percent = percent(input.fileOffset(start.offset), size);
     total.position ||= state?.position ?? "";
     for (let place = start; ;) {
       // Checked before sending: a file that was replaced by now is sent to its end.
       const isReplaced = await hasOtherFile(path, file);
-      if ((await file.stat()).size < place.offset) return null;
+      if (!input.compression && (await file.stat()).size < place.offset) return null;
       const isFinal = !follow || isReplaced;
+      const leftOver = (line: number) => {
+        if (!isFinal) return;
+        total.hasLeftOver = true;
+        const what = `line ${line} has no newline and is not a complete event`;
+        say(`${path}: ${what}: ${isReplaced ? "not sent" : "left for the next run"}`);
+      };
       const { end, conflict } = await sendChunks(upload, place, { isFinal, leftOver });
       if (conflict) {
         const behind = await skipStored(upload, end, conflict);
@@ -158,8 +234,12 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
         total.skip(end, behind);
         total.position = conflict.position;
         place = behind;
-      } else if (!follow || stop.aborted) return rejected;
-      else if (isReplaced) {
+        continue;
+      }
+      if (isFinal && !total.isStopped) await checkNuls(file, end, { path, input, total });
+      if (!total.isStopped && isNoted(path, source)) rmSync(`${path}.again`);
+      if (!follow || stop.aborted) return rejected;
+      if (isReplaced) {
         if (rejected.count() > 0 && isOwner) setAside(rejectedPath);
         return null;
       } else {
@@ -177,7 +257,7 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
  * another client sends it too and it is elsewhere.
  */
 async function sendChunks(
-  { api, source, read, rejected, total, progress, stop }: Upload,
+  { api, source, read, rejected, total, progress, input, size = 0, stop }: Upload,
   start: Place,
   options: Parameters<typeof readChunks>[2],
 ): Promise<{ end: Place; conflict: SourceState | null }> {
@@ -186,6 +266,7 @@ async function sendChunks(
   let next = chunks.next();
   for (;;) {
     const { value: chunk } = await next;
+    if (chunk && stop.aborted) total.isStopped = true;
     if (!chunk || stop.aborted) return { end, conflict: null };
     next = chunks.next();
     next.catch(() => {}); // awaited in the next turn
@@ -199,16 +280,19 @@ async function sendChunks(
     }
     rejected.add(chunk, answer.errors);
     total.add(chunk, answer);
-    progress?.update(chunk.end.offset, total.accepted);
+    const fileOffset = input?.fileOffset(chunk.end.offset) ?? 0;
+    total.percent = percent(fileOffset, size);
+    progress?.update(fileOffset, total.accepted);
     end = chunk.end;
   }
 }
 
 /**
  * The source of a file: of the generations `NAME`, `NAME#2`, … the last whose stored bytes the file
- * begins with. If there is none, or with `again`, the first that does not exist.
+ * begins with. If there is none, the first that does not exist; so with `again`, unless a copy was begun
+ * and interrupted: that one is continued.
  */
-async function findSource({ api, name, again }: SendOptions, read: Read, size: number) {
+async function findSource({ api, name, again, path, isOwner }: FileOptions, input: Input) {
   const known: { source: string; state: SourceState; offset: number; digest: string }[] = [];
   let source = name;
   for (let generation = 2; ; generation++) {
@@ -218,9 +302,53 @@ async function findSource({ api, name, again }: SendOptions, read: Read, size: n
     source = `${name}#${generation}`;
     if (!isText(source, MAX_SOURCE_BYTES)) break; // a name this long cannot exist
   }
-  const matches = again ? [] : await matchGenerations(read, size, known);
+  const matches = await matchGenerations(input.readAll, input.bytes, known);
   const matching = new Set(matches.map(({ generation }) => generation));
-  return known.findLast((each) => matching.has(each)) ?? { source, state: null };
+  const last = known.findLast((each) => matching.has(each));
+  if (!again) return last ?? { source, state: null };
+  // A note says that it was begun, or less of it is stored than of the file before it.
+  const noted = known.find((each) => matching.has(each) && isNoted(path, each.source));
+  const longest = Math.max(...[...matching].map(({ offset }) => offset));
+  const begun = noted ?? (last && last.offset < longest ? last : null);
+  if (begun) {
+    const stored = `behind the ${begun.offset} bytes that are stored`;
+    say(`${path}: continuing the copy that an interrupted --again had begun, ${stored}`);
+    return begun;
+  }
+  if (isOwner) noteCopy(path, source);
+  return { source, state: null };
+}
+
+/**
+ * Notes in FILE.again that a copy is begun, until it is complete. Only so is an interrupted one known: if
+ * the file has grown since it was sent, the server cannot tell the two apart.
+ */
+function noteCopy(path: string, source: string): void {
+  try {
+    writeFileSync(`${path}.again`, `${source}\n`);
+  } catch (error) {
+    const { message } = error as Error;
+    say(
+      `cannot note that this copy was begun: ${message}; if it is interrupted, run it without --again`,
+    );
+  }
+}
+
+function isNoted(path: string, source: string): boolean {
+  const note = `${path}.again`;
+  return existsSync(note) && readFileSync(note, "utf8") === `${source}\n`;
+}
+
+/** Reports the NULs at the end of a file, which are not sent. */
+async function checkNuls(
+  file: FileHandle,
+  end: Place,
+  { path, input, total }: { path: string; input: Input; total: Total },
+): Promise<void> {
+  const count = await input.countNuls(end.offset, (await file.stat()).size);
+  if (count === 0) return;
+  total.hasLeftOver = true;
+  say(`${path} ${explainNuls(path, count)}`);
 }
 
 /**

@@ -31,8 +31,12 @@ export async function matchGenerations<G extends Generation>(
   for (const generation of generations.toSorted((a, b) => a.offset - b.offset)) {
     const { offset, digest } = generation;
     if (offset > size) break;
-    for (; hashedTo < offset; hashedTo = Math.min(hashedTo + BLOCK_BYTES, offset))
-      hash.update(await read(hashedTo, Math.min(hashedTo + BLOCK_BYTES, offset)));
+    while (hashedTo < offset) {
+      const bytes = await read(hashedTo, Math.min(hashedTo + BLOCK_BYTES, offset));
+      if (bytes.length === 0) return matches; // the size of a compressed file is not known before
+      hash.update(bytes);
+      hashedTo += bytes.length;
+    }
     if (hash.copy().digest("hex") === digest) matches.push({ generation, hash: hash.copy() });
   }
   return matches;

@@ -109,15 +109,15 @@ export function readHandle(handle: FileHandle): Read {
 }
 
 /** Reads a stream. Holds only the bytes from the last `from` on. */
-export function readStream(stream: ReadableStream<Uint8Array>): Read {
-  const chunks = stream.getReader();
+export function readStream(stream: AsyncIterable<Uint8Array>): Read {
+  const chunks = stream[Symbol.asyncIterator]();
   let held: Uint8Array = new Uint8Array();
   let heldFrom = 0;
   return async (from, to) => {
     const parts = [held.subarray(from - heldFrom)];
     let length = held.length - (from - heldFrom);
     while (length < to - from) {
-      const { value, done } = await chunks.read();
+      const { value, done } = await chunks.next();
       if (done) break;
       parts.push(value);
       length += value.length;

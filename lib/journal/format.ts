@@ -181,6 +181,26 @@ export function holdsFrame(bytes: Buffer): boolean {
   return new RegExp(FRAME.source.slice(1, -1)).test(bytes.toString("latin1"));
 }
 
+/**
+ * Whether a file that begins with `head` is a file of events, whatever its lines look like: only the header
+ * of a journal in the first line makes it a journal, also one with damage, or with damage in its place.
+ */
+export function isEventFile(head: Buffer): boolean {
+  if (head.length === 0 || parseJournalHeader(head)) return false;
+  const [first = "", second = ""] = head.toString("latin1").split("\n");
+  const parts = [/"journal":"/, /[0-9a-f]{8}(-[0-9a-f]{4}){3}-/, /"base":\d/, /,"version":1\}/];
+  const isHeader = parts.filter((part) => part.test(first)).length > 1;
+  if (isHeader && !first.includes('"userId"')) return false;
+  const isBeforeFrame = holdsFrame(Buffer.from(first, "latin1")) || FRAME.test(second);
+  return !isBeforeFrame || /^(\xef\xbb\xbf)?\s*(\{.*)?$/.test(first);
+}
+
+/** Whether a file that begins with `bytes` is a piece of a journal that begins with one of its frames. */
+export function isJournalPiece(bytes: Buffer): boolean {
+  if (!FRAME.test(firstLine(bytes, 0) ?? "")) return false;
+  return parseFrames(bytes).frames.length > 0 || hasFrameAfter(bytes, 0);
+}
+
 /** The line that replaces lost bytes. `file` names the file that they were moved to, if there were any. */
 export function encodeLost(bytes: number, file: string | null): Buffer {
   return Buffer.from(`${JSON.stringify({ lost: { bytes, file } })}\n`);

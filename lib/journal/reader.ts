@@ -9,6 +9,8 @@
 import { disk as realDisk, type Disk, type ReadableFile } from "./disk.ts";
 import {
   holdsFrame,
+  isEventFile,
+  isJournalPiece,
   JournalDamage,
   type JournalHeader,
   MAX_FRAME_BYTES,
@@ -138,6 +140,30 @@ export async function openJournalReader(
   function replaced(): Error {
     return new Error(`${path} was replaced by another journal`);
   }
+}
+
+/** The same for a file that a person names: it may be one of events, with lines that look like frames. */
+export async function openNamedJournal(
+  path: string,
+  disk: Disk = realDisk,
+): Promise<JournalReader | null> {
+  const head = await disk.withFile(path, (file) => file.read(0, 2 * MAX_HEADER_BYTES));
+  return head && isEventFile(head) ? null : await openJournalReader(path, disk);
+}
+
+/** What keeps a file that a person names from being read, if it is of a journal; `null` if nothing does. */
+export async function explainPiece(
+  path: string,
+  { head, isCompressed }: { head: Buffer; isCompressed: boolean },
+): Promise<string | null> {
+  if (isCompressed)
+    return parseJournalHeader(head) || isJournalPiece(head)
+      ? "this is a compressed journal: decompress it, and name the plain file"
+      : null;
+  const bytes = await realDisk.withFile(path, (file) => file.read(0, MAX_BLOCK_BYTES));
+  return bytes && isJournalPiece(bytes)
+    ? "this is a piece of a journal: it begins with a frame instead of the journal's header; name the whole journal"
+    : null;
 }
 
 /** The id of the journal, where it begins, and its segments; `null` when it is not one (yet). */

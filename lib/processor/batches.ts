@@ -7,19 +7,12 @@
  * posted whole.
  */
 import { open } from "node:fs/promises";
-import { basename } from "node:path";
 
 import type { Change } from "../event/event.ts";
 import { matchGenerations } from "../event/generations.ts";
-import {
-  type Block,
-  isComplete,
-  type Read,
-  readBlocks,
-  readHandle,
-  withoutBom,
-} from "../event/lines.ts";
-import { JournalBehind, JournalDamage } from "../journal/format.ts";
+import { DamagedInput, explainNuls, type Input, openInput, sourceName } from "../event/input.ts";
+import { type Block, isComplete, readBlocks, readHandle, withoutBom } from "../event/lines.ts";
+import { encodeJournalHeader, JournalBehind, JournalDamage } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import {
   type Checkpoint,
@@ -44,6 +37,8 @@ export interface BatchReader extends AsyncDisposable {
   readonly from: number;
   /** How many bytes there are, when it was opened. */
   readonly bytes: number;
+  /** For a compressed file: about where in the file an offset is. */
+  fileOffset?(offset: number): number;
   /**
    * The next batch, or `null` when everything complete has been given. It cannot be posted before
    * `posting` settles: what arrives until then can be part of it.
@@ -64,10 +59,13 @@ export interface BatchSource {
   counted?: ((position: number, change: Change) => void) | undefined;
 }
 
-/** Batches of `journal` from its checkpoint on. Throws JournalBehind, JournalDamage or Unavailable. */
+/**
+ * Batches of `journal` from its checkpoint on. `leftOver` is told what of its end is no whole frame. Throws JournalBehind, JournalDamage or Unavailable.
+ */
 export async function openJournalBatches(
   { database, path, limit, ahead, refused, counted }: BatchSource,
   journal: JournalReader,
+  leftOver?: (what: string) => void,
 ): Promise<BatchReader> {
   const key = journalKey(journal.id);
   const checkpoint = await openCheckpoint(database, key, null);
@@ -98,13 +96,28 @@ export async function openJournalBatches(
         if (position === start || !isPosting) break;
         await Promise.race([ready, Bun.sleep(POLL_MS)]);
       }
-      if (position === start) return null;
+      if (position === start) {
+        if (leftOver) await checkEnd(leftOver);
+        return null;
+      }
       for (const [source, { to }] of fold.sources) if (posted.has(source)) posted.set(source, to);
       await syncUpTo(position);
       return fold.batch({ key, from: start, to: position, digest });
     },
     async [Symbol.asyncDispose]() {},
   };
+
+  async function checkEnd(leftOver: (what: string) => void): Promise<void> {
+    const end = await journal.end();
+    const headerBytes = encodeJournalHeader(journal.id, position).length;
+    // A file of the journal may have nothing but its header yet, and a server may be writing to it.
+    if (end - position === headerBytes || (await journal.read(position)).length > 0) return;
+    const bytes = end - position - (position === journal.start ? headerBytes : 0);
+    if (bytes > 0)
+      leftOver(
+        `: the last ${bytes} bytes are no whole frame of the journal: left for the next run`,
+      );
+  }
 
   /** What cannot be read may have been posted by another processor, and deleted. */
   async function unlessPosted(error: unknown, start: number): Promise<never> {
@@ -149,33 +162,40 @@ async function checkCheckpoint(
 
 /**
  * Batches of the file at `path` from its checkpoint on. The file stays the one that was opened, even if
- * another one takes its name. `leftOver` gets the length of a last line that is not a whole event.
+ * another one takes its name. `leftOver` is told what of its end is no event yet.
  * Throws Unavailable.
  */
 export async function openFileBatches(
   { database, path, limit, refused, counted }: BatchSource,
-  leftOver: (bytes: number) => void,
+  leftOver: (what: string) => void,
 ): Promise<BatchReader> {
   await using opening = new AsyncDisposableStack();
   const handle = opening.use(await open(path));
   const { size } = await handle.stat();
-  const read = readHandle(handle);
-  const { key, from, hash } = await findGeneration(database, read, { name: basename(path), size });
-  const blocks = readBlocks(read, from, BLOCK_BYTES);
+  const input = await openInput(readHandle(handle), size);
+  const name = sourceName(path, input.compression);
+  const { key, from, hash } = await findGeneration(database, input, name).catch(named);
+  const blocks = readBlocks(input.read, from, BLOCK_BYTES);
   const opened = opening.move();
   let offset = from;
+  let hasCheckedNuls = false;
 
   return {
     from,
     bytes: size,
+    fileOffset: input.fileOffset,
     async next() {
       const fold = new Fold(limit.maxUsers, new Map(), refused, counted);
       const start = offset;
       while (!fold.isFull && offset - start < MAX_BATCH_BYTES) {
-        const { value: block } = await blocks.next();
-        if (!block) break;
+        const { value: block } = await blocks.next().catch(named);
+        if (!block) {
+          await checkNuls();
+          break;
+        }
         if (!block.whole && !isComplete(block.bytes)) {
-          leftOver(block.to - block.from);
+          const what = `the last line (${block.to - block.from} bytes) has no newline and is not a whole event`;
+          leftOver(`: ${what}: left for the next run`);
           break;
         }
         addBlock(fold, block);
@@ -188,6 +208,17 @@ export async function openFileBatches(
     },
     [Symbol.asyncDispose]: () => opened.disposeAsync(),
   };
+
+  async function checkNuls(): Promise<void> {
+    const count = hasCheckedNuls ? 0 : await input.countNuls(offset, (await handle.stat()).size);
+    hasCheckedNuls = true;
+    if (count > 0) leftOver(` ${explainNuls(path, count)}`);
+  }
+
+  function named(error: unknown): never {
+    if (!(error instanceof DamagedInput)) throw error;
+    throw new DamagedInput(`${path}: ${error.message}`);
+  }
 }
 
 function addBlock(fold: Fold, block: Block): void {
@@ -209,17 +240,17 @@ export function linesOf(block: Block): { bytes: Uint8Array; from: number } {
 /** The generation of a file whose posted bytes it begins with, or a new one. `hash` is of those bytes. */
 async function findGeneration(
   database: Database,
-  read: Read,
-  file: { name: string; size: number },
+  input: Input,
+  name: string,
 ): Promise<{ key: string; from: number; hash: Bun.CryptoHasher }> {
-  const known = await listFileCheckpoints(database, file.name);
+  const known = await listFileCheckpoints(database, name);
   const generations = known.map((each) => ({ ...each, offset: each.position }));
-  const match = (await matchGenerations(read, file.size, generations)).at(-1);
+  const match = (await matchGenerations(input.readAll, input.bytes, generations)).at(-1);
   if (match) return { key: match.generation.key, from: match.generation.offset, hash: match.hash };
 
-  const key = fileKey(file.name, Math.max(0, ...known.map(({ generation }) => generation)) + 1);
+  const key = fileKey(name, Math.max(0, ...known.map(({ generation }) => generation)) + 1);
   const hash = new Bun.CryptoHasher("sha256");
   const { position } = await openCheckpoint(database, key, hash.copy().digest("hex"));
   // If another process has opened this generation and posted some of it, its bytes are compared.
-  return position > 0 ? findGeneration(database, read, file) : { key, from: 0, hash };
+  return position > 0 ? findGeneration(database, input, name) : { key, from: 0, hash };
 }

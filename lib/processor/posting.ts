@@ -2,7 +2,8 @@
  * Posting: batch after batch, from the journal as it grows or from a file to its end. Each attempt
  * begins at the checkpoint, so whatever died before is continued and nothing is repeated:
  *
- *     done       everything is posted, or it was stopped
+ *     done       everything is posted
+ *     stopped    it was told to, once the batch under way was posted
  *     elsewhere  another processor has moved the checkpoint
  *     ahead      sources are further than the journal expects: the next attempt knows where they are
  *     failed     with an error; if it is transient, the next attempt may succeed
@@ -11,7 +12,7 @@ import { join } from "node:path";
 
 import type { SettingsOf } from "../config.ts";
 import { getEventTypes } from "../event/event.ts";
-import { openJournalReader } from "../journal/reader.ts";
+import { openJournalReader, openNamedJournal } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
 import {
@@ -59,7 +60,7 @@ export interface Context {
 type Posted = Extract<Report, { type: "posted" }>;
 type Attempt =
   | Exclude<Outcome, { state: "posted" }>
-  | { state: "done" }
+  | { state: "done" | "stopped" }
   | { state: "failed"; error: Error; isTransient: boolean };
 
 /** What is posted: the journal, or a file. */
@@ -122,34 +123,46 @@ export async function follow(
   }
 }
 
-/** Posts what is in a file or journal and not posted yet. Throws what keeps it from being posted. */
-export async function postFile(path: string, context: Context): Promise<void> {
+/**
+ * Posts what is in a file or journal and not posted yet. Returns false if it was stopped before. Throws
+ * what keeps it from being posted.
+ */
+export async function postFile(path: string, context: Context): Promise<boolean> {
   const { stop, report } = context;
   let deadlineMs = performance.now() + FILE_PATIENCE_MS;
   let pauseMs = FIRST_PAUSE_MS;
+  let offset = 0;
+  let fileOffset = (offset: number) => offset;
+  let hasLeftOver = false;
   const posting: Posting = {
     ...context,
     ...startOfPosting(),
     async open(counted) {
       const openedMs = performance.now();
-      const journal = await openJournalReader(path);
+      const journal = await openNamedJournal(path);
       const batches = journal
-        ? await openJournalBatches({ path, ...posting, counted }, journal)
+        ? await openJournalBatches({ path, ...posting, counted }, journal, leftOver)
         : await openFileBatches({ path, ...posting, counted }, leftOver);
       // A large file that is posted in part is hashed up to there: that uses up no patience.
       deadlineMs += performance.now() - openedMs;
       return batches;
     },
-    opened: ({ from, bytes }) => report({ type: "opened", file: path, bytes, from }),
+    opened(batches) {
+      const { from, bytes } = batches;
+      fileOffset = batches.fileOffset ?? ((offset) => offset);
+      offset = from;
+      report({ type: "opened", file: path, bytes, from: fileOffset(from) });
+    },
     posted(posted) {
+      offset += posted.bytes;
       deadlineMs = performance.now() + FILE_PATIENCE_MS;
       pauseMs = FIRST_PAUSE_MS;
-      report(posted);
+      report({ ...posted, fileOffset: fileOffset(offset) });
     },
   };
   while (!stop.aborted) {
     const attempted = await attempt(posting);
-    if (attempted.state === "done") return;
+    if (attempted.state === "done") return true;
     // Another processor posts the same file: look again, in case it dies.
     if (attempted.state === "elsewhere") deadlineMs = performance.now() + FILE_PATIENCE_MS;
     if (attempted.state === "failed") {
@@ -161,10 +174,12 @@ export async function postFile(path: string, context: Context): Promise<void> {
     await Bun.sleep(pauseMs);
     pauseMs = Math.min(pauseMs * 2, MAX_PAUSE_MS);
   }
+  return false;
 
-  function leftOver(bytes: number) {
-    const what = `the last line (${bytes} bytes) has no newline and is not a whole event`;
-    report({ type: "say", line: `${path}: ${what}: left for the next run` });
+  function leftOver(what: string) {
+    if (hasLeftOver) return; // another attempt finds it again
+    hasLeftOver = true;
+    report({ type: "leftOver", line: `${path}${what}` });
   }
 }
 
@@ -240,7 +255,8 @@ async function postBatches(batches: BatchReader, posting: Posting): Promise<Atte
       posting.sent = batch;
       underWay = postBatch(batch, posting);
       underWay.catch(() => {}); // awaited in the next round
-    } else if (posting.stop.aborted || !posting.more) return { state: "done" };
+    } else if (posting.stop.aborted) return { state: "stopped" };
+    else if (!posting.more) return { state: "done" };
     else {
       underWay = Promise.resolve(null);
       await posting.more();

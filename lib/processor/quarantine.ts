@@ -4,7 +4,7 @@
  */
 import { decodeEvent, getEventTypes, InvalidEvent } from "../event/event.ts";
 import { eachLine, SHOWN_BYTES } from "../event/lines.ts";
-import { type JournalReader, openJournalReader } from "../journal/reader.ts";
+import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
 import { journalKey } from "../ledger/checkpoints.ts";
 import type { Sql } from "../ledger/database.ts";
 import { noteEventTypes, OTHER_EVENT } from "../ledger/ledger.ts";
@@ -73,7 +73,7 @@ export async function retryQuarantine(run: Reconciliation): Promise<number> {
 async function openJournals(sql: Sql, paths: string[]): Promise<Map<string, Place>> {
   const journals = new Map<string, Place>();
   for (const path of paths) {
-    const journal = await openJournalReader(path);
+    const journal = await openNamedJournal(path);
     if (!journal) continue;
     const key = journalKey(journal.id);
     // Segments before the end of the snapshot may be deleted at any moment.

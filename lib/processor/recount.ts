@@ -4,14 +4,13 @@
  * computed: it reads journals and files from their first byte, or from the end of the snapshot of their
  * removed segments.
  */
-import { basename } from "node:path";
-
 import { decodeEvent, getEventTypes, InvalidEvent, openScanner } from "../event/event.ts";
 import { matchGenerations } from "../event/generations.ts";
+import { openInput, sourceName } from "../event/input.ts";
 import { eachEvent, type Read, readBlocks, readFile } from "../event/lines.ts";
 import { Sums } from "../event/sums.ts";
 import { isLost } from "../journal/format.ts";
-import { type JournalReader, openJournalReader } from "../journal/reader.ts";
+import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
 import { parseSourceMark } from "../journal/source-mark.ts";
 import { type Checkpoint, journalKey, parseKey } from "../ledger/checkpoints.ts";
 import { CannotProceed, type Database, type Statements } from "../ledger/database.ts";
@@ -54,7 +53,7 @@ export interface Recounted {
 }
 
 /** A source of the ledger that can be read again, up to its checkpoint. */
-type Source = { checkpoint: Checkpoint } & ({ journal: JournalReader } | { file: Bun.BunFile });
+type Source = { checkpoint: Checkpoint } & ({ journal: JournalReader } | { file: Read });
 
 /** The part of a source that is recounted: positions of a journal, or offsets in a file. */
 interface Range {
@@ -136,7 +135,7 @@ export async function snapshotUpTo(
 async function locateSources(checkpoints: Checkpoint[], paths: string[]): Promise<Source[]> {
   const found = new Map<string, Source>();
   for (const path of paths) {
-    const journal = await openJournalReader(path);
+    const journal = await openNamedJournal(path);
     const checkpoint = checkpoints.find(({ key }) => journal && key === journalKey(journal.id));
     if (journal && checkpoint) found.set(checkpoint.key, { checkpoint, journal });
     if (!journal)
@@ -159,13 +158,14 @@ function describeMissing({ key, position }: Checkpoint): string {
 async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Source[]> {
   const file = Bun.file(path);
   if (!(await file.exists())) return [];
+  const { compression, readAll, bytes } = await openInput(readFile(file), file.size);
   const generations = checkpoints.flatMap((checkpoint) => {
     const { kind, name } = parseKey(checkpoint.key);
-    const isNamed = kind === "file" && name === basename(path);
+    const isNamed = kind === "file" && name === sourceName(path, compression);
     return isNamed ? [{ checkpoint, offset: checkpoint.position, digest: checkpoint.digest }] : [];
   });
-  const matches = await matchGenerations(readFile(file), file.size, generations);
-  return matches.map(({ generation: { checkpoint } }) => ({ checkpoint, file }));
+  const matches = await matchGenerations(readAll, bytes, generations);
+  return matches.map(({ generation: { checkpoint } }) => ({ checkpoint, file: readAll }));
 }
 
 /** Counts lines of any number of sources into one tally. */
@@ -257,10 +257,10 @@ async function* readJournal(journal: JournalReader, { from, to }: Range): AsyncG
 }
 
 /** The lines of a file, a block at a time. Each of `ends` also ends a line: it was the end when it was posted. */
-async function* readPostedFile(file: Bun.BunFile, ends: number[]): AsyncGenerator<Lines[]> {
+async function* readPostedFile(file: Read, ends: number[]): AsyncGenerator<Lines[]> {
   let offset = 0;
   for (const end of ends) {
-    const read: Read = (from, to) => file.slice(from, Math.min(to, end)).bytes();
+    const read: Read = (from, to) => file(from, Math.min(to, end));
     for await (const block of readBlocks(read, offset, BLOCK_BYTES))
       yield [{ ...linesOf(block), to: block.to }];
     offset = end;

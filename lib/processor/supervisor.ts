@@ -21,7 +21,7 @@ export interface Job {
   files: string[];
 }
 
-/** What the processor reports. `failed` is final. */
+/** What the processor reports. `done`, `stopped` and `failed` are final. */
 export type Report =
   | { type: "say"; line: string; level?: "warn" | "error" }
   | { type: "opened"; file: string; bytes: number; from: number }
@@ -32,11 +32,15 @@ export type Report =
       /** Events among them that had been posted before. */
       duplicates: number;
       bytes: number;
+      /** How far the file is posted, in bytes of the file as it is on the disk. */
+      fileOffset?: number;
       users: number;
       /** Duration of the transaction. */
       ms: number;
     }
-  | { type: "done" }
+  /** Bytes remain that are no event yet. */
+  | { type: "leftOver"; line: string }
+  | { type: "done" | "stopped" }
   | { type: "failed"; line: string };
 
 export interface Supervised {
@@ -94,7 +98,7 @@ export function supervise(job: Job, report: (report: Report) => void): Supervise
     worker.postMessage(job);
     worker.onmessage = ({ data }: MessageEvent<Report>) => {
       pauseMs = MIN_PAUSE_MS;
-      isFinished ||= data.type === "done" || data.type === "failed";
+      isFinished ||= ["done", "stopped", "failed"].includes(data.type);
       report(data);
     };
     worker.onerror = (event) => {

@@ -25,8 +25,9 @@ async function work(job: Job): Promise<void> {
   try {
     if (job.files.length === 0)
       await Promise.all([follow(job.settings, context), deleteOldSegments(job)]);
-    for (const file of job.files) await postFile(file, context);
-    report({ type: "done" });
+    let isDone = true;
+    for (const file of job.files) isDone &&= await postFile(file, context);
+    report({ type: isDone ? "done" : "stopped" });
   } catch (error) {
     report({ type: "failed", line: (error as Error).message });
   }

@@ -130,7 +130,7 @@ test("an incomplete last line is reported, not sent, and sent by the run that fi
   const file = server.write("a.jsonl", line("ann", 1) + last.slice(0, 20));
   const torn = await server.send(file);
   expect(torn).toMatchObject({
-    code: 0,
+    code: 1,
     stderr: `${file}: line 2 has no newline and is not a complete event: left for the next run\n`,
   });
   expect(torn.stdout).toContain(`: ${line("ann", 1).length} bytes in `);
@@ -235,6 +235,41 @@ test("--again sends the whole file once more; what is appended later is sent onc
     `${(line("ann", 1) + line("ben", 2)).repeat(2)}${line("cid", 3)}`,
   );
 });
+
+test.each([
+  ["of a file that was sent whole", true, 0],
+  ["of a file that has grown since", true, 55_000],
+  ["of a file that was not sent before", false, 0],
+])(
+  "an interrupted --again %s is continued by --again, which says so; the next one is another copy",
+  async (_, isSent, grownLines) => {
+    await using server = await openServer();
+    const text = line("ann", 1).repeat(70_000);
+    const first = line("ann", 1).repeat(70_000 - grownLines);
+    const file = server.write("a.jsonl", first);
+    if (isSent) await server.send(file);
+    writeFileSync(file, text);
+
+    const ran: { code: number | null; text: string }[] = [];
+    for (const signal of ["SIGKILL", "SIGTERM", null, null] as const) {
+      let chunks = 0;
+      await using proxy = await openMeddler(server.url, ({ method }) => {
+        if (signal && method === "PATCH" && ++chunks === 2) client.kill(signal);
+        return null;
+      });
+      const env = { SERVER_URL: proxy.url };
+      await using client = spawn("client.ts", { args: [file, "--again"], env });
+      ran.push({ code: await client.exit(), text: client.stderr.text() });
+    }
+    const continues =
+      /a\.jsonl: continuing the copy that .* behind the \d+ bytes that are stored\n/;
+    expect(ran.map(({ text }) => continues.test(text))).toEqual([false, true, true, false]);
+    expect(ran.map(({ code }) => code)).toEqual([null, 143, 0, 0]);
+    const stored = (isSent ? first.length : 0) + 2 * text.length;
+    expect(server.journal().join("").length).toBe(stored);
+    expect(existsSync(`${file}.again`)).toBe(false);
+  },
+);
 
 test("--follow sends what is appended to the file; SIGTERM ends it with exit code 0 and a summary", async () => {
   await using server = await openServer();
@@ -472,21 +507,25 @@ test("an empty file ends with exit code 0", async () => {
   expect(sent.stdout).toStartWith("sent 0 events (0 rejected) from ");
 });
 
-test("a missing file, a folder, two files, an unknown option and a bad duration end with exit code 2 and a message", async () => {
+test("a missing file, a folder, --source for two files, an unknown option and a bad duration end with exit code 2 and a message", async () => {
   using folder = tempDir();
   const file = folder.file("a.jsonl");
   const wrong = await Promise.all(
-    [[file], [folder.path], [file, file], ["--twice"], ["--retry-for", "soon", file]].map((args) =>
-      run("client.ts", { args }),
-    ),
+    [
+      [file],
+      [folder.path],
+      [file, file, "--source", "a"],
+      ["--twice"],
+      ["--retry-for", "soon", file],
+    ].map((args) => run("client.ts", { args })),
   );
   expect(wrong.map(({ code, stdout }) => ({ code, stdout }))).toEqual(
     wrong.map(() => ({ code: 2, stdout: "" })),
   );
   const [missing, aFolder, two, option, soon] = wrong.map(({ stderr }) => stderr);
   expect(missing).toBe(`${file}: no such file\n`);
-  expect(aFolder).toBe(`${folder.path}: not a regular file\n`);
-  expect(two).toStartWith("too many arguments: found 2, at most 1 allowed\nusage: ");
+  expect(aFolder).toBe(`${folder.path}: not a regular file or a pipe\n`);
+  expect(two).toBe("--source requires a single FILE\n");
   expect(option).toContain("--twice");
   expect(soon).toBe("--retry-for requires a duration like 90s, 5m or 2h\n");
 });

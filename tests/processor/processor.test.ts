@@ -6,7 +6,7 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { appendFileSync, copyFileSync, renameSync } from "node:fs";
 import { dirname, join } from "node:path";
 
-import { encodeJournalHeader } from "../../lib/journal/format.ts";
+import { encodeJournalHeader, isEventFile } from "../../lib/journal/format.ts";
 import { tryLock } from "../../lib/lock.ts";
 import { line } from "../support/events.ts";
 import { frame } from "../support/journal.ts";
@@ -74,7 +74,7 @@ test("an incomplete last line is reported, and posted by the run that finds it c
   const last = line("ben", 2);
   const file = ledger.write("a.jsonl", line("ann", 1) + last.slice(0, 20));
   const torn = await ledger.post(file);
-  expect(torn.code).toBe(0);
+  expect(torn.code).toBe(1);
   expect(torn.stderr).toBe(
     `${file}: the last line (20 bytes) has no newline and is not a whole event: left for the next run\n`,
   );
@@ -218,6 +218,72 @@ test("a journal that is damaged before its end ends the run with exit code 3, na
   expect(posted.code).toBe(3);
   expect(posted.stderr).toStartWith(`${file} is damaged at byte ${header.length + first.length}: `);
   expect(posted.stderr.trim().split("\n")).toHaveLength(1);
+});
+
+test.each([
+  ["the first line", "", ""],
+  ["the second line", line("ann", 1), ""],
+  ["the third line", line("ann", 1).repeat(2), ""],
+  ["behind a blank line", "\n", ""],
+  ["behind a BOM", "\ufeff", ""],
+  ["before the lines that it names", line("ann", 1), frame(line("ann", 1)).toString()],
+])(
+  "a line like the header of a frame, %s, is quarantined, and the other lines are posted",
+  async (_, before, framed) => {
+    await using ledger = await openPosting();
+    const header = `{"frame":{"bytes":45,"crc32":"50af3868","at":1795661165461}}\n`;
+    const file = ledger.write("a.jsonl", before + (framed || header) + line("ben", 2));
+    const posted = await ledger.post(file);
+    expect(posted).toMatchObject({ code: 1, stderr: "" });
+    expect(await ledger.balances()).toMatchObject({ ben: "2" });
+    expect(await ledger.quarantine()).toHaveLength(1);
+    expect(await ledger.post("--verify", file)).toMatchObject({
+      code: 0,
+    });
+  },
+);
+
+test("a piece of a journal and a compressed journal are named, with exit code 2", async () => {
+  await using ledger = await openPosting();
+  const journal = Buffer.concat([
+    encodeJournalHeader(crypto.randomUUID(), 0),
+    frame(line("ann", 1)),
+  ]);
+  const piece = ledger.write("piece.jsonl", frame(line("ann", 1)));
+  const compressed = ledger.write("journal.gz", Bun.gzipSync(journal));
+  const posted = await ledger.post(piece, compressed);
+  expect(posted).toMatchObject({ code: 2, stdout: "" });
+  expect(posted.stderr).toContain(`${piece}: this is a piece of a journal: `);
+  expect(posted.stderr).toContain(`${compressed}: this is a compressed journal: `);
+});
+
+test("bytes of a journal that are no whole frame are reported, with exit code 1", async () => {
+  await using ledger = await openPosting();
+  const header = encodeJournalHeader(crypto.randomUUID(), 0);
+  const file = ledger.write("j.jsonl", header);
+  expect(await ledger.post(file)).toMatchObject({ code: 0, stderr: "" });
+  const bare = line("ann", 1);
+  appendFileSync(file, bare);
+  const reported = `${file}: the last ${bare.length} bytes are no whole frame of the journal: left for the next run\n`;
+  expect(await ledger.post(file)).toMatchObject({ code: 1, stderr: reported });
+  ledger.write(
+    "j.jsonl",
+    Buffer.concat([header, frame(line("ann", 1)), frame(line("ben", 1)).subarray(0, 80)]),
+  );
+  expect((await ledger.post(file)).stderr).toContain("the last 80 bytes are no whole frame");
+  expect(await ledger.balances()).toEqual({ ann: "1" });
+});
+
+test("a journal whose header is damaged is not taken for a file of events", () => {
+  const header = encodeJournalHeader(crypto.randomUUID(), 0);
+  const events = frame(line("ann", 1));
+  const damaged = Array.from(header, (_, index) => {
+    const bytes = Buffer.from(header);
+    bytes[index]! ^= 1;
+    return bytes;
+  });
+  for (const bytes of [...damaged, Buffer.alloc(header.length), Buffer.from("nonsense\n")])
+    expect(isEventFile(Buffer.concat([bytes, events]))).toBe(false);
 });
 
 test("a follower quarantines a bad line of the journal and posts the lines after it", async () => {

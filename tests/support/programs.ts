@@ -16,7 +16,7 @@ interface Run {
   args?: string[];
   env?: Record<string, string>;
   cwd?: string;
-  stdin?: string;
+  stdin?: string | Uint8Array;
   /** The folder of the programs, if not this project. */
   home?: string;
 }
@@ -27,7 +27,7 @@ export function spawn(program: string, options: Run = {}) {
   const child = Bun.spawn([process.execPath, "run", join(home, program), ...args], {
     cwd,
     env: { ...process.env, PORT: "0", DATABASE_URL: "", AUTH_SECRET: SECRET, ...env },
-    stdio: [stdin === undefined ? "ignore" : Buffer.from(stdin), "pipe", "pipe"],
+    stdio: [stdin === undefined ? "ignore" : Buffer.from(stdin as string), "pipe", "pipe"],
   });
   const stderr = collect(child.stderr);
   const stdout = collect(child.stdout);

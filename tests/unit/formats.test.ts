@@ -1,0 +1,111 @@
+/** Files that are not lines of events are told by their first bytes, and the named command converts them. */
+import { expect, test } from "bun:test";
+import { gzipSync, zstdCompressSync } from "node:zlib";
+
+import { foreignFormat } from "../../lib/event/formats.ts";
+import { DamagedInput, explainForeign, openInput, openStreamInput } from "../../lib/event/input.ts";
+import type { Read } from "../../lib/event/lines.ts";
+import { line } from "../support/events.ts";
+import { FOREIGN } from "../support/formats.ts";
+
+const EVENTS = [line("ann", 1), line("ben é", 2)].map((text) => JSON.parse(text));
+
+test.each(FOREIGN)("%s is named, and its command gives the events", async (name, bytes) => {
+  const foreign = foreignFormat(bytes);
+  expect(foreign?.format).toBe(name);
+  const explained = explainForeign(foreign!, { path: "-", compression: null });
+  const command = /convert it: cat - \| (.*) > -\.jsonl$/.exec(explained)?.[1] as string;
+  const tools = command.split(" | ").map((part) => part.trim().split(" ")[0] as string);
+  if (!tools.every((tool) => !/^(jq|iconv|xz|bzip2|funzip)$/.test(tool) || Bun.which(tool))) return;
+  const child = Bun.spawn(["sh", "-c", command], { stdin: Buffer.from(bytes), stderr: "inherit" });
+  const lines = (await new Response(child.stdout).text()).replace("\ufeff", "").trim().split("\n");
+  expect(lines.map((text) => JSON.parse(text))).toEqual(EVENTS);
+});
+
+test.each([
+  ["", "nothing"],
+  [line("ann", 1), "an event"],
+  [line("ann", 1).trim(), "an event without newline"],
+  [`\ufeff \n${line("ann", 1)}`, "a BOM and a blank line"],
+  ['{"userId":"a', "a cut event"],
+  [`{"userId":"a",\n${line("ann", 1)}`, "a cut line before an event"],
+  [`{"userId":"a\n${line("ann", 1)}`, "a line cut in a string before an event"],
+  [`{"note":\n${line("ann", 1)}${line("ben", 2)}`, "a line cut behind a colon"],
+  [`[1,2]\n${line("ann", 1)}`, "an array before an event"],
+  [`[oops\n${line("ann", 1)}`, "something like an array before an event"],
+  [`userId,name,value\n${line("ann", 1)}`, "a line of names before an event"],
+  [`${line("ann", 1).trim()}\r${line("ben", 2)}${line("cid", 2)}`, "one bare CR in lines"],
+  [`${line("ann", 1).trim()}${line("ben", 2)}${line("cid", 2)}`, "one newline missing"],
+  [line("ann", 1).replaceAll(",", ",\r"), "CR as white space"],
+  ["nonsense, more nonsense\n", "prose"],
+  ["bad\n", "a bad line"],
+  [Buffer.from("a\0b\n"), "NULs in a line"],
+  [line("\ud83d\ude00é", 1), "text beyond ASCII"],
+])("%p, %s, is lines of events", (text) => {
+  expect(foreignFormat(Buffer.from(text as string))).toBeNull();
+});
+
+const reader =
+  (bytes: Uint8Array): Read =>
+  async (from, to) =>
+    bytes.subarray(from, to);
+const text = Buffer.from(Array.from({ length: 50_000 }, (_, i) => line(`user${i}`, i)).join(""));
+const cut = (bytes: Uint8Array, parts: number) => [
+  bytes.subarray(0, Math.floor(bytes.length / parts)),
+  bytes.subarray(Math.floor(bytes.length / parts)),
+];
+
+test.each([
+  ["gzip", gzipSync],
+  ["zstd", zstdCompressSync],
+] as const)("%s is read whole, also in several parts and back again", async (name, compress) => {
+  const [one, two] = cut(text, 3).map((part) => compress(part));
+  for (const bytes of [compress(text), Buffer.concat([one!, two!])]) {
+    const { compression, read } = await openInput(reader(bytes), bytes.length);
+    expect(compression).toBe(name);
+    expect(text.equals(await read(0, text.length + 1))).toBe(true);
+    expect(await read(1_000_000, 1_000_010)).toEqual(text.subarray(1_000_000, 1_000_010));
+    expect(await read(5, 10)).toEqual(text.subarray(5, 10));
+    const stream = await openStreamInput(new Blob([bytes]).stream());
+    expect(text.equals(await stream.read(0, text.length + 1))).toBe(true);
+  }
+});
+
+test.each([
+  ["gzip", gzipSync],
+  ["zstd", zstdCompressSync],
+] as const)(
+  "%s that is cut short, altered or followed by something else is damaged",
+  async (_, compress) => {
+    const whole = compress(text);
+    const altered = Buffer.from(whole);
+    altered[Math.floor(whole.length / 2)]! ^= 0xff;
+    const damaged = [
+      ...[10, whole.length - 1, whole.length - 3, whole.length - 20].map((to) =>
+        whole.subarray(0, to),
+      ),
+      Buffer.concat([whole, whole.subarray(0, 30)]),
+      Buffer.concat([whole, Buffer.from("something else")]),
+      altered,
+    ];
+    for (const bytes of damaged) {
+      const { read } = await openInput(reader(bytes), bytes.length);
+      await expect(read(0, text.length + 1)).rejects.toThrow(DamagedInput);
+    }
+  },
+);
+
+test("NULs at the end of a file are not read; those within are", async () => {
+  const event = Buffer.from(line("ann", 1));
+  for (const nuls of [1, 300, 3_000_000]) {
+    const tail = Buffer.concat([event, Buffer.alloc(nuls)]);
+    const { read, countNuls } = await openInput(reader(tail), tail.length);
+    expect((await read(0, 1_000_000)).toString()).toBe(event.toString());
+    expect((await read(event.length, 1_000_000)).length).toBe(0);
+    expect(await countNuls(event.length, tail.length)).toBe(nuls);
+    const hole = Buffer.concat([tail, event]);
+    const within = await openInput(reader(hole), hole.length);
+    expect((await within.read(0, 1_000_000)).length).toBe(Math.min(1_000_000, hole.length));
+    expect(await within.countNuls(0, hole.length)).toBe(0);
+  }
+});
