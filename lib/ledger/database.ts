@@ -10,8 +10,6 @@ export type Sql = postgres.Sql;
 export type Transaction = postgres.TransactionSql;
 /** Either of the two. */
 export type Statements = postgres.ISql;
-/** A part of a statement. */
-export type Fragment = postgres.PendingQuery<postgres.Row[]>;
 
 /** Postgres cancels a statement after this long, and releases its locks. */
 const STATEMENT_TIMEOUT_MS = 10_000;

@@ -23,13 +23,12 @@ export interface QuarantinedLine {
 export async function* readQuarantine(sql: Statements): AsyncGenerator<QuarantinedLine[]> {
   let last: QuarantinedLine | undefined;
   do {
-    const rows = await sql<(Omit<QuarantinedLine, "position"> & { position: string })[]>`
-      select source as key, position, reason, line, at from quarantine
+    const rows: QuarantinedLine[] = await sql<QuarantinedLine[]>`
+      select source as key, position::float8, reason, line, at from quarantine
       where (source, position) > (${last?.key ?? ""}, ${last?.position ?? -1})
-      order by source, position limit ${ROWS_PER_PAGE}`;
-    const lines = rows.map((row) => ({ ...row, position: Number(row.position) }));
-    yield lines;
-    last = lines.at(-1);
+      order by source, quarantine.position limit ${ROWS_PER_PAGE}`;
+    yield rows;
+    last = rows.at(-1);
   } while (last);
 }
 

@@ -299,9 +299,9 @@ export const BREAKS: readonly Break[] = [
     "processor/verify",
   ),
   without(
-    "the switch of tables while a recount adds up",
-    "[table, other] = [other, table];",
-    "",
+    "the sums that replace the rows of a tally that has grown",
+    "create temp table summed as ${sums()}",
+    "create temp table summed as select * from tally limit 0",
     "processor/verify",
   ),
   without(
