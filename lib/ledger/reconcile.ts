@@ -20,7 +20,7 @@ const RANGES_PER_FETCH = 10_000;
 /**
  * The result of `work`, which has the only connection of `database` to itself, without time limits.
  * Recounts, rebuilds, retries and removals of segments exclude each other: only posting changes what a
- * recount has read. Waits for another one to end, and says so.
+ * recount has read. Waits for another one to end, and says so; `say` may throw, and nobody waits.
  */
 export function withRecountLock<T>(
   database: Database,
@@ -37,25 +37,13 @@ export function withRecountLock<T>(
       say("waiting for another recount, retry or removal of segments to end");
       await sql`select pg_advisory_lock(hashtext('daybook recount'))`;
     }
-    const result = await work(sql);
-    await sql`select pg_advisory_unlock(hashtext('daybook recount'))`;
-    return result;
+    try {
+      return await work(sql);
+    } finally {
+      // Not awaited: when the connection is lost, so is the lock, and the driver may never answer.
+      sql`select pg_advisory_unlock(hashtext('daybook recount'))`.catch(() => {});
+    }
   }, DEADLINE_MS);
-}
-
-/** The same in one transaction; returns `null` at once if the lock is held. */
-export function tryWithRecountLock<T>(
-  database: Database,
-  work: (sql: Statements) => Promise<T>,
-): Promise<T | null> {
-  const locked = async (tx: Statements): Promise<T | null> => {
-    await tx`set local statement_timeout = 0`;
-    await tx`set local idle_in_transaction_session_timeout = 0`;
-    const [row] = await tx<{ locked: boolean }[]>`
-      select pg_try_advisory_xact_lock(hashtext('daybook recount')) as locked`;
-    return row?.locked ? work(tx) : null;
-  };
-  return database.use((sql) => sql.begin(locked) as Promise<T | null>, DEADLINE_MS);
 }
 
 /** Amounts of users, in a temporary table. Belongs to the `sql` that opened it. */
