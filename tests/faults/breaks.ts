@@ -336,8 +336,8 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the removal from quarantine when a line is posted",
-    "delete from quarantine where source = ${key} and position = ${position} returning 1",
-    "select 1",
+    "delete from quarantine where source = ${key} and position = ${position} and not exists (select from claimed where is_other) returning 1",
+    "select 1 from line",
     "server/event-types",
     "processor/verify",
   ),
