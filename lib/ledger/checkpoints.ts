@@ -11,10 +11,7 @@
  * Keys and digests are made and parsed here and nowhere else. In the tables of the ledger the key is the
  * column `source`. Positions are read as float8, which is exact: they are below 2^53.
  */
-import { arrayLiteral, type Database } from "./database.ts";
-
-const WRITE_DEADLINE_MS = 15_000;
-const READ_DEADLINE_MS = 2_000;
+import { arrayLiteral, type Database, READ_DEADLINE_MS } from "./database.ts";
 
 export interface Checkpoint {
   key: string;
@@ -81,7 +78,6 @@ export async function openCheckpoint(
       )
       select source as key, position::float8, digest from created union all
       select source, position, digest from checkpoints where source = ${key}`,
-    WRITE_DEADLINE_MS,
   );
   // No row comes back if another process created it after this statement began: ask again.
   return checkpoint ?? openCheckpoint(database, key, digest);
@@ -96,7 +92,6 @@ export async function listFileCheckpoints(
     (sql) => sql<Checkpoint[]>`
       select source as key, position::float8, digest from checkpoints
       where starts_with(source, ${`file:${name}#`})`,
-    WRITE_DEADLINE_MS,
   );
   return rows.flatMap((row) => {
     const parsed = parseKey(row.key);
@@ -127,6 +122,5 @@ export async function clearDigest(database: Database, { key, digest }: Checkpoin
   await database.use(
     (sql) => sql`
       update checkpoints set digest = null where source = ${key} and digest = ${digest}`,
-    WRITE_DEADLINE_MS,
   );
 }

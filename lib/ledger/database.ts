@@ -10,11 +10,13 @@ export type Sql = postgres.Sql;
 export type Transaction = postgres.TransactionSql;
 /** Either of the two. */
 export type Statements = postgres.ISql;
-/** A part of a statement. */
-export type Fragment = postgres.PendingQuery<postgres.Row[]>;
 
 /** Postgres cancels a statement after this long, and releases its locks. */
 const STATEMENT_TIMEOUT_MS = 10_000;
+/** Outlasts the statement timeout, so that Postgres can say itself what took too long. */
+const DEADLINE_MS = 15_000;
+/** For what a request waits for. */
+export const READ_DEADLINE_MS = 2_000;
 
 /**
  * The database could not do it. If `isTransient`, the same may succeed later (it is down, restarts or is
@@ -42,26 +44,23 @@ export class RowRefused extends Unavailable {
 /** Thrown by `work` of `Database.use` when the cause is not the database: it is passed on unchanged. */
 export class CannotProceed extends Error {}
 
-export interface Database {
-  /**
-   * The result of `work`, which is given connections to a database that has the schema. Throws
-   * CannotProceed if `work` does, and Unavailable for everything else that fails, after `deadlineMs` at
-   * the latest: the driver's promise for a lost connection may never settle.
-   */
-  use<T>(work: (sql: Sql) => PromiseLike<T>, deadlineMs: number): Promise<T>;
-  close(): Promise<void>;
-}
+export type Database = ReturnType<typeof openDatabase>;
 
 /**
  * Opens up to `max` connections to a database. `url` is called for each new pool, because an embedded
  * Postgres may have moved. `pg_stat_activity` shows the connections as `daybook NAME`.
  */
-export function openDatabase(url: () => string, name: string, max: number): Database {
+export function openDatabase(url: () => string, name: string, max: number) {
   let sql: Sql | null = null;
   let applied: Promise<void> | null = null;
 
   return {
-    async use(work, deadlineMs) {
+    /**
+     * The result of `work`, which is given connections to a database that has the schema. Throws
+     * CannotProceed if `work` does, and Unavailable for everything else that fails, after `deadlineMs` at
+     * the latest: the driver's promise for a lost connection may never settle.
+     */
+    async use<T>(work: (sql: Sql) => PromiseLike<T>, deadlineMs = DEADLINE_MS): Promise<T> {
       let timer: Timer | undefined;
       let tried: Sql | null = null;
       try {
@@ -85,7 +84,7 @@ export function openDatabase(url: () => string, name: string, max: number): Data
         clearTimeout(timer);
       }
     },
-    async close() {
+    async close(): Promise<void> {
       await sql?.end({ timeout: 1 }).catch(() => {});
       sql = null;
     },

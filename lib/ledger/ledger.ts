@@ -12,12 +12,17 @@
  * (40P01, reproduced with three sessions); and four processors became slower, from 276,000 to 178,000
  * rows/s.
  */
-import { arrayLiteral, columns, type Database, RowRefused, type Transaction } from "./database.ts";
+import {
+  arrayLiteral,
+  columns,
+  type Database,
+  READ_DEADLINE_MS,
+  RowRefused,
+  type Transaction,
+} from "./database.ts";
 import postSql from "./post.sql" with { type: "text" };
 import type { Sums } from "../event/sums.ts";
 
-const WRITE_DEADLINE_MS = 15_000;
-const READ_DEADLINE_MS = 2_000;
 /** How much later than Postgres the driver gives up on a posting. */
 const GRACE_MS = 5_000;
 const MAX_PRUNED = 10_000;
@@ -107,7 +112,6 @@ export async function noteEventTypes(database: Database, types: ReadonlyMap<stri
       select * from unnest(
         ${arrayLiteral(types.keys())}::text::text[], ${arrayLiteral(types.values())}::text::smallint[])
       on conflict do nothing`,
-    WRITE_DEADLINE_MS,
   );
 }
 
@@ -189,7 +193,6 @@ export async function countQuarantined(
     (sql) => sql<{ count: number }[]>`
       select count(*)::int from quarantine
       where source = ${key} and position >= ${from} and position < ${to}`,
-    WRITE_DEADLINE_MS,
   );
   return row?.count ?? 0;
 }
@@ -202,7 +205,6 @@ export async function pruneIds(database: Database, days: number): Promise<boolea
         select id from event_ids where claimed_on < current_date - ${days}::int
         order by claimed_on limit ${MAX_PRUNED} for update skip locked
       )`,
-    WRITE_DEADLINE_MS,
   );
   return count === MAX_PRUNED;
 }

@@ -5,7 +5,7 @@
  */
 import { formatAmount } from "../event/amount.ts";
 import type { Change } from "../event/event.ts";
-import { describe, RowRefused, type Sql, type Statements } from "./database.ts";
+import type { Sql, Statements } from "./database.ts";
 import { SAME_ID } from "./ledger.ts";
 
 const ROWS_PER_PAGE = 500;
@@ -23,68 +23,56 @@ export interface QuarantinedLine {
 export async function* readQuarantine(sql: Statements): AsyncGenerator<QuarantinedLine[]> {
   let last: QuarantinedLine | undefined;
   do {
-    const rows = await sql<(Omit<QuarantinedLine, "position"> & { position: string })[]>`
-      select source as key, position, reason, line, at from quarantine
+    const rows: QuarantinedLine[] = await sql<QuarantinedLine[]>`
+      select source as key, position::float8, reason, line, at from quarantine
       where (source, position) > (${last?.key ?? ""}, ${last?.position ?? -1})
-      order by source, position limit ${ROWS_PER_PAGE}`;
-    const lines = rows.map((row) => ({ ...row, position: Number(row.position) }));
-    yield lines;
-    last = lines.at(-1);
+      order by source, quarantine.position limit ${ROWS_PER_PAGE}`;
+    yield rows;
+    last = rows.at(-1);
   } while (last);
 }
 
-/** The event that has claimed `id`, or `null`. */
-export async function readClaim(sql: Statements, id: string): Promise<string | null> {
-  const [known] = await sql<{ event: string }[]>`select event from event_ids where id = ${id}`;
-  return known?.event ?? null;
-}
-
-/** Removes a line from the quarantine whose event has already counted: it does not count again. */
-export async function settleRepeated(sql: Statements, row: QuarantinedLine): Promise<void> {
-  await sql`
-    with released as (
-      delete from quarantine where source = ${row.key} and position = ${row.position} returning 1
-    )
-    insert into uncounted (source, from_position, to_position, why)
-    select ${row.key}, ${row.position}::bigint, ${row.position}::bigint + 1, ${SAME_ID} from released
-    on conflict do nothing`;
-}
-
 /**
- * Posts a line and removes it from the quarantine, in one statement. Returns `null`, or why Postgres
- * refuses it. Throws Unavailable, and changes nothing, if its id is claimed at the same moment. A line of a removed segment becomes part of that
- * journal's snapshot.
+ * Posts the event of a line and removes the line from the quarantine, in one statement. An event that has
+ * already counted does not count again. Returns false, having changed nothing, if its id belongs to another
+ * event. `event` is the identity of an event whose id is to be claimed. A line of a removed segment becomes
+ * part of that journal's snapshot.
  */
-export async function postQuarantined(
+export async function release(
   sql: Sql,
   { key, position }: QuarantinedLine,
-  { userId, sign, amount, claim }: Change & { claim: { id: string; event: string } | null },
-): Promise<string | null> {
-  const claiming = claim
-    ? sql`insert into event_ids (id, event) select ${claim.id}, ${claim.event} from released
-          on conflict do nothing returning 1`
-    : sql`select 1 from released`;
-  return sql`
-    with released as (
-      delete from quarantine where source = ${key} and position = ${position} returning 1
-    ), claimed as (${claiming}), posted as (
+  { userId, sign, amount, id = "", event }: Change & { event: string | null },
+): Promise<boolean> {
+  const [row] = await sql<{ disputed: boolean }[]>`
+    with line as (
+      select from quarantine where source = ${key} and position = ${position} for update
+    ), claimed as (
+      insert into event_ids as known (id, event)
+      select ${id}, ${event} from line where ${event !== null}
+      on conflict (id) do update set id = excluded.id
+      returning event, event <> ${event} as is_other, xmax = 0 as fresh
+    ), released as (
+      delete from quarantine where source = ${key} and position = ${position}
+        and not exists (select from claimed where is_other)
+      returning 1
+    ), counted as (
+      select from released
+      where ${sign !== 0} and not exists (select from claimed where not fresh)
+    ), repeated as (
+      insert into uncounted (source, from_position, to_position, why)
+      select ${key}, ${position}::bigint, ${position}::bigint + 1, ${SAME_ID}
+      from released, claimed where not fresh
+      on conflict do nothing
+    ), posted as (
       insert into users_revenue as balance (user_id, revenue)
-      select ${userId}, ${formatAmount(amount)}::numeric from released where ${sign !== 0}
+      select ${userId}, ${formatAmount(amount)}::numeric from counted
       on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue
     ), kept as (
       insert into snapshots as snapshot (source, user_id, revenue)
-      select ${key}, ${userId}, ${formatAmount(amount)}::numeric
-      from released, removed
-      where removed.source = ${key} and removed.position > ${position} and ${sign !== 0}
+      select ${key}, ${userId}, ${formatAmount(amount)}::numeric from counted, removed
+      where removed.source = ${key} and removed.position > ${position}
       on conflict (source, user_id) do update set revenue = snapshot.revenue + excluded.revenue
     )
-    select case when (select count(*) from claimed) < (select count(*) from released)
-      then current_setting('daybook.id_was_claimed')::int end`.then(
-    () => null,
-    (error) => {
-      const failure = describe(error);
-      if (failure instanceof RowRefused) return failure.reason;
-      throw failure;
-    },
-  );
+    select exists (select from claimed where is_other) as disputed`;
+  return !row?.disputed;
 }

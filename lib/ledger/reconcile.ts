@@ -8,13 +8,7 @@
  */
 import type { Sums } from "../event/sums.ts";
 import type { Checkpoint } from "./checkpoints.ts";
-import {
-  arrayLiteral,
-  type Database,
-  type Fragment,
-  type Sql,
-  type Statements,
-} from "./database.ts";
+import { arrayLiteral, type Database, type Sql, type Statements } from "./database.ts";
 
 /** A recount of terabytes may take this long. */
 const DEADLINE_MS = 24 * 3600 * 1000;
@@ -26,7 +20,7 @@ const RANGES_PER_FETCH = 10_000;
 /**
  * The result of `work`, which has the only connection of `database` to itself, without time limits.
  * Recounts, rebuilds, retries and removals of segments exclude each other: only posting changes what a
- * recount has read. Waits for another one to end, and says so.
+ * recount has read. Waits for another one to end, and says so; `say` may throw, and nobody waits.
  */
 export function withRecountLock<T>(
   database: Database,
@@ -43,86 +37,68 @@ export function withRecountLock<T>(
       say("waiting for another recount, retry or removal of segments to end");
       await sql`select pg_advisory_lock(hashtext('daybook recount'))`;
     }
-    const result = await work(sql);
-    await sql`select pg_advisory_unlock(hashtext('daybook recount'))`;
-    return result;
+    try {
+      return await work(sql);
+    } finally {
+      // Not awaited: when the connection is lost, so is the lock, and the driver may never answer.
+      sql`select pg_advisory_unlock(hashtext('daybook recount'))`.catch(() => {});
+    }
   }, DEADLINE_MS);
 }
 
-/** The same in one transaction; returns `null` at once if the lock is held. */
-export function tryWithRecountLock<T>(
-  database: Database,
-  work: (sql: Statements) => Promise<T>,
-): Promise<T | null> {
-  const locked = async (tx: Statements): Promise<T | null> => {
-    await tx`set local statement_timeout = 0`;
-    await tx`set local idle_in_transaction_session_timeout = 0`;
-    const [row] = await tx<{ locked: boolean }[]>`
-      select pg_try_advisory_xact_lock(hashtext('daybook recount')) as locked`;
-    return row?.locked ? work(tx) : null;
-  };
-  return database.use((sql) => sql.begin(locked) as Promise<T | null>, DEADLINE_MS);
-}
-
 /** Amounts of users, in a temporary table. Belongs to the `sql` that opened it. */
-export interface Tally {
-  add(changes: Sums): Promise<void>;
-  /** Adds what the removed segments of the journal `key` contributed to each user. */
-  addSnapshot(key: string): Promise<void>;
-  /** A query: each user (`user_id`) and the sum of its amounts (`revenue`). */
-  sums(): Fragment;
-}
+export type Tally = Awaited<ReturnType<typeof openTally>>;
 
-export async function openTally(sql: Statements, maxRows = MAX_ROWS): Promise<Tally> {
-  let table = "tally_one";
-  let other = "tally_two";
+export async function openTally(sql: Statements, maxRows = MAX_ROWS) {
   let rows = 0;
   let sumAtRows = maxRows;
-  await sql`drop table if exists tally_one, tally_two`;
-  await sql`create temp table tally_one (user_id text collate "C" not null, amount numeric not null)`;
-  await sql`create temp table tally_two (like tally_one)`;
-  const sums = () =>
-    sql`select user_id, sum(amount) as revenue from ${sql(table)} group by user_id`;
+  await sql`drop table if exists tally`;
+  await sql`create temp table tally (user_id text collate "C", revenue numeric)`;
   return {
-    sums,
-    async add(changes) {
+    async add(changes: Sums): Promise<void> {
       if (changes.size === 0) return;
       await sql`
-        insert into ${sql(table)} select * from unnest(
+        insert into tally select * from unnest(
           ${changes.userArray()}::text::text[], ${changes.amountArray()}::text::numeric[])`;
       await added(changes.size);
     },
-    async addSnapshot(key) {
+    /** Adds what the removed segments of the journal `key` contributed to each user. */
+    async addSnapshot(key: string): Promise<void> {
       const { count } = await sql`
-        insert into ${sql(table)} select user_id, revenue from snapshots where source = ${key}`;
+        insert into tally select user_id, revenue from snapshots where source = ${key}`;
       await added(count);
     },
+    /** A query: each user (`user_id`) and the sum of its amounts (`revenue`). */
+    sums,
   };
+
+  function sums() {
+    return sql`select user_id, sum(revenue) as revenue from tally group by user_id`;
+  }
 
   async function added(count: number) {
     rows += count;
     if (rows < sumAtRows) return;
-    ({ count: rows } = await sql`insert into ${sql(other)} ${sums()}`);
-    await sql`truncate ${sql(table)}`;
-    [table, other] = [other, table];
+    ({ count: rows } = await sql`create temp table summed as ${sums()}`);
+    await sql`drop table tally`;
+    await sql`alter table summed rename to tally`;
     sumAtRows = Math.max(maxRows, 3 * rows);
   }
 }
 
 /** The checkpoints that a recount needs: journals and files. Sources sent over HTTP are in the journals. */
 export async function listRecountable(sql: Statements): Promise<Checkpoint[]> {
-  const rows = await sql<{ key: string; position: string; digest: string | null }[]>`
-    select source as key, position, digest from checkpoints
+  return sql<Checkpoint[]>`
+    select source as key, position::float8, digest from checkpoints
     where position > 0 and (starts_with(source, 'journal:') or starts_with(source, 'file:'))
     order by source`;
-  return rows.map((row) => ({ ...row, position: Number(row.position) }));
 }
 
 /** The position before which the journal `key` is kept only as a snapshot; 0 if there is none. */
 export async function readSnapshotEnd(sql: Statements, key: string): Promise<number> {
-  const [row] = await sql<{ position: string }[]>`
-    select position from removed where source = ${key}`;
-  return Number(row?.position ?? 0);
+  const [row] = await sql<{ position: number }[]>`
+    select position::float8 from removed where source = ${key}`;
+  return row?.position ?? 0;
 }
 
 /** Adds `tally` to the snapshot of the journal `key`, which from now on stands for all before `position`. */
@@ -180,28 +156,23 @@ export async function settleTypes(
 
 /** The offsets of the file `key` at which a last line without a newline was posted. */
 export async function listLineEnds(sql: Statements, key: string): Promise<number[]> {
-  const rows = await sql<{ offset: string }[]>`
-    select from_position as offset from uncounted
+  const rows = await sql<{ offset: number }[]>`
+    select from_position::float8 as offset from uncounted
     where source = ${key} and from_position > 0 and from_position = to_position order by 1`;
-  return rows.map(({ offset }) => Number(offset));
+  return rows.map(({ offset }) => offset);
 }
 
 /** The ranges of a source that do not count. Ask in ascending order of positions. */
-export interface Exclusions {
-  /** Await before asking about lines that begin before `position`. */
-  load(position: number): Promise<void>;
-  has(position: number): boolean;
-  close(): Promise<void>;
-}
+export type Exclusions = Awaited<ReturnType<typeof openExclusions>>;
 
 /** The exclusions in positions `from` to `to` of the source `key`, fetched as they are needed. */
 export async function openExclusions(
   sql: Statements,
   { key, from, to }: { key: string; from: number; to: number },
-): Promise<Exclusions> {
+) {
   await sql`
     declare exclusions no scroll cursor with hold for
-    select from_position, to_position from uncounted
+    select from_position as "from", to_position as "to" from uncounted
     where source = ${key} and from_position >= ${from} and from_position < ${to}
     union all
     select position, position + 1 from quarantine
@@ -212,23 +183,23 @@ export async function openExclusions(
   let coveredTo = 0;
   let hasMore = true;
   return {
-    async load(position) {
+    /** Await before asking about lines that begin before `position`. */
+    async load(position: number): Promise<void> {
       while (hasMore && (ranges.at(-1)?.from ?? -1) < position) {
-        const rows = await sql<{ from_position: string; to_position: string }[]>`
+        const rows = await sql<{ from: string; to: string }[]>`
           fetch ${sql.unsafe(`${RANGES_PER_FETCH}`)} from exclusions`;
         hasMore = rows.length === RANGES_PER_FETCH;
         ranges = ranges.slice(next);
         next = 0;
-        for (const row of rows)
-          ranges.push({ from: Number(row.from_position), to: Number(row.to_position) });
+        for (const { from, to } of rows) ranges.push({ from: Number(from), to: Number(to) });
       }
     },
-    has(position) {
+    has(position: number): boolean {
       for (; (ranges[next]?.from ?? Number.POSITIVE_INFINITY) <= position; next++)
         coveredTo = Math.max(coveredTo, ranges[next]?.to ?? 0);
       return position < coveredTo;
     },
-    close: async () => void (await sql`close exclusions`),
+    close: () => sql`close exclusions`,
   };
 }
 
@@ -255,8 +226,9 @@ export async function findDifferences(
     select user_id, tally.revenue as expected, balance.revenue as balance
     from (${tally.sums()}) as tally full join users_revenue as balance using (user_id)
     where tally.revenue is distinct from balance.revenue`;
-  const [row] = await sql<{ users: string }[]>`select count(*) as users from users_revenue`;
-  return { users: Number(row?.users), differing };
+  const [row] = await sql<{ users: number }[]>`
+    select count(*)::float8 as users from users_revenue`;
+  return { users: row?.users ?? 0, differing };
 }
 
 /** Calls `visit` for each difference found, in the order of users. */

@@ -6,15 +6,9 @@ import { decodeEvent, getEventTypes, InvalidEvent } from "../event/event.ts";
 import { eachLine, SHOWN_BYTES } from "../event/lines.ts";
 import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
 import { journalKey } from "../ledger/checkpoints.ts";
-import type { Sql } from "../ledger/database.ts";
+import { describe, RowRefused, type Sql } from "../ledger/database.ts";
 import { noteEventTypes, OTHER_EVENT } from "../ledger/ledger.ts";
-import {
-  postQuarantined,
-  type QuarantinedLine,
-  readClaim,
-  readQuarantine,
-  settleRepeated,
-} from "../ledger/quarantine.ts";
+import { type QuarantinedLine, readQuarantine, release } from "../ledger/quarantine.ts";
 import { readSnapshotEnd, withRecountLock } from "../ledger/reconcile.ts";
 import { identityOf, lineOf } from "./fold.ts";
 import type { Reconciliation } from "./recount.ts";
@@ -120,11 +114,12 @@ async function retry(sql: Sql, row: QuarantinedLine, line?: Uint8Array): Promise
   const change = decodeEvent(line);
   if (change instanceof InvalidEvent) return change.reason;
   const { id, sign } = change;
-  const claim =
-    id === undefined || sign === 0 ? null : { id, event: identityOf({ ...change, id }) };
-  const claimed = claim && (await readClaim(sql, claim.id));
-  if (claimed === null) return postQuarantined(sql, row, { ...change, claim });
-  if (claimed === claim?.event) await settleRepeated(sql, row);
-  else return OTHER_EVENT;
-  return null;
+  const event = id === undefined || sign === 0 ? null : identityOf({ ...change, id });
+  try {
+    return (await release(sql, row, { ...change, event })) ? null : OTHER_EVENT;
+  } catch (error) {
+    const failure = describe(error);
+    if (failure instanceof RowRefused) return failure.reason;
+    throw failure;
+  }
 }

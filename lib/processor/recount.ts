@@ -24,7 +24,7 @@ import {
   openTally,
   readSnapshotEnd,
   type Tally,
-  tryWithRecountLock,
+  withRecountLock,
 } from "../ledger/reconcile.ts";
 import { showProgress } from "../progress.ts";
 import { linesOf } from "./batches.ts";
@@ -40,16 +40,6 @@ export interface Reconciliation {
   paths: string[];
   print(line: string): void;
   say(line: string): void;
-}
-
-export interface Recounted {
-  tally: Tally;
-  events: number;
-  /** Lines that stand for what a repair took out. What was posted of it cannot be recounted. */
-  lost: number;
-  /** Lines that have counted and are not events by today's rules: how many, and the first of them. */
-  invalid: number;
-  firstInvalid: { key: string; position: number; reason: string } | null;
 }
 
 /** A source of the ledger that can be read again, up to its checkpoint. */
@@ -73,62 +63,64 @@ interface Lines {
  * Recounts the sources of the ledger, up to their checkpoints as `sql` sees them, and shows the progress.
  * Throws CannotProceed, with a line for each source that is not whole among `paths`.
  */
-export async function recount(sql: Statements, paths: string[]): Promise<Recounted> {
+export async function recount(sql: Statements, paths: string[]): Promise<Recount> {
   const sources = await locateSources(await listRecountable(sql), paths);
   const totalBytes = sources.reduce((sum, { checkpoint }) => sum + checkpoint.position, 0);
   const progress = showProgress("recounting", totalBytes, 0);
-  const counter = new Counter(sql, await openTally(sql));
+  const found = new Recount(sql, await openTally(sql));
   let doneBytes = 0;
   try {
     for (const source of sources) {
       const { key, position: to } = source.checkpoint;
       const range = { key, from: await readSnapshotEnd(sql, key), to };
-      await counter.counted.tally.addSnapshot(key);
+      await found.tally.addSnapshot(key);
       const lines =
         "journal" in source
           ? readJournal(source.journal, range)
           : readPostedFile(source.file, [...(await listLineEnds(sql, key)), to]);
-      await counter.add(range, lines, (readTo) =>
-        progress.update(doneBytes + readTo, counter.counted.events),
-      );
+      await found.add(range, lines, (readTo) => progress.update(doneBytes + readTo, found.events));
       doneBytes += to;
     }
   } finally {
     progress.stop();
   }
-  return counter.counted;
+  return found;
 }
 
 /**
  * Adds the journal's bytes before `position`, all of them posted, to its snapshot, so that they need not
- * be kept. Returns false if another recount holds the lock: try again later. Throws CannotProceed if they
- * would not count today as they were posted: without them, nobody could find out how they were.
+ * be kept. Throws CannotProceed if another recount is under way, and if they would not count today as they
+ * were posted: without them, nobody could find out how they were.
  */
 export async function snapshotUpTo(
   database: Database,
   journal: JournalReader,
   position: number,
-): Promise<boolean> {
+): Promise<void> {
   const key = journalKey(journal.id);
-  const isDone = await tryWithRecountLock(database, async (sql) => {
-    const range = { key, from: await readSnapshotEnd(sql, key), to: position };
-    if (range.from >= position) return true;
-    const others = await listOtherTypes(sql, getEventTypes());
-    if (others.length > 0)
-      throw new CannotProceed(
-        `EVENT_TYPES differs from what events were posted as (${others.join(", ")}): restore it, or run processor.ts --rebuild --yes`,
-      );
-    const counter = new Counter(sql, await openTally(sql));
-    await counter.add(range, readJournal(journal, range));
-    const { tally, firstInvalid } = counter.counted;
-    if (firstInvalid)
-      throw new CannotProceed(
-        `the line at position ${firstInvalid.position} of ${key} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
-      );
-    await extendSnapshot(sql, tally, { key, position });
-    return true;
-  });
-  return isDone ?? false;
+  await withRecountLock(database, refuse, (connection) =>
+    connection.begin(async (sql) => {
+      const range = { key, from: await readSnapshotEnd(sql, key), to: position };
+      if (range.from >= position) return;
+      const others = await listOtherTypes(sql, getEventTypes());
+      if (others.length > 0)
+        refuse(
+          `EVENT_TYPES differs from what events were posted as (${others.join(", ")}): restore it, or run processor.ts --rebuild --yes`,
+        );
+      const recount = new Recount(sql, await openTally(sql));
+      await recount.add(range, readJournal(journal, range));
+      const { tally, firstInvalid } = recount;
+      if (firstInvalid)
+        refuse(
+          `the line at position ${firstInvalid.position} of ${key} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
+        );
+      await extendSnapshot(sql, tally, { key, position });
+    }),
+  );
+}
+
+function refuse(reason: string): never {
+  throw new CannotProceed(reason);
 }
 
 /** Finds the source of each checkpoint among `paths`. Throws CannotProceed for those that are missing. */
@@ -143,7 +135,7 @@ async function locateSources(checkpoints: Checkpoint[], paths: string[]): Promis
         found.set(source.checkpoint.key, source);
   }
   const missing = checkpoints.filter(({ key }) => !found.has(key));
-  if (missing.length > 0) throw new CannotProceed(missing.map(describeMissing).join("\n"));
+  if (missing.length > 0) refuse(missing.map(describeMissing).join("\n"));
   return [...found.values()];
 }
 
@@ -169,17 +161,20 @@ async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Sourc
 }
 
 /** Counts lines of any number of sources into one tally. */
-class Counter {
-  readonly counted: Recounted;
+class Recount {
+  events = 0;
+  /** Lines that stand for what a repair took out. What was posted of it cannot be recounted. */
+  lost = 0;
+  /** Lines that have counted and are not events by today's rules: how many, and the first of them. */
+  invalid = 0;
+  firstInvalid: { key: string; position: number; reason: string } | null = null;
   private sums = new Sums();
   private readonly scanner = openScanner();
 
   constructor(
     private readonly sql: Statements,
-    tally: Tally,
-  ) {
-    this.counted = { tally, events: 0, lost: 0, invalid: 0, firstInvalid: null };
-  }
+    readonly tally: Tally,
+  ) {}
 
   /** Counts a range. `readTo` is told how far it has been read. */
   async add(
@@ -201,14 +196,14 @@ class Counter {
   }
 
   private count(key: string, { bytes, from }: Lines, exclusions: Exclusions): void {
-    const { counted, scanner, sums } = this;
+    const { scanner, sums } = this;
     eachEvent(
       bytes,
       scanner,
       (index) => {
         if (exclusions.has(from + index)) return;
         const { userFrom, userTo, hash, sign, whole, billionths } = scanner;
-        counted.events++;
+        this.events++;
         if (sign === 0) return;
         sums.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
       },
@@ -216,12 +211,12 @@ class Counter {
         if (parseSourceMark(line) || exclusions.has(from + index)) return;
         const decoded = decodeEvent(line);
         if (!(decoded instanceof InvalidEvent)) {
-          counted.events++;
+          this.events++;
           if (decoded.sign !== 0) sums.addTo(decoded.userId, decoded.amount);
-        } else if (isLost(line)) counted.lost++;
+        } else if (isLost(line)) this.lost++;
         else {
-          counted.invalid++;
-          counted.firstInvalid ??= { key, position: from + index, reason: decoded.reason };
+          this.invalid++;
+          this.firstInvalid ??= { key, position: from + index, reason: decoded.reason };
         }
       },
     );
@@ -230,25 +225,23 @@ class Counter {
   private async flush(): Promise<void> {
     const { sums } = this;
     this.sums = new Sums();
-    await this.counted.tally.add(sums);
+    await this.tally.add(sums);
   }
 }
 
 /** The lines of a journal, a read at a time. Throws CannotProceed where it does not hold the range whole. */
 async function* readJournal(journal: JournalReader, { from, to }: Range): AsyncGenerator<Lines[]> {
   if (journal.start > from)
-    throw new CannotProceed(
+    refuse(
       `journal ${journal.id} begins at position ${journal.start}, but is needed from ${from}: restore its older segments`,
     );
   for (let position = from; position < to;) {
-    const frames = await journal.read(position).catch((error: Error) => {
-      throw new CannotProceed(error.message);
-    });
+    const frames = await journal.read(position).catch(({ message }: Error) => refuse(message));
     const lines = frames
       .filter((frame) => frame.from < to)
       .map(({ payload, to }) => ({ bytes: payload, from: to - payload.length, to }));
     if (lines.length === 0)
-      throw new CannotProceed(
+      refuse(
         `journal ${journal.id} ends at position ${position}, but has been posted up to ${to}: restore the rest`,
       );
     yield lines;

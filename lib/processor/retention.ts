@@ -31,7 +31,7 @@ export async function retain(
   let failure = "";
   while (!stop.aborted) {
     try {
-      for (const path of await deleteSegments(retention))
+      for await (const path of deleteSegments(retention))
         say(`deleted ${path}: posted, and older than ${keepDays} days`);
       failure = "";
     } catch (error) {
@@ -43,12 +43,11 @@ export async function retain(
   }
 }
 
-/** Deletes the segments that may be deleted now; returns their paths. Throws CannotProceed or Unavailable. */
-export async function deleteSegments({ database, path, keepDays }: Retention): Promise<string[]> {
+/** Deletes the segments that may be deleted now; yields their paths. Throws CannotProceed or Unavailable. */
+export async function* deleteSegments({ database, path, keepDays }: Retention) {
   const journal = await openJournalReader(path);
-  if (!journal) return [];
+  if (!journal) return;
   const posted = await readPosted(database, journal.id);
-  const deleted: string[] = [];
   const files = await listSegmentFiles(path, disk);
   // If a rotation died before it made the active file, only the last segment identifies the journal.
   if ((await disk.size(path)) === 0) files.pop();
@@ -57,10 +56,10 @@ export async function deleteSegments({ database, path, keepDays }: Retention): P
     if (!segment || segment.to > posted) break;
     const ageMs = disk.now() - (await disk.modifiedMs(segment.path));
     if (ageMs < keepDays * DAY_MS) break;
-    if (!(await snapshotUpTo(database, journal, segment.to))) break;
+    await snapshotUpTo(database, journal, segment.to);
     await disk.remove(segment.path);
-    deleted.push(segment.path);
+    // Before the next one: after a power cut, no segment may be there without those behind it.
+    await disk.syncDirectory(dirname(path));
+    yield segment.path;
   }
-  if (deleted.length > 0) await disk.syncDirectory(dirname(path));
-  return deleted;
 }

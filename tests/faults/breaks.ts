@@ -287,14 +287,14 @@ export const BREAKS: readonly Break[] = [
   without("that unposted segments are kept", "|| segment.to > posted", "", "processor/verify"),
   without(
     "the snapshot before a segment is deleted",
-    "if (!(await snapshotUpTo(database, journal, segment.to))) break;",
+    "await snapshotUpTo(database, journal, segment.to);",
     "",
     "processor/verify",
   ),
   without(
-    "the switch of tables while a recount adds up",
-    "[table, other] = [other, table];",
-    "",
+    "the sums that replace the rows of a tally that has grown",
+    "create temp table summed as ${sums()}",
+    "create temp table summed as select * from tally limit 0",
     "processor/verify",
   ),
   without(
@@ -329,8 +329,8 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the removal from quarantine when a line is posted",
-    "delete from quarantine where source = ${key} and position = ${position} returning 1",
-    "select 1",
+    "delete from quarantine where source = ${key} and position = ${position} and not exists (select from claimed where is_other) returning 1",
+    "select 1 from line",
     "server/event-types",
     "processor/verify",
   ),

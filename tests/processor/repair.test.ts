@@ -204,7 +204,8 @@ test("the only file that identifies a journal is never deleted", async () => {
   renameSync(ledger.journal, join(ledger.dataDir, last));
   const id = (await openJournalReader(ledger.journal))?.id ?? "";
   const database = openDatabase(() => ledger.url, "test", 1);
-  const deleteAgain = () => deleteSegments({ database, path: ledger.journal, keepDays: 0 });
+  const deleteAgain = () =>
+    Array.fromAsync(deleteSegments({ database, path: ledger.journal, keepDays: 0 }));
   expect(await deleteAgain()).toHaveLength(2);
   expect(await deleteAgain()).toEqual([]);
   await database.close();
