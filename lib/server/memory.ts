@@ -35,7 +35,7 @@ export function openMemoryBudget(budgetBytes = MAX_REQUESTS_BYTES) {
       };
       reserve(REQUEST_BYTES, budgetBytes);
       return {
-        /** Reserves so many bytes more. Throws the 503 when the budget is used up. */
+        /** Adds `bytes` to the reservation. Throws the 503 when the budget is used up. */
         reserve: (bytes: number) => reserve(bytes, budgetBytes),
         /** The same for a part of a large body, which leaves the share of small requests alone. */
         reserveLarge: (bytes: number) => reserve(bytes, budgetBytes - SMALL_REQUESTS_BYTES),
