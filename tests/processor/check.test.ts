@@ -1,4 +1,4 @@
-/** Damage in a journal is found wherever it is, and taken out without moving a single position. */
+/** --check finds damage anywhere in a journal, and --repair replaces it without moving any position. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import {
   existsSync,
@@ -15,10 +15,11 @@ import { disk, type ReadableFile } from "../../lib/journal/disk.ts";
 import { type CheckedFile, checkJournal } from "../../lib/journal/check.ts";
 import { repairFile } from "../../lib/journal/repair.ts";
 import { openJournal } from "../../lib/journal/writer.ts";
-import { openJournalReader } from "../../lib/journal/reader.ts";
+import { event, line } from "../support/events.ts";
+import { readFrames, segmentNames } from "../support/journal.ts";
+import { openLedger } from "../support/ledger.ts";
 import { openProxy } from "../support/network.ts";
-import { balances, testDatabase } from "../support/postgres.ts";
-import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
+import { run, spawn, tempDir, until, untilBalance } from "../support/programs.ts";
 import { IS_LONG, seeded } from "../support/random.ts";
 
 setDefaultTimeout(60_000);
@@ -26,35 +27,23 @@ setDefaultTimeout(60_000);
 /** A journal of `frames` frames in segments; the value of each event is its number. */
 async function makeJournal(directory: string, frames: number, segmentBytes: number) {
   const journal = await openJournal({ directory, segmentBytes });
-  for (let i = 0; i < frames; i++)
-    await journal.append(Buffer.from(`{"userId":"u","name":"add_revenue","value":${i}}\n`));
+  for (let i = 0; i < frames; i++) await journal.append(Buffer.from(line("u", i)));
   await journal.close();
   return { path: `${directory}/eventsPost.jsonl`, end: journal.end() };
 }
 
-async function readFrames(path: string) {
-  const reader = await openJournalReader(path);
-  const found = new Map<number, string>();
-  for (let position = reader?.start ?? 0; reader;) {
-    const frames = await reader.read(position);
-    if (frames.length === 0) break;
-    for (const { payload, to, from } of frames) {
-      found.set(from, payload.toString().trim());
-      position = to;
-    }
-  }
-  return found;
+/** The lines of each frame of the journal at `path`, by the position at which it begins. */
+async function linesByPosition(path: string): Promise<Map<number, string>> {
+  const frames = await readFrames(path);
+  return new Map(frames.map(({ from, payload }) => [from, payload.toString().trim()]));
 }
-
-const filesOf = (directory: string) =>
-  readdirSync(directory).filter((name) => /^eventsPost(\.\d+)?\.jsonl$/.test(name));
 
 async function damageOf(path: string) {
   const { files } = await checkJournal(path, disk);
   return files.flatMap(({ damage }) => damage);
 }
 
-test("--check reports an intact journal as such, with the number of its frames", async () => {
+test("--check counts the frames of an intact journal, and needs no ledger", async () => {
   using dir = tempDir();
   await makeJournal(dir.path, 50, 700);
   const { code, stdout } = await run("processor.ts", {
@@ -63,7 +52,7 @@ test("--check reports an intact journal as such, with the number of its frames",
   });
   expect(code).toBe(0);
   expect(stdout).toContain(
-    `50 whole frames in ${filesOf(dir.path).length} files; nothing is damaged`,
+    `50 whole frames in ${segmentNames(dir.path).length + 1} files; nothing is damaged`,
   );
   expect(existsSync(join(dir.path, "postgres"))).toBe(false); // the ledger is not needed
 });
@@ -80,7 +69,7 @@ test("a torn tail is not damage", async () => {
 /** A journal of 30 frames in small segments, and one of its segments. */
 async function makeSegments(directory: string, random: () => number) {
   const { path } = await makeJournal(directory, 30, 200 + random() * 2000);
-  const segments = filesOf(directory).filter((name) => name !== "eventsPost.jsonl");
+  const segments = segmentNames(directory);
   const name = segments[Math.floor(random() * segments.length)] as string;
   const segment = join(directory, name);
   return { path, segment, base: Number(name.split(".")[1]), bytes: readFileSync(segment) };
@@ -90,12 +79,12 @@ const junkOf = (random: () => number, length: number) =>
   Buffer.from(Array.from({ length }, () => Math.floor(random() * 256)));
 
 test(
-  "whatever bytes are overwritten, a repair keeps every other frame at its position",
+  "--repair keeps every frame that was not overwritten at its position, whatever bytes were overwritten",
   seeded(async (random) => {
     for (let round = 0; round < (IS_LONG ? 200 : 40); round++) {
       using dir = tempDir();
       const { path, segment, base, bytes } = await makeSegments(dir.path, random);
-      const before = await readFrames(path);
+      const before = await linesByPosition(path);
       const from = Math.floor(random() * bytes.length);
       const length = Math.floor(random() ** 3 * Math.min(400, bytes.length - from));
       junkOf(random, length).copy(bytes, from);
@@ -106,7 +95,7 @@ test(
         if (file.damage.length > 0) await repairFile(file, checked.id ?? "", disk);
       const detail = `${length} bytes at ${from} of ${segment} (${bytes.length})`;
       expect(await damageOf(path), detail).toEqual([]);
-      const kept = await readFrames(path);
+      const kept = await linesByPosition(path);
       for (const [position, line] of before) {
         // A frame that touches the overwritten bytes may be lost, and no other.
         const isSpared = position + 130 < base + from || position > base + from + length;
@@ -121,7 +110,7 @@ test(
 );
 
 test(
-  "a segment in which bytes were inserted or removed is reported, and no repair touches it",
+  "a segment in which bytes were inserted or removed is reported, and --repair does not change it",
   seeded(async (random) => {
     for (let round = 0; round < (IS_LONG ? 100 : 20); round++) {
       using dir = tempDir();
@@ -146,27 +135,25 @@ test(
   }),
 );
 
-test("--repair changes no file of a journal that holds one of the wrong length", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
-  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
-  const { path } = await makeJournal(dir.path, 10, 400);
-  const [first = "", second = ""] = filesOf(dir.path)
-    .filter((name) => name !== "eventsPost.jsonl")
-    .toSorted((a, b) => Number(a.split(".")[1]) - Number(b.split(".")[1]));
-  const rotten = readFileSync(dir.file(first)).fill("x", 100, 110);
-  writeFileSync(dir.file(first), rotten);
-  const cut = readFileSync(dir.file(second)).subarray(0, -1);
-  writeFileSync(dir.file(second), cut);
-  expect((await run("processor.ts", { args: ["--check"], env })).code).toBe(1);
-  const repaired = await run("processor.ts", { args: ["--check", "--repair", path], env });
+test("--repair changes no file of a journal if one of them has the wrong length", async () => {
+  await using ledger = await openLedger();
+  const { path } = await makeJournal(ledger.dataDir, 10, 400);
+  const [first = "", second = ""] = segmentNames(ledger.dataDir).map((name) =>
+    join(ledger.dataDir, name),
+  );
+  const rotten = readFileSync(first).fill("x", 100, 110);
+  writeFileSync(first, rotten);
+  const cut = readFileSync(second).subarray(0, -1);
+  writeFileSync(second, cut);
+  expect((await ledger.tool(["--check"])).code).toBe(1);
+  const repaired = await ledger.tool(["--check", "--repair", path]);
   expect(repaired.code).toBe(3);
-  expect(repaired.stderr).toContain(`cannot repair ${dir.file(second)}`);
-  expect(readFileSync(dir.file(first))).toEqual(rotten);
-  expect(readFileSync(dir.file(second))).toEqual(cut);
+  expect(repaired.stderr).toContain(`cannot repair ${second}`);
+  expect(readFileSync(first)).toEqual(rotten);
+  expect(readFileSync(second)).toEqual(cut);
 });
 
-test("a check ends although the journal keeps growing", async () => {
+test("--check ends although the journal keeps growing", async () => {
   using dir = tempDir();
   const journal = await openJournal({ directory: dir.path, segmentBytes: 300 });
   const add = () => journal.append(Buffer.from(`${"x".repeat(200)}\n`));
@@ -189,9 +176,7 @@ test("a check ends although the journal keeps growing", async () => {
 test("segments that are deleted during a check are not damage", async () => {
   using dir = tempDir();
   const { path } = await makeJournal(dir.path, 30, 300);
-  const segments = filesOf(dir.path)
-    .filter((name) => name !== "eventsPost.jsonl")
-    .toSorted((a, b) => Number(a.split(".")[1]) - Number(b.split(".")[1]));
+  const segments = segmentNames(dir.path);
   const deleting = {
     ...disk,
     async withFile<T>(name: string, use: (file: ReadableFile) => T | Promise<T>) {
@@ -206,115 +191,106 @@ test("segments that are deleted during a check are not damage", async () => {
   expect(files.map((file) => file.path)).toEqual([...segments.slice(4).map(dir.file), path]);
 });
 
-test("a damaged frame is named and moved aside, and everything else is posted once", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
-  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
-  const { path } = await makeJournal(dir.path, 10, 10_000);
+test("--repair reports a damaged frame and moves it aside, and everything else is posted once", async () => {
+  await using ledger = await openLedger();
+  const { path } = await makeJournal(ledger.dataDir, 10, 10_000);
   const text = readFileSync(path, "latin1");
   writeFileSync(path, text.replace('"value":4', '"value":5'), "latin1");
 
-  const checked = await run("processor.ts", { args: ["--check"], env });
+  const checked = await ledger.tool(["--check"]);
   expect(checked.code).toBe(1);
   expect(checked.stdout).toContain(`damaged from byte ${text.indexOf('{"frame"', 500)}`);
   {
-    await using stopped = spawn("app.ts", { env });
-    expect(await stopped.exit()).toBe(1); // until an operator has repaired it
+    await using stopped = spawn("app.ts", { env: ledger.env });
+    expect(await stopped.exit()).toBe(1); // until --repair
   }
-  const repaired = await run("processor.ts", { args: ["--check", "--repair"], env });
+  const repaired = await ledger.tool(["--check", "--repair"]);
   expect(repaired.code).toBe(0);
   const [aside = ""] = /\S+\.lost-\d+/.exec(repaired.stdout) ?? [];
   expect(readFileSync(aside, "latin1")).toContain('"value":5');
   expect(repaired.stdout).toContain("1 of their lines are still events");
-  expect((await run("processor.ts", { args: ["--check"], env })).code).toBe(0);
+  expect((await ledger.tool(["--check"])).code).toBe(0);
 
-  await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
-  await server.post({ userId: "new", name: "add_revenue", value: 1 });
-  await until(async () => (await server.balance("new")) === "1");
+  await using server = await ledger.start();
+  await server.post(event("new"));
+  await untilBalance(server, "new", "1");
   expect(await server.balance("u")).toBe("41");
 });
 
-test("damage to what had been posted stops the start, and after a repair posting resumes", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
-  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
-  const { path } = await makeJournal(dir.path, 10, 600);
-  expect((await run("processor.ts", { args: [path], env })).code).toBe(0);
+test("a server does not start if frames that were posted are damaged, and posting resumes after --repair", async () => {
+  await using ledger = await openLedger();
+  const { path } = await makeJournal(ledger.dataDir, 10, 600);
+  expect((await ledger.tool([path])).code).toBe(0);
   const bytes = readFileSync(path);
   bytes[bytes.length - 10] = 0; // in the very last frame: to the journal alone, a torn one
   writeFileSync(path, bytes);
   {
-    await using stopped = spawn("app.ts", { env });
+    await using stopped = spawn("app.ts", { env: ledger.env });
     expect(await stopped.exit()).toBe(1);
     expect(stopped.stderr.text()).toContain("but the ledger has posted it up to");
   }
-  const repaired = await run("processor.ts", { args: ["--check", "--repair"], env });
+  const repaired = await ledger.tool(["--check", "--repair"]);
   expect(repaired.stdout).toContain("they had been posted: the balances include their events");
   expect(repaired.code).toBe(0);
-  await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
-  await server.post({ userId: "u", name: "add_revenue", value: 1 });
-  await until(async () => (await server.balance("u")) === "46");
+  await using server = await ledger.start();
+  await server.post(event("u"));
+  await untilBalance(server, "u", "46");
 
-  // What was lost cannot be counted again: it is reported, and not subtracted without consent.
-  const verified = await run("processor.ts", { args: ["--verify"], env });
+  // Lost events cannot be counted again. They are reported, and subtracted only with --yes.
+  const verified = await ledger.tool(["--verify"]);
   expect(verified.code).toBe(1);
   expect(verified.stdout).toContain('user "u": balance 46, expected 37; off by 9');
   expect(verified.stdout).toContain("ranges of a journal marked as lost by --repair: 1");
-  const rebuilt = await run("processor.ts", { args: ["--rebuild"], env });
+  const rebuilt = await ledger.tool(["--rebuild"]);
   expect(rebuilt.code).toBe(2);
-  expect(await balances(database.url)).toEqual({ u: "46" });
+  expect(await ledger.balances()).toEqual({ u: "46" });
 });
 
-/** A journal that ends before what the ledger at `databaseUrl` has posted of it. */
-async function restoreOlder(folder: string, databaseUrl: string) {
-  const env = { DATA_DIR: folder, DATABASE_URL: databaseUrl };
-  const { path } = await makeJournal(folder, 5, 10_000);
-  const older = readFileSync(path);
-  await makeJournal(folder, 5, 10_000);
-  expect((await run("processor.ts", { args: [path], env })).code).toBe(0);
-  writeFileSync(path, older);
-  return { path, env };
+type Ledger = Awaited<ReturnType<typeof openLedger>>;
+
+/** Replaces the journal by an older copy, which ends before the position that the ledger has posted. */
+async function restoreOlder(ledger: Ledger): Promise<void> {
+  await makeJournal(ledger.dataDir, 5, 10_000);
+  const older = readFileSync(ledger.journal);
+  await makeJournal(ledger.dataDir, 5, 10_000);
+  expect((await ledger.tool([ledger.journal])).code).toBe(0);
+  writeFileSync(ledger.journal, older);
 }
 
-test("a server that started on an older copy during a database outage ends when the database is back", async () => {
-  await using database = await testDatabase();
-  await using way = await openProxy(database.url);
-  using dir = tempDir();
-  await restoreOlder(dir.path, database.url);
-  way.cut();
-  const args = ["--no-processor"];
-  await using server = await startApp({ dataDir: dir.path, databaseUrl: way.url, args });
-  await until(() => way.refused() > 1);
+test("a server that starts on an older copy during a database outage exits with 1 when the database returns", async () => {
+  await using ledger = await openLedger();
+  await using proxy = await openProxy(ledger.url);
+  await restoreOlder(ledger);
+  proxy.cut();
+  await using server = await ledger.start({ DATABASE_URL: proxy.url }, ["--no-processor"]);
+  await until(() => proxy.refused() > 1);
   expect(server.child.exitCode).toBeNull();
-  way.mend();
+  proxy.mend();
   await until(() => server.child.exitCode !== null);
   expect(await server.exit()).toBe(1);
   expect(server.stderr.text()).toContain("but the ledger has posted it up to");
 });
 
-test("an older copy that was restored and has grown since is named, and nothing of it is posted", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
-  const { path, env } = await restoreOlder(dir.path, database.url);
-  await makeJournal(dir.path, 20, 10_000);
-  const refused = await run("processor.ts", { args: [path], env });
+test("nothing of an older copy that has grown since it was restored is posted, and the error says so", async () => {
+  await using ledger = await openLedger();
+  await restoreOlder(ledger);
+  await makeJournal(ledger.dataDir, 20, 10_000);
+  const refused = await ledger.tool([ledger.journal]);
   expect(refused.stderr).toContain("the ledger has posted another frame at position");
   expect(refused.code).toBe(3);
-  expect(await balances(database.url)).toEqual({ u: "20" });
+  expect(await ledger.balances()).toEqual({ u: "20" });
 });
 
-test("--repair is refused while a server writes, and --check is not", async () => {
-  await using database = await testDatabase();
-  using dir = tempDir();
-  await using server = await startApp({ dataDir: dir.path, databaseUrl: database.url });
-  const env = { DATA_DIR: dir.path, DATABASE_URL: database.url };
+test("while a server writes, --check works and --repair is refused", async () => {
+  await using ledger = await openLedger();
+  await using server = await ledger.start();
   const sending = (async () => {
-    for (let i = 0; i < 200; i++) await server.post({ userId: "a", name: "add_revenue", value: 1 });
+    for (let i = 0; i < 200; i++) await server.post(event("a"));
   })();
-  const checked = await run("processor.ts", { args: ["--check"], env });
+  const checked = await ledger.tool(["--check"]);
   expect(checked.stdout).toContain("nothing is damaged");
   expect(checked.code).toBe(0);
-  const repaired = await run("processor.ts", { args: ["--check", "--repair"], env });
+  const repaired = await ledger.tool(["--check", "--repair"]);
   expect(repaired.code).toBe(3);
   expect(repaired.stderr).toContain("is being written by another process; stop it first");
   await sending;

@@ -11,6 +11,7 @@ import { gzipSync, zstdCompressSync } from "node:zlib";
 import { Fold } from "../../lib/processor/fold.ts";
 import { parseFrames, parseJournalHeader } from "../../lib/journal/format.ts";
 import { encodeSourceMark } from "../../lib/journal/source-mark.ts";
+import { line } from "../support/events.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
 import { run, SECRET, spawn, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
 import { seeded } from "../support/random.ts";
@@ -58,8 +59,8 @@ test("HEAD answers how much is stored, and the digest that the sender gave", asy
 test("successive bytes are stored, and each event counts once", async () => {
   const name = newName();
   const [user, other] = [newName(), newName()];
-  const bytes = bytesOf(event(user, 1), event(other, 2), event(user, 3));
-  const cut = event(user, 1).length;
+  const bytes = bytesOf(line(user, 1), line(other, 2), line(user, 3));
+  const cut = line(user, 1).length;
   const first = await patch(name, 0, bytes, cut);
   expect(first.headers.get("upload-offset")).toBe(`${cut}`);
   expect(first.answer).toEqual({ accepted: 1, rejected: 0, errors: [], position: POSITION });
@@ -176,10 +177,10 @@ for (const name of [
   test(`a source may be named ${JSON.stringify(name.slice(0, 30))}`, async () => {
     const user = newName();
     expect((await look(name)).status).toBe(404);
-    const bytes = bytesOf(event(user, 1), event(user, 2));
-    await patch(name, 0, bytes, event(user, 1).length);
+    const bytes = bytesOf(line(user, 1), line(user, 2));
+    await patch(name, 0, bytes, line(user, 1).length);
     await refused(name, 0, bytes, 409);
-    const { answer } = await patch(name, event(user, 1).length, bytes);
+    const { answer } = await patch(name, line(user, 1).length, bytes);
     expect(await stands(name)).toEqual({ offset: bytes.length, digest: sha256(bytes) });
     expect(await balanceAfter(user, answer.position)).toBe("3");
   });
@@ -193,7 +194,7 @@ for (const name of ["x".repeat(257), `${"😀".repeat(64)}x`, "a\0b"])
 test("rejected lines are listed, and count as stored", async () => {
   const name = newName();
   const user = newName();
-  const bytes = bytesOf("bad\n", event(user, 5), "\n", `{"userId":"${user}"}\r\n`, event(user, 6));
+  const bytes = bytesOf("bad\n", line(user, 5), "\n", `{"userId":"${user}"}\r\n`, line(user, 6));
   const { answer, headers } = await patch(name, 0, bytes);
   expect(answer).toMatchObject({ accepted: 2, rejected: 2 });
   expect(answer.errors.map(({ line }) => line)).toEqual([1, 4]);
@@ -238,8 +239,8 @@ for (const [coding, compress] of [
 test("a byte order mark at offset 0 counts as three bytes; elsewhere it makes a line bad", async () => {
   const name = newName();
   const user = newName();
-  const bytes = bytesOf("\ufeff", event(user, 1), "\ufeff", event(user, 2), event(user, 4));
-  const cut = 3 + event(user, 1).length;
+  const bytes = bytesOf("\ufeff", line(user, 1), "\ufeff", line(user, 2), line(user, 4));
+  const cut = 3 + line(user, 1).length;
   expect((await patch(name, 0, bytes, cut)).answer).toMatchObject({ accepted: 1, rejected: 0 });
   const { answer } = await patch(name, cut, bytes);
   expect(answer).toMatchObject({ accepted: 1, rejected: 1 });
@@ -264,7 +265,7 @@ test("of two requests with the same offset one is stored, and the other gets the
   let position = "";
   for (let round = 0; round < 20; round++) {
     const from = bytes.length;
-    const offers = [1, 10].map((value) => bytesOf(bytes, event(user, value)));
+    const offers = [1, 10].map((value) => bytesOf(bytes, line(user, value)));
     const answers = await Promise.all(offers.map((offer) => request(name, from, offer)));
     expect(answers.map(({ status }) => status).sort()).toEqual([200, 409]);
     const won = answers.findIndex(({ status }) => status === 200);
@@ -436,14 +437,14 @@ test("a last line without newline, whose file grew on another server, counts onc
     [1, a!, b!],
     [4, b!, a!],
   ] as const) {
-    const [begin, ...rest] = numbers(first, first + 3).map((number) => event(`u${number}`, number));
+    const [begin, ...rest] = numbers(first, first + 3).map((number) => line(`u${number}`, number));
     const bytes = bytesOf(begin!, ...rest);
     await patch(`grows${first}`, 0, bytes, begin!.length + rest[0]!.length - 1, {}, one);
     await patch(`grows${first}`, 0, bytes, bytes.length, {}, two);
   }
   // Bad lines, carriage returns and blanks are skipped exactly, and not one event more.
-  const head = `\ufeff${event("u7", 7).replace("\n", "\r\n")}bad, and long enough to be an event of its own, or two of them, or three\n`;
-  const rest = `\n\r\n   ${event("u8", 8).replace("\n", " \t\r\n")}${event("u9", 9)}`;
+  const head = `\ufeff${line("u7", 7).replace("\n", "\r\n")}bad, and long enough to be an event of its own, or two of them, or three\n`;
+  const rest = `\n\r\n   ${line("u8", 8).replace("\n", " \t\r\n")}${line("u9", 9)}`;
   const bytes = bytesOf(head, rest);
   await patch("mixed", 0, bytes, bytesOf(head).length, {}, a!);
   await patch("mixed", 0, bytes, bytes.length, {}, b!);
@@ -487,17 +488,13 @@ function newName(): string {
   return `source-${crypto.randomUUID()}`;
 }
 
-function event(user: string, value: number): string {
-  return `{"userId":"${user}","name":"add_revenue","value":${value}}\n`;
-}
-
 function numbers(from: number, to: number): number[] {
   return Array.from({ length: to - from }, (_, i) => from + i);
 }
 
 /** One event for each number, each with its own user. */
 function lines(from: number, to: number): Bytes {
-  return bytesOf(...numbers(from, to).map((number) => event(`u${number}`, number)));
+  return bytesOf(...numbers(from, to).map((number) => line(`u${number}`, number)));
 }
 
 function bytesOf(...parts: (string | Bytes)[]): Bytes {
@@ -615,7 +612,7 @@ function randomSource(random: Random, name: string, first: number): Source {
   for (let i = 0; i < count; i++) {
     if (chance(0.15)) add("x".repeat(1 + random() * 150) + end);
     if (chance(0.1)) add(end);
-    add(`${chance(0.1) ? "  " : ""}${event(`u${first + i}`, first + i).trimEnd()}`);
+    add(`${chance(0.1) ? "  " : ""}${line(`u${first + i}`, first + i).trimEnd()}`);
     wanted.push(first + i);
     if (chance(0.1)) add(" ");
     for (const character of chance(0.1) ? "\n" : end) {
@@ -698,8 +695,7 @@ test("a batch moves a bounded number of sources (500,000 of one event each took 
   let sources = 0;
   while (!fold.isFull && sources < 1_000) {
     const mark = { name: `device${sources++}`, from: 0, to: 50, digest: "0".repeat(64), events: 1 };
-    const line = Buffer.from(`{"userId":"ann","name":"add_revenue","value":1}\n`);
-    fold.addFrame(Buffer.concat([encodeSourceMark(mark), line]), 0);
+    fold.addFrame(Buffer.concat([encodeSourceMark(mark), Buffer.from(line("ann"))]), 0);
   }
   expect(sources).toBe(100);
 });
