@@ -25,6 +25,7 @@ import {
   newJournalId,
   parseFrames,
   parseJournalHeader,
+  toFrameTime,
 } from "./format.ts";
 import { listSegments, type Segment, segmentPath } from "./segments.ts";
 import type { Lock } from "../lock.ts";
@@ -194,7 +195,8 @@ function writer(opened: {
     end: position,
     trouble() {
       // A caller that asks before it appends would otherwise never append again, nor find the room.
-      if (disk.now() - fullAtMs > FULL_MS) full = null;
+      // Nor may a clock that jumps back keep it full.
+      if (!(Math.abs(disk.now() - fullAtMs) <= FULL_MS)) full = null;
       return (failed ?? full)?.message ?? null;
     },
     append(lines) {
@@ -235,7 +237,7 @@ function writer(opened: {
       if (failed) throw failed;
       const payloads = group.map(({ lines }) => lines);
       const payloadBytes = payloads.reduce((sum, { length }) => sum + length, 0);
-      const atMs = disk.now();
+      const atMs = toFrameTime(disk.now());
       const frame = encodeFrame(payloads, payloadBytes, atMs);
       if (hasFrames() && end + frame.length > segmentBytes) await rotate();
       await write(frame);

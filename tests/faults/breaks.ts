@@ -105,6 +105,12 @@ export const BREAKS: readonly Break[] = [
     "",
     "journal/writer",
   ),
+  without(
+    "a time that readers accept, whatever the clock says",
+    "toFrameTime(disk.now())",
+    "disk.now()",
+    "journal/writer",
+  ),
   without("the offset of the last frames of a large file", "from += skip;", "", "journal/writer"),
 
   // Bytes on disk.
