@@ -105,7 +105,7 @@ export function createApi(parts: Parts) {
       body: EventBody,
       response: { 201: t.Object({ message: t.String(), position: t.String() }) },
       detail: {
-        summary: "Store one event; `Idempotency-Key` is the same as its `id`",
+        summary: "Store one event; `Idempotency-Key`, plain or quoted, is the same as its `id`",
         requestBody: describeBody("application/json", describeEvent(schema)),
       },
     })

@@ -30,6 +30,11 @@ const CR = 13;
 const SPACE = 32;
 const CLOSING_BRACE = 0x7d;
 
+/** A string of RFC 8941, as a whole. */
+const QUOTED_KEY = /^"((?:[ !#-[\]-~]|\\["\\])*)"$/;
+/** Bun joins the values of repeated headers with `, `. */
+const JOINED = /,[ \t]/;
+
 type Decompress = (bytes: Uint8Array, limit: { maxOutputLength: number }) => Promise<Buffer>;
 const DECOMPRESS = new Map<string, Decompress>([
   ["gzip", promisify(gunzip) as never],
@@ -84,8 +89,7 @@ function oneLine(json: Uint8Array): Uint8Array {
 /** The line with its `Idempotency-Key` as its id. */
 function withKey(line: Uint8Array, id: string | undefined, header: string | null): Uint8Array {
   if (header === null) return line;
-  // HTTP delivers bytes as Latin-1; senders mean UTF-8, as in an event's own id.
-  const key = Buffer.from(header, "latin1").toString();
+  const key = parseKey(header);
   if (key === id) return line;
   const fault = (message: string) =>
     new Problem(422, "the event cannot have this id", { errors: [{ path: "/id", message }] });
@@ -98,6 +102,27 @@ function withKey(line: Uint8Array, id: string | undefined, header: string | null
   if (line.length - 1 + field.length > MAX_EVENT_BYTES)
     throw tooLarge(MAX_EVENT_BYTES - field.length);
   return Buffer.concat([line.subarray(0, end), field, line.subarray(end)]);
+}
+
+/** The id in an `Idempotency-Key`: a quoted string of RFC 8941, or the value as it is. Throws the 400. */
+function parseKey(header: string): string {
+  if (header.startsWith('"')) {
+    const [, quoted] = QUOTED_KEY.exec(header) ?? [];
+    if (quoted !== undefined) return quoted.replace(/\\(.)/g, "$1");
+    throw new Problem(
+      400,
+      'a quoted Idempotency-Key must be one string of RFC 8941: printable ASCII, \\" and \\\\ escaped, ' +
+        "nothing after the closing quote",
+    );
+  }
+  if (JOINED.test(header))
+    throw new Problem(
+      400,
+      'an unquoted Idempotency-Key must not hold ", ", which stands between the values of repeated headers; ' +
+        "send one header, or quote the key",
+    );
+  // HTTP delivers bytes as Latin-1; senders mean UTF-8, as in an event's own id.
+  return Buffer.from(header, "latin1").toString();
 }
 
 /**

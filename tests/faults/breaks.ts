@@ -111,6 +111,18 @@ export const BREAKS: readonly Break[] = [
     "disk.now()",
     "journal/writer",
   ),
+  without(
+    "one id for a key with and without quotes",
+    `if (header.startsWith('"'))`,
+    "if (false)",
+    "server/idempotency-key",
+  ),
+  without(
+    "the refusal of two keys in one request",
+    "if (JOINED.test(header))",
+    "if (false)",
+    "server/idempotency-key",
+  ),
   without("the offset of the last frames of a large file", "from += skip;", "", "journal/writer"),
 
   // Bytes on disk.
