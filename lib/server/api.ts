@@ -12,7 +12,7 @@ import { type Database, Unavailable } from "../ledger/database.ts";
 import { checkLedger, readBalance } from "../ledger/ledger.ts";
 import { type Log, watchHealth } from "../log.ts";
 import { type Access, openAuth } from "./auth.ts";
-import { readEvent, readEvents } from "./body.ts";
+import { type Lines, readEvent, readLines, sortLines } from "./body.ts";
 import type { EventSchema } from "./event-schema.ts";
 import { observe } from "./listener.ts";
 import { openMemoryBudget } from "./memory.ts";
@@ -20,7 +20,13 @@ import type { Metrics } from "./metrics.ts";
 import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
 import type { PostedWatch } from "./posted.ts";
 import { allowedMethods, Problem, problems, routeOf, unavailable } from "./problem.ts";
-import { openSources, readSourceHeaders, requireSourceName, sourceHeaders } from "./sources.ts";
+import {
+  type NotStored,
+  openSources,
+  readSourceHeaders,
+  requireSourceName,
+  sourceHeaders,
+} from "./sources.ts";
 import type { Scope } from "./token.ts";
 
 /** `?after=` waits this long. */
@@ -193,7 +199,7 @@ export function createApi(parts: Parts) {
   async function storeEvents(request: Request, maxErrors = DEFAULT_LISTED_ERRORS) {
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
-    const { good, counts } = await readEvents(received, maxErrors);
+    const { good, counts } = sortLines(await readLines(received), received, maxErrors);
     const position = formatPosition(await stored(journal.append(good)));
     metrics.accepted(counts.accepted);
     return { ...counts, position };
@@ -204,18 +210,37 @@ export function createApi(parts: Parts) {
     const { offset: from, digest } = readSourceHeaders(request.headers);
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
-    const { bytes, good, counts, ...ends } = await readEvents(received, maxErrors, from);
-    const mark = { name, from, to: from + bytes, digest, events: counts.accepted, ...ends };
-    const result = await stored(sources.store(mark, good));
-    if ("offset" in result)
-      throw new Problem(409, `the source is at offset ${result.offset}, not at ${from}`, {
-        headers: { ...sourceHeaders(result), "journal-position": formatPosition(journal.end()) },
-        // A sender that never got the answer to these bytes learns from this what was rejected.
-        lines: counts,
-      });
+    const body = await readLines(received);
+    const to = from + body.length;
+    let lines: Lines | undefined;
+    const sort = () => (lines = sortLines(body, received, maxErrors, from));
+    const result = await stored(sources.store({ name, from, digest }, body, sort));
+    const { counts } = lines ?? sort();
+    if ("state" in result) throw refusal(result, { from, lines: counts });
     metrics.accepted(counts.accepted);
-    const headers = sourceHeaders({ offset: mark.to, digest });
+    const headers = sourceHeaders({ offset: to, digest });
     return { headers, counts: { ...counts, position: formatPosition(result.position) } };
+  }
+
+  /** Why a piece of a source was not stored: for its sender. */
+  function refusal(
+    { state, why }: NotStored,
+    { from, lines }: { from: number; lines: object },
+  ): Problem {
+    if (why === "digest" && from === 0)
+      return new Problem(422, "Source-Digest is not the digest of this body", {
+        errors: [{ path: "Source-Digest", message: "must be the SHA-256 of the body" }],
+      });
+    const detail =
+      why === "digest"
+        ? `Source-Digest is not the digest of the ${from} stored bytes and this body: these are not ` +
+          "the next bytes of this source"
+        : `the source is at offset ${state.offset}, not at ${from}`;
+    return new Problem(409, detail, {
+      headers: { ...sourceHeaders(state), "journal-position": formatPosition(journal.end()) },
+      // A sender that never got the answer to these bytes learns from this what was rejected.
+      lines,
+    });
   }
 
   async function readSource(source: string): Promise<Record<string, string>> {

@@ -125,15 +125,27 @@ function parseKey(header: string): string {
   return Buffer.from(header, "latin1").toString();
 }
 
-/**
- * Reads a body of many events and lists up to `maxErrors` bad lines. `offset` is where the body begins
- * in its source. Throws a Problem when the body as a whole cannot be read.
- */
-export async function readEvents(received: Received, maxErrors: number, offset = 0) {
-  const { request, reservation, schema, onRejected } = received;
+/** A body of many events, its good lines separated from the bad ones. */
+export type Lines = ReturnType<typeof sortLines>;
+
+/** Reads a body of many events, decompressed. Throws a Problem when it cannot be read. */
+export async function readLines({ request, reservation }: Received): Promise<Uint8Array> {
   requireType(request, "application/x-ndjson");
   const whole = await decompressed(request, reservation);
   reservation.reserveLarge(whole.length);
+  return whole;
+}
+
+/**
+ * Separates the lines of a body, whose bytes are moved in place, and lists up to `maxErrors` bad ones.
+ * `offset` is where the body begins in its source.
+ */
+export function sortLines(
+  whole: Uint8Array,
+  { schema, onRejected }: Pick<Received, "schema" | "onRejected">,
+  maxErrors: number,
+  offset = 0,
+) {
   const body = offset === 0 ? withoutBom(whole) : whole;
   const bomBytes = whole.length - body.length;
   // A good line moves towards the front of the body, if at all, so no second buffer is needed. Only a
@@ -168,8 +180,6 @@ export async function readEvents(received: Received, maxErrors: number, offset =
     },
   );
   return {
-    /** The length of the body, decompressed. */
-    bytes: whole.length,
     /** The good lines, each with its newline. */
     good: good.subarray(0, goodBytes),
     /** How many lines are good and bad, with the first bad ones by their number in the body. */

@@ -123,6 +123,18 @@ export const BREAKS: readonly Break[] = [
     "if (false)",
     "server/idempotency-key",
   ),
+  without(
+    "the check of a source's digest",
+    'if (hash) return hash.copy().digest("hex") === digest;',
+    "",
+    "server/sources",
+  ),
+  without(
+    "the digest of a source in memory, from piece to piece",
+    "state.hash?.copy()",
+    "undefined",
+    "server/sources",
+  ),
   without("the offset of the last frames of a large file", "from += skip;", "", "journal/writer"),
 
   // Bytes on disk.
@@ -413,8 +425,8 @@ export const BREAKS: readonly Break[] = [
   without("the expiry that a token must have", 'requiredClaims: ["exp"],', "", "server/auth"),
   without(
     "the 409 for a source at another offset",
-    "if (state.offset !== from) return state;",
-    "",
+    "if (state.offset !== from) return",
+    "if (false) return",
     "server/sources",
   ),
   without(
