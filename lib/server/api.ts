@@ -31,6 +31,7 @@ import type { Scope } from "./token.ts";
 
 /** `?after=` waits this long. */
 const AFTER_MS = 5_000;
+const USERS_PATH = "/userEvents";
 /** Bad lines listed unless `?errors=` says otherwise. */
 const DEFAULT_LISTED_ERRORS = 100;
 
@@ -43,10 +44,11 @@ const Counts = t.Object({
   errors: t.Array(t.Object({ line: t.Integer(), message: t.String() })),
   position: t.String(),
 });
+const Balance = t.Object({ user_id: t.String(), revenue: t.String() });
 
 const Readiness = t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() });
 
-/** What the routes that receive lines have in common; `readEvents` reads their bodies. */
+/** What the routes that receive lines have in common; `readLines` reads their bodies. */
 const receivesLines = {
   grants: "events:write",
   parse: "none",
@@ -97,12 +99,12 @@ export function createApi(parts: Parts) {
       grants: (scope: Scope) => ({
         detail:
           access.readingIsOpen && scope === "balances:read" ? {} : { security: [{ secret: [] }] },
-        transform: ({ request, server, params }) =>
-          authorize(
-            { request, server },
-            scope,
-            (params as { userid?: string } | undefined)?.userid,
-          ),
+        transform: ({ request, server, path, params, query }) => {
+          const { userid } = (params ?? {}) as { userid?: string };
+          // Only there does the query name the user; elsewhere it must not grant anything.
+          const user = path === USERS_PATH ? (query as { user_id?: string }).user_id : userid;
+          return authorize({ request, server }, scope, user);
+        },
       }),
     })
     .post("/liveEvent", async ({ request, status }) => status(201, await storeEvent(request)), {
@@ -156,11 +158,19 @@ export function createApi(parts: Parts) {
         },
       },
     )
+    .get(USERS_PATH, ({ request, query }) => listUsers(request, query.user_id), {
+      grants: "balances:read",
+      query: t.Object({ user_id: t.Optional(t.String()) }, openObject),
+      response: { 200: t.Object({ users: t.Array(Balance), next: t.Null() }) },
+      detail: {
+        summary: "The balance of one user, `user_id`, also if its id cannot stand in a path (`..`)",
+      },
+    })
     .get("/userEvents/:userid", ({ params, query }) => readUser(params.userid, query.after), {
       grants: "balances:read",
       params: t.Object({ userid: t.String() }),
       query: t.Object({ after: t.Optional(t.String()) }, openObject),
-      response: { 200: t.Object({ user_id: t.String(), revenue: t.String() }) },
+      response: { 200: Balance },
       detail: { summary: "The balance of a user; with `after`, once that position is posted" },
     })
     .get("/healthz", () => ({ status: "ok" }), {
@@ -254,6 +264,18 @@ export function createApi(parts: Parts) {
     const revenue = isUserId(userId) ? await queried(readBalance(database, userId)) : null;
     if (revenue === null) throw new Problem(404, "no event of this user has been posted");
     return { user_id: userId, revenue };
+  }
+
+  async function listUsers({ url }: Request, userId: string | undefined) {
+    // Of a repeated parameter Elysia sees one value.
+    if (userId === undefined || new URL(url).searchParams.getAll("user_id").length > 1)
+      throw new Problem(422, "this route answers one user; name it in the query", {
+        errors: [
+          { path: "/user_id", message: "must be given once: the list of all users is not served" },
+        ],
+      });
+    const revenue = isUserId(userId) ? await queried(readBalance(database, userId)) : null;
+    return { users: revenue === null ? [] : [{ user_id: userId, revenue }], next: null };
   }
 
   async function waitUntilPosted(after: string): Promise<void> {

@@ -53,6 +53,7 @@ afterAll(async () => {
 const ALLOWED: Record<string, string[]> = {
   "/liveEvent": ["POST"],
   "/liveEvents": ["POST"],
+  "/userEvents": ["GET", "HEAD"],
   "/userEvents/somebody": ["GET", "HEAD"],
   "/userEvents/a%2Fb%20c": ["GET", "HEAD"],
   "/healthz": ["GET", "HEAD"],
@@ -77,7 +78,6 @@ for (const path of [
   "/LiveEvent",
   "/liveEvent/more",
   "/liveEvents/more",
-  "/userEvents",
   "/userEvents/",
   "/userEvents/a/b",
   "/healthz/more",
@@ -112,6 +112,41 @@ test("a host name of one letter works", async () => {
   expect(answer).toStartWith("HTTP/1.1 200 OK");
 });
 
+for (const user of [
+  ".",
+  "..",
+  "a/b",
+  "a&b=c#d?e+f g",
+  "%2e%2e",
+  "../..",
+  "\\",
+  "",
+  "\u0000",
+  "😀 😀",
+])
+  test(`GET /userEvents?user_id= answers the user ${JSON.stringify(user)} alone`, async () => {
+    const path = `/userEvents?user_id=${encodeURIComponent(user)}`;
+    const list = async () => {
+      const response = await send(path);
+      expect(response.status).toBe(200);
+      return (await response.json()) as { users: object[]; next: null };
+    };
+    expect(await list()).toEqual({ users: [], next: null });
+    if (user === "" || user === "\u0000") return;
+    await take(event(user, 1.5));
+    await take(event(`${user}x`, 3));
+    await until(async () => (await list()).users.length > 0);
+    expect(await list()).toEqual({ users: [{ user_id: user, revenue: "1.5" }], next: null });
+    expect((await send(path, { method: "HEAD" })).status).toBe(200);
+  });
+
+test("GET /userEvents without user_id, or with several, is answered 422 that names it", async () => {
+  for (const query of ["", "?", "?limit=1", "?userid=a", "?user_id=a&user_id=b"]) {
+    const { errors } = await refused(`/userEvents${query}`, {}, 422);
+    expect(errors.map(({ path }) => path)).toEqual(["/user_id"]);
+  }
+});
+
 test("HEAD of a balance has the headers of GET and no body", async () => {
   const user = newUser();
   await take(event(user, 3));
@@ -137,6 +172,7 @@ test("/openapi is a page, and /openapi/json describes every route", async () => 
   expect(Object.fromEntries(listed)).toMatchObject({
     "/liveEvent": ["post"],
     "/liveEvents": ["post"],
+    "/userEvents": ["get"],
     "/userEvents/{userid}": ["get"],
     "/healthz": ["get"],
     "/readyz": ["get"],
