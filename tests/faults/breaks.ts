@@ -38,13 +38,13 @@ export const BREAKS: readonly Break[] = [
   without("the sync of the next file of a rotation", "await next.sync();", "", "faults/disk"),
   without(
     "the sync of the directory between the two renames of a rotation",
-    "await disk.syncDirectory(dirname(path)); await disk.rename(",
+    "await syncDirectory(); await disk.rename(",
     "await disk.rename(",
     "faults/disk",
   ),
   without(
     "the sync of the directory after the two renames of a rotation",
-    "await disk.syncDirectory(dirname(path)); await file.close(",
+    "await syncDirectory(); await file.close(",
     "await file.close(",
     "faults/disk",
   ),
@@ -141,6 +141,25 @@ export const BREAKS: readonly Break[] = [
     "path !== '' ?",
     "server/auth",
   ),
+  without(
+    "that only a failed sync ends the journal: EMFILE passes",
+    'throw passing("append to", error);',
+    'throw fail("append to", codeOf(error));',
+    "journal/writer",
+  ),
+  without(
+    "that a rotation tries again without a descriptor",
+    'catch(troubled("create the file after"))',
+    'catch((error) => { throw fail("create", codeOf(error)); })',
+    "journal/writer",
+  ),
+  without(
+    "the descriptors that are held in reserve for the journal",
+    'code === "EMFILE" || code === "ENFILE" ? reserve.pop() : undefined',
+    "undefined",
+    "server/descriptors",
+  ),
+  without("the closing of idle connections", "server.closeIdle();", "", "server/descriptors"),
   without("the offset of the last frames of a large file", "from += skip;", "", "journal/writer"),
 
   // Bytes on disk.

@@ -12,7 +12,7 @@ import { setImmediate } from "node:timers/promises";
 import { crc32 } from "node:zlib";
 
 import { type Disk, disk, type JournalFile } from "../../lib/journal/disk.ts";
-import { type Journal, JournalFull, openJournal } from "../../lib/journal/writer.ts";
+import { type Journal, JournalBusy, JournalFull, openJournal } from "../../lib/journal/writer.ts";
 import { readLines } from "../support/journal.ts";
 import { checkJournal } from "../../lib/journal/check.ts";
 import { type Frame, openJournalReader } from "../../lib/journal/reader.ts";
@@ -248,7 +248,9 @@ test.each(["rename", "syncDirectory"] as const)(
     const journal = await openJournal({ directory: dir.path, disk: breaking, segmentBytes: 100 });
     await journal.append(line("first"));
     isBroken = true;
-    await expect(journal.append(line("second"))).rejects.toThrow("begin the file after");
+    await expect(journal.append(line("second"))).rejects.toThrow(
+      /begin the file after|cannot rename/,
+    );
     await journal.close();
     // A file that nobody closes ends the process when it is collected as garbage.
     expect(opened).toBe(2);
@@ -285,6 +287,69 @@ test.each(["open", "rename"] as const)(
     await journal.close();
   },
 );
+
+for (const code of ["EMFILE", "ENFILE", "ENOMEM", "EINTR", "EAGAIN", "EACCES", "EIO"]) {
+  const failing = () => Promise.reject(Object.assign(new Error(code), { code }));
+
+  test(`${code} before anything is synced passes: the next append works, and nothing of the failed one stays`, async () => {
+    using dir = tempDir();
+    const { disk, strange } = strangeDisk({});
+    const journal = await openJournal({ directory: dir.path, disk });
+    await journal.append(line("before"));
+    for (const written of [0, 20]) {
+      strange.append = async (file, bytes) => {
+        await file.append((bytes as Uint8Array).subarray(0, written));
+        await failing();
+      };
+      await expect(journal.append(line("refused"))).rejects.toBeInstanceOf(JournalBusy);
+      expect(journal.trouble()).toContain(code);
+    }
+    delete strange.append;
+    await journal.append(line("after"));
+    expect(journal.trouble()).toBeNull();
+    await journal.close();
+    expect(await reopen(dir.path)).toEqual(["before", "after"]);
+  });
+
+  for (const call of ["openForAppend", "rename"] as const)
+    test(`${code} at ${call} of a rotation passes`, async () => {
+      using dir = tempDir();
+      let isFailing = false;
+      const failingDisk = {
+        ...disk,
+        [call]: (...paths: [string, string]) =>
+          isFailing ? failing() : (disk[call] as (...paths: string[]) => Promise<never>)(...paths),
+      };
+      const options = { directory: dir.path, disk: failingDisk, segmentBytes: 100 };
+      const journal = await openJournal(options);
+      await journal.append(line("before"));
+      isFailing = true;
+      await expect(journal.append(line("refused"))).rejects.toBeInstanceOf(JournalBusy);
+      isFailing = false;
+      await journal.append(line("after"));
+      await journal.close();
+      expect(await reopen(dir.path)).toEqual(["before", "after"]);
+    });
+}
+
+test("a rotation waits for the descriptor of its directory", async () => {
+  using dir = tempDir();
+  let failures = 0;
+  const scarce = {
+    ...disk,
+    async syncDirectory(path: string) {
+      if (failures-- > 0) throw Object.assign(new Error("EMFILE"), { code: "EMFILE" });
+      await disk.syncDirectory(path);
+    },
+  };
+  const journal = await openJournal({ directory: dir.path, disk: scarce, segmentBytes: 100 });
+  await journal.append(line("1"));
+  failures = 2;
+  await journal.append(line("2"));
+  expect(failures).toBeLessThan(0);
+  await journal.close();
+  expect(await reopen(dir.path)).toEqual(["1", "2"]);
+});
 
 /** Clocks that are wrong, and the time that a frame then states. */
 const WRONG_CLOCKS: [what: string, nowMs: number, at: number][] = [
