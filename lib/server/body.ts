@@ -4,6 +4,7 @@ import { gunzip, zstdDecompress } from "node:zlib";
 
 import {
   decodeEvent,
+  type Fault,
   InvalidEvent,
   isEventId,
   MAX_EVENT_BYTES,
@@ -60,10 +61,18 @@ export async function readEvent({ request, reservation, schema, onRejected }: Re
     throw new Problem(415, "a single event must be sent without Content-Encoding");
   const body = withoutBom(await readBytes(request, MAX_EVENT_BYTES, reservation));
   const decoded = decodeEvent(body);
-  if (decoded instanceof InvalidEvent) throw notAnEvent(decoded);
-  const line = withKey(oneLine(body), decoded.id, request.headers.get("idempotency-key"));
-  const invalid = schema?.check(line);
-  if (invalid) throw notAnEvent(invalid);
+  if (decoded instanceof InvalidEvent && decoded.kind !== "event") throw notAnEvent(decoded);
+  const key = parseKey(request.headers.get("idempotency-key"));
+  const faults = decoded instanceof InvalidEvent ? [...decoded.faults] : [];
+  const id = decoded instanceof InvalidEvent ? undefined : decoded.id;
+  // Not where there is no object to add it to, or its own id is at fault.
+  const isNew =
+    key !== null && key !== id && faults.every(({ path }) => path !== "" && path !== "/id");
+  const keyFault = isNew ? faultOfKey(key, id) : null;
+  if (keyFault) faults.push(keyFault);
+  const line = isNew && !keyFault ? withId(oneLine(body), key) : oneLine(body);
+  faults.push(...(schema?.check(line)?.faults ?? []));
+  if (faults.length > 0) throw notAnEvent(new InvalidEvent("event", faults));
   return line;
 
   function notAnEvent(invalid: InvalidEvent): Problem {
@@ -86,26 +95,23 @@ function oneLine(json: Uint8Array): Uint8Array {
   return line;
 }
 
-/** The line with its `Idempotency-Key` as its id. */
-function withKey(line: Uint8Array, id: string | undefined, header: string | null): Uint8Array {
-  if (header === null) return line;
-  const key = parseKey(header);
-  if (key === id) return line;
-  const fault = (message: string) =>
-    new Problem(422, "the event cannot have this id", { errors: [{ path: "/id", message }] });
-  if (id !== undefined) throw fault("differs from the Idempotency-Key");
-  if (!isEventId(key) || key.includes("\ufffd"))
-    throw fault(`the Idempotency-Key must have 1 to ${MAX_ID_BYTES} bytes`);
+/** Why an event with this `id` cannot have this `Idempotency-Key`, or `null`. */
+function faultOfKey(key: string, id: string | undefined): Fault | null {
+  if (id !== undefined) return { path: "/id", message: "differs from the Idempotency-Key" };
+  if (isEventId(key) && !key.includes("\ufffd")) return null;
+  return { path: "/id", message: `the Idempotency-Key must have 1 to ${MAX_ID_BYTES} bytes` };
+}
+
+/** The line of an event, with an id added to it. */
+function withId(line: Uint8Array, id: string): Uint8Array {
   const end = line.lastIndexOf(CLOSING_BRACE);
-  const field = Buffer.from(`,"id":${JSON.stringify(key)}`);
-  // The processor accepts no line that is longer than a body may be.
-  if (line.length - 1 + field.length > MAX_EVENT_BYTES)
-    throw tooLarge(MAX_EVENT_BYTES - field.length);
+  const field = Buffer.from(`,"id":${JSON.stringify(id)}`);
   return Buffer.concat([line.subarray(0, end), field, line.subarray(end)]);
 }
 
 /** The id in an `Idempotency-Key`: a quoted string of RFC 8941, or the value as it is. Throws the 400. */
-function parseKey(header: string): string {
+function parseKey(header: string | null): string | null {
+  if (header === null) return null;
   if (header.startsWith('"')) {
     const [, quoted] = QUOTED_KEY.exec(header) ?? [];
     if (quoted !== undefined) return quoted.replace(/\\(.)/g, "$1");
@@ -174,9 +180,7 @@ export function sortLines(
     scanner,
     (at, number) => sort(number, at, scanner.end, schema?.check(body.subarray(at, scanner.end))),
     (line, at, number) => {
-      const decoded = decodeEvent(line);
-      const invalid = decoded instanceof InvalidEvent ? decoded : schema?.check(line);
-      sort(number, at, at + line.length, invalid);
+      sort(number, at, at + line.length, check(line, schema));
     },
   );
   return {
@@ -187,6 +191,14 @@ export function sortLines(
     /** Where each good line ends in the body, before its newline; absent if their lengths say it. */
     ...(isPlain ? {} : { ends }),
   };
+}
+
+/** All faults of a line, or `null` if it is a valid event. */
+function check(line: Uint8Array, schema: EventSchema | null): InvalidEvent | null {
+  const decoded = decodeEvent(line);
+  if (!(decoded instanceof InvalidEvent)) return schema?.check(line) ?? null;
+  if (decoded.kind !== "event") return decoded;
+  return new InvalidEvent("event", [...decoded.faults, ...(schema?.check(line)?.faults ?? [])]);
 }
 
 function requireType(request: Request, required: string): void {

@@ -160,6 +160,19 @@ export const BREAKS: readonly Break[] = [
     "server/descriptors",
   ),
   without("the closing of idle connections", "server.closeIdle();", "", "server/descriptors"),
+  without(
+    "the blanks of a line as a part of its length",
+    "if (lineBytes(bytes, from, next) > maxBytes)",
+    "if (end - start > maxBytes)",
+    "server/http",
+    "unit/lines",
+  ),
+  without(
+    "the room for an Idempotency-Key in a line of the journal",
+    "MAX_EVENT_BYTES + 512",
+    "MAX_EVENT_BYTES",
+    "server/http",
+  ),
   without("the offset of the last frames of a large file", "from += skip;", "", "journal/writer"),
 
   // Bytes on disk.
