@@ -23,6 +23,7 @@ import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
 import { print, say } from "./lib/progress.ts";
 import { createApi } from "./lib/server/api.ts";
 import type { Access } from "./lib/server/auth.ts";
+import { watchDescriptors } from "./lib/server/descriptors.ts";
 import { listen, readCertificate } from "./lib/server/listener.ts";
 import { type Metrics, openMetrics } from "./lib/server/metrics.ts";
 import { watchPosted } from "./lib/server/posted.ts";
@@ -66,6 +67,8 @@ async function main(): Promise<number> {
   const metrics = openMetrics(journal, posted);
   const parts = { journal, database, access, schema, log, posted, metrics, isHttps };
   const server = listen(createApi(parts), settings);
+  const descriptors = watchDescriptors(relieve(server, log));
+  stack.defer(() => descriptors.close());
   if (isHttps) process.on("SIGHUP", () => server.renewCertificate(log));
   print(`listening on ${server.origin}`);
   log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
@@ -132,6 +135,20 @@ function openServerJournal(settings: AppSettings, say: (line: string) => void): 
     disk: DATABASE_URL ? disk : leavingRoom(disk),
     segmentBytes,
   });
+}
+
+/** What to do when connections have used up the descriptors of this process. */
+function relieve(server: ReturnType<typeof listen>, log: Log) {
+  const health = watchHealth(log, "warn", "descriptors are available again");
+  return {
+    scarce(code: string) {
+      server.closeIdle();
+      health.failing(
+        `no descriptor is left (${code}): idle connections are closed; raise ulimit -n`,
+      );
+    },
+    available: () => health.recovered(),
+  };
 }
 
 /** Runs the processor beside the server, once no other one follows this journal. */

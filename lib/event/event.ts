@@ -5,8 +5,12 @@
 import { parseAmount, UNITS } from "./amount.ts";
 import { Scanner, type Sign } from "./scanner.ts";
 
-/** The limit of a line of a file, and of the body of `POST /liveEvent`. */
+/** The limit of a line without its LF or CRLF, and of the body of `POST /liveEvent`. Blanks count. */
 export const MAX_EVENT_BYTES = 64 * 1024;
+/** The limit of a line of the journal: there, an `Idempotency-Key` of the request is a part of the event. */
+export const MAX_JOURNALED_BYTES = MAX_EVENT_BYTES + 512;
+/** How deep a value may be nested. Bun's JSON.parse with a reviver accepts no more. */
+export const MAX_NESTING = 4_499;
 export const MAX_USER_ID_BYTES = 256;
 export const MAX_ID_BYTES = 128;
 /** The limit of a source's name. */
@@ -48,6 +52,7 @@ export class InvalidEvent {
   }
 }
 
+const NESTED = `nested too deeply: a value may have ${MAX_NESTING} levels`;
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 let eventTypes: EventTypes;
@@ -70,8 +75,11 @@ export function getEventTypes(): EventTypes {
 }
 
 /** Decodes one line, without its newline: the change it stands for, or why it is not an event. */
-export function decodeEvent(line: Uint8Array): Change | InvalidEvent {
-  if (line.length > MAX_EVENT_BYTES)
+export function decodeEvent(
+  line: Uint8Array,
+  maxBytes: number = MAX_EVENT_BYTES,
+): Change | InvalidEvent {
+  if (line.length > maxBytes)
     return invalid("size", `longer than ${MAX_EVENT_BYTES} bytes, the limit of an event`);
   if (scanner.scan(line, 0) === line.length) return scannedChange(scanner, line);
 
@@ -91,7 +99,7 @@ export function decodeEvent(line: Uint8Array): Change | InvalidEvent {
       return value;
     });
   } catch (error) {
-    return invalid("json", error instanceof RangeError ? "nested too deeply" : "not JSON");
+    return invalid("json", error instanceof RangeError ? NESTED : "not JSON");
   }
   if (typeof parsed !== "object" || parsed === null || Array.isArray(parsed))
     return invalid("event", "an event is a JSON object with userId, name and value");

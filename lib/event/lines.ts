@@ -13,6 +13,7 @@ export const MAX_LISTED_ERRORS = 20_000;
 export const SHOWN_BYTES = 4096;
 
 const LF = 10;
+const CR = 13;
 const BLANK = new Set([9, LF, 13, 32]);
 
 /**
@@ -23,12 +24,12 @@ type VisitLine = (line: Uint8Array, index: number, number: number, next: number)
 
 /**
  * Calls `visit` for each line of `bytes` that is not blank; a last line without newline counts. A line
- * that is too long to be an event is not trimmed: it may be a part of a longer line, and white space
- * with an event at its end must not pass for an event.
+ * of more than `maxBytes`, its blanks included but not its LF or CRLF, is not trimmed: it may be a part of
+ * a longer line, and white space with an event at its end must not pass for an event.
  */
-export function eachLine(bytes: Uint8Array, visit: VisitLine): void {
+export function eachLine(bytes: Uint8Array, visit: VisitLine, maxBytes = MAX_EVENT_BYTES): void {
   for (let from = 0, number = 1; from < bytes.length; number++)
-    from = visitLine(bytes, from, number, visit);
+    from = visitLine(bytes, from, { number, visit, maxBytes });
 }
 
 /**
@@ -40,26 +41,37 @@ export function eachEvent(
   scanner: Scanner,
   scanned: (index: number, number: number) => void,
   visit: VisitLine,
+  maxBytes = MAX_EVENT_BYTES,
 ): void {
   for (let from = 0, number = 1; from < bytes.length; number++) {
     const next = scanner.scan(bytes, from);
     if (next > 0) scanned(from, number);
-    from = next > 0 ? next : visitLine(bytes, from, number, visit);
+    from = next > 0 ? next : visitLine(bytes, from, { number, visit, maxBytes });
   }
 }
 
 /** Visits the line that begins at `from`. Returns the index of the next line. */
-function visitLine(bytes: Uint8Array, from: number, number: number, visit: VisitLine): number {
+function visitLine(
+  bytes: Uint8Array,
+  from: number,
+  { number, visit, maxBytes }: { number: number; visit: VisitLine; maxBytes: number },
+): number {
   const next = nextLine(bytes, from);
   let start = from;
   let end = next;
   while (end > start && BLANK.has(bytes[end - 1] as number)) end--;
   while (start < end && BLANK.has(bytes[start] as number)) start++;
   if (end === start) return next;
-  const isTooLong = next - from > MAX_EVENT_BYTES + 2;
-  if (isTooLong) visit(bytes.subarray(from, next), from, number, next);
+  if (lineBytes(bytes, from, next) > maxBytes)
+    visit(bytes.subarray(from, next), from, number, next);
   else visit(bytes.subarray(start, end), start, number, next);
   return next;
+}
+
+/** The length of the line from `from` to `next`, without its LF or CRLF. */
+function lineBytes(bytes: Uint8Array, from: number, next: number): number {
+  if (bytes[next - 1] !== LF) return next - from;
+  return next - from - (bytes[next - 2] === CR && next - 2 >= from ? 2 : 1);
 }
 
 /** The index behind the newline of the line that contains `from`, or the end of `bytes`. */

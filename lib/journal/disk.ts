@@ -2,8 +2,9 @@
  * Everything the journal asks of the operating system. It is passed in as a value, so that a test can
  * pass a disk that tears writes, fills up or lies.
  */
+import * as fs from "node:fs";
 import { constants, fstatSync, statfsSync, statSync } from "node:fs";
-import { type FileHandle, mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
+import { mkdir, readdir, rename, rm, stat } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
 
 import { type Lock, tryLock } from "../lock.ts";
@@ -58,15 +59,12 @@ export const disk: Disk = {
     // Bun.file(path).writer() and Bun.write begin at the start of the file: only a descriptor that
     // is itself open for append appends.
     const handle = await open(path, constants.O_APPEND | constants.O_CREAT | constants.O_RDWR);
+    reserveDescriptors();
     return {
       ...readable(handle),
       async append(bytes) {
-        // ENOSPC comes from write() for large pieces and from flush() for small ones: awaiting only
-        // one of them would report success. A writer is used once, since what a failed one still
-        // holds must not come out later.
-        const writer = Bun.file(handle.fd).writer();
-        await writer.write(bytes);
-        await writer.flush();
+        // Not Bun.file(handle.fd).writer(): that duplicates the descriptor, and fails when there is no other.
+        for (let at = 0; at < bytes.length;) at += await handle.write(bytes, at, bytes.length - at);
       },
       // The asynchronous call: a disk that stalls must not block GET and /healthz.
       sync: () => handle.datasync(),
@@ -129,20 +127,77 @@ export function leavingRoom(disk: Disk): Disk {
   };
 }
 
-function readable(handle: FileHandle): ReadableFile {
+/** An open file: each method is one system call. */
+type Handle = ReturnType<typeof handleOf>;
+
+function handleOf(fd: number) {
+  return {
+    fd,
+    read: (bytes: Buffer, from: number) =>
+      call<number>((done) => fs.read(fd, bytes, 0, bytes.length, from, done)),
+    write: (bytes: Uint8Array, at: number, length: number) =>
+      call<number>((done) => fs.write(fd, bytes, at, length, null, done)),
+    datasync: () => call<void>((done) => fs.fdatasync(fd, done)),
+    sync: () => call<void>((done) => fs.fsync(fd, done)),
+    truncate: (bytes: number) => call<void>((done) => fs.ftruncate(fd, bytes, done)),
+    async close() {
+      if (!isReserving || reserve.length === RESERVED)
+        return call<void>((done) => fs.close(fd, done));
+      // Both at once, before a connection takes it.
+      fs.closeSync(fd);
+      reserveDescriptors();
+    },
+  };
+}
+
+function call<T>(start: (done: (error: Error | null, result?: T) => void) => void): Promise<T> {
+  return new Promise((resolve, reject) => {
+    start((error, result) => (error ? reject(error) : resolve(result as T)));
+  });
+}
+
+/**
+ * Descriptors for the next file of the journal and its directory, held by a process that writes one:
+ * connections may have used up all others.
+ */
+const RESERVED = 2;
+const reserve: number[] = [];
+let isReserving = false;
+
+function reserveDescriptors(): void {
+  isReserving = true;
+  try {
+    while (reserve.length < RESERVED) reserve.push(fs.openSync("/dev/null", "r"));
+  } catch {
+    // There is none now: the next time that a file is closed.
+  }
+}
+
+async function open(path: string, flags: string | number): Promise<Handle> {
+  try {
+    return handleOf(await call<number>((done) => fs.open(path, flags, done)));
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    const reserved = code === "EMFILE" || code === "ENFILE" ? reserve.pop() : undefined;
+    if (reserved === undefined) throw error;
+    fs.closeSync(reserved); // and opened at once, before a connection takes it
+    return handleOf(fs.openSync(path, flags));
+  }
+}
+
+function readable(handle: Handle): ReadableFile {
   const { size } = fstatSync(handle.fd);
   return {
     bytes: size,
     async read(from, to) {
       const bytes = Buffer.allocUnsafe(Math.max(0, Math.min(to, size) - from));
-      const { bytesRead } = await handle.read(bytes, 0, bytes.length, from);
-      return bytes.subarray(0, bytesRead);
+      return bytes.subarray(0, await handle.read(bytes, from));
     },
   };
 }
 
 /** What `use` returns for the open file; `null` where there is no such file. */
-async function ifExists<T>(path: string, use: (handle: FileHandle) => T | Promise<T>) {
+async function ifExists<T>(path: string, use: (handle: Handle) => T | Promise<T>) {
   try {
     return await withHandle(path, use);
   } catch (error) {
@@ -152,7 +207,7 @@ async function ifExists<T>(path: string, use: (handle: FileHandle) => T | Promis
   }
 }
 
-async function withHandle<T>(path: string, use: (handle: FileHandle) => T | Promise<T>) {
+async function withHandle<T>(path: string, use: (handle: Handle) => T | Promise<T>) {
   const handle = await open(path, "r");
   try {
     return await use(handle);

@@ -5,7 +5,8 @@
  *                                                          position of this file's first byte in it
  *     {"frame":{"bytes":N,"crc32":"0123abcd","at":<ms>}}   frame: N bytes of event lines follow,
  *     {"userId":…}                                         with their CRC-32 (zlib's, 8 hex digits)
- *     …                                                    and the time at which they were written
+ *     …                                                    and the time at which they were written, by
+ *                                                          the server's clock, which may be wrong
  *
  * A frame is what one commit wrote; the next one is written only after it has been synced. Hence:
  * - Only the last frame can be torn: short, or with a wrong checksum. It was never acknowledged. A
@@ -28,6 +29,8 @@ const LF = 10;
 const JOURNAL =
   /^\{"journal":"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})","base":(\d{1,15}),"version":1\}$/;
 const FRAME = /^\{"frame":\{"bytes":(\d{1,9}),"crc32":"([0-9a-f]{8})","at":(\d{1,15})\}\}$/;
+/** The latest time that a frame can state: 15 digits. */
+const MAX_AT_MS = 10 ** 15 - 1;
 const FRAME_BEGIN = '{"frame":{"bytes":';
 
 export interface JournalHeader {
@@ -94,7 +97,15 @@ export function parseJournalHeader(bytes: Buffer): JournalHeader | null {
   return { id: match[1] as string, base: Number(match[2]), bytes: match[0].length + 1 };
 }
 
-/** One frame of event lines, to be written by one call. */
+/**
+ * The time that a frame states, from what a clock says. A header holds 1 to 15 digits: written as it is, the
+ * time of a clock before 1970 would make a frame that no reader accepts.
+ */
+export function toFrameTime(clockMs: number): number {
+  return Math.min(Math.max(0, Math.trunc(clockMs) || 0), MAX_AT_MS);
+}
+
+/** One frame of event lines, to be written by one call. `atMs` comes from `toFrameTime`. */
 export function encodeFrame(payloads: Uint8Array[], payloadBytes: number, atMs: number): Buffer {
   let sum = 0;
   for (const payload of payloads) sum = crc32(payload, sum);

@@ -7,9 +7,9 @@
  * Group commit: while one frame is written and synced, everything that arrives waits together and
  * shares the next one. The order in `commit` is the promise: write, sync, answer.
  *
- * States: open → full (no room: nothing is acknowledged, and the next append tries again) → open;
- * open → failed (a sync failed: what is on the disk is unknown from then on, so it never syncs again
- * and accepts nothing more until the program is restarted and reads the tail).
+ * States: open → troubled (nothing could be written: nothing is acknowledged, and the next append tries
+ * again) → open; open → failed (a sync failed: what is on the disk is unknown from then on, so it never
+ * syncs again and accepts nothing more until the program is restarted and reads the tail).
  */
 import { dirname, join } from "node:path";
 
@@ -25,6 +25,7 @@ import {
   newJournalId,
   parseFrames,
   parseJournalHeader,
+  toFrameTime,
 } from "./format.ts";
 import { listSegments, type Segment, segmentPath } from "./segments.ts";
 import type { Lock } from "../lock.ts";
@@ -37,12 +38,19 @@ const NEXT_FILE = "eventsPost.next";
 
 /** Waiting appends share a frame of up to this size: one write stays well under a second. */
 export const MAX_GROUP_BYTES = 8 * 1024 * 1024;
-/** The disk is reported as full for this long after an append found no room. */
-const FULL_MS = 5_000;
+/** Trouble is reported for this long after an append failed. */
+const TROUBLE_MS = 5_000;
 const NO_ROOM = new Set(["ENOSPC", "EDQUOT", "EFBIG"]);
+/** All descriptors of this process, or of the system, are in use. */
+const NO_DESCRIPTOR = new Set(["EMFILE", "ENFILE"]);
+/** In the middle of a rotation, a descriptor is waited for up to a minute. */
+const DESCRIPTOR_PAUSE_MS = 100;
+const DESCRIPTOR_TRIES = 600;
 
 /** There is no room for the lines; none of them is stored. It resumes without a restart once there is room. */
 export class JournalFull extends Error {}
+/** The lines could not be written, for another reason; none of them is stored. The next append tries again. */
+export class JournalBusy extends Error {}
 /** The journal accepts nothing more until the program is restarted. */
 export class JournalFailed extends Error {}
 
@@ -57,7 +65,7 @@ export interface Journal {
   trouble(): string | null;
   /**
    * Stores whole event lines, each with its newline, on the disk together; resolves to the position
-   * behind them. Rejects with JournalFull or JournalFailed: then none of them is acknowledged.
+   * behind them. Rejects with JournalFull, JournalBusy or JournalFailed: then none of them is acknowledged.
    */
   append(lines: Uint8Array): Promise<number>;
   /** Calls `listener` after each commit. */
@@ -184,8 +192,8 @@ function writer(opened: {
   const waiting: Waiting[] = [];
   let committing: Promise<void> | null = null;
   let failed: JournalFailed | null = null;
-  let full: JournalFull | null = null;
-  let fullAtMs = 0;
+  let trouble: JournalFull | JournalBusy | null = null;
+  let troubleAtMs = 0;
   const listeners: ((commit: Commit) => void)[] = [];
 
   return {
@@ -194,8 +202,9 @@ function writer(opened: {
     end: position,
     trouble() {
       // A caller that asks before it appends would otherwise never append again, nor find the room.
-      if (disk.now() - fullAtMs > FULL_MS) full = null;
-      return (failed ?? full)?.message ?? null;
+      // Nor may a clock that jumps back prolong it.
+      if (!(Math.abs(disk.now() - troubleAtMs) <= TROUBLE_MS)) trouble = null;
+      return (failed ?? trouble)?.message ?? null;
     },
     append(lines) {
       if (failed) return Promise.reject(failed);
@@ -235,7 +244,7 @@ function writer(opened: {
       if (failed) throw failed;
       const payloads = group.map(({ lines }) => lines);
       const payloadBytes = payloads.reduce((sum, { length }) => sum + length, 0);
-      const atMs = disk.now();
+      const atMs = toFrameTime(disk.now());
       const frame = encodeFrame(payloads, payloadBytes, atMs);
       if (hasFrames() && end + frame.length > segmentBytes) await rotate();
       await write(frame);
@@ -246,7 +255,7 @@ function writer(opened: {
       if (!file.is(path, end + frame.length)) throw fail("continue", "another program changed it");
       const from = header.base + end;
       end += frame.length;
-      full = null;
+      trouble = null;
       const commit = { from, atMs, bytes: frame.length, appends: group.length, syncMs };
       for (const listener of listeners) listener(commit);
       for (const { resolve } of group) resolve(header.base + end);
@@ -262,20 +271,18 @@ function writer(opened: {
   async function rotate() {
     const nextPath = join(dirname(path), NEXT_FILE);
     // Until the full file gives up its name nothing has changed, and the next append tries again.
-    const unlessFull = (error: unknown) => {
-      throw NO_ROOM.has(codeOf(error)) ? noRoom(error) : error;
+    const troubled = (what: string) => (error: unknown) => {
+      throw passing(what, error);
     };
-    const next = await disk.openForAppend(nextPath).catch((error) => {
-      if (NO_ROOM.has(codeOf(error))) throw noRoom(error);
-      throw new JournalFailed(`cannot create ${nextPath}: ${codeOf(error)}`);
-    });
+    const next = await disk.openForAppend(nextPath).catch(troubled("create the file after"));
     try {
-      const begun = await begin(next, header.id, header.base + end).catch(unlessFull);
+      const base = header.base + end;
+      const begun = await begin(next, header.id, base).catch(troubled("begin the file after"));
       await next.sync();
-      await disk.rename(path, segmentPath(path, header.base)).catch(unlessFull);
-      await disk.syncDirectory(dirname(path));
+      await disk.rename(path, segmentPath(path, header.base)).catch(troubled("rename"));
+      await syncDirectory();
       await disk.rename(nextPath, path);
-      await disk.syncDirectory(dirname(path));
+      await syncDirectory();
       await file.close();
       file = next;
       header = begun;
@@ -283,34 +290,41 @@ function writer(opened: {
     } catch (error) {
       // A handle that is collected as garbage ends the process.
       await next.close().catch(() => {});
-      if (error instanceof JournalFull) throw error;
+      if (error === trouble) throw error;
       throw fail("begin the file after", codeOf(error));
     }
   }
 
-  async function write(frame: Buffer) {
-    try {
-      await file.append(frame);
-    } catch (error) {
-      const failure = noRoom(error);
-      if (failure === failed) throw failed;
-      // Remove the piece that found room: the next frame must begin where the last one ended.
-      await file.truncate(end).catch((error) => {
-        throw fail("truncate", String(error));
-      });
-      throw failure;
+  /** Opening the directory needs a descriptor. To find none is not a failed sync, so it tries again. */
+  async function syncDirectory() {
+    for (let tries = DESCRIPTOR_TRIES; ; tries--) {
+      const error = await disk.syncDirectory(dirname(path)).catch((error: unknown) => error);
+      if (!error) return;
+      if (!NO_DESCRIPTOR.has(codeOf(error)) || tries === 0) throw error;
+      await Bun.sleep(DESCRIPTOR_PAUSE_MS);
     }
   }
 
-  /** The failure of a write: passing when the disk is full, otherwise final. */
-  function noRoom(error: unknown): JournalFull | JournalFailed {
+  async function write(frame: Buffer) {
+    await file.append(frame).catch(async (error) => {
+      // Remove the piece that was written: the next frame must begin where the last one ended.
+      await file.truncate(end).catch((error) => {
+        throw fail("truncate", String(error));
+      });
+      throw passing("append to", error);
+    });
+  }
+
+  /** A failure that passes: nothing was written, or it is removed again, and nothing has been synced. */
+  function passing(what: string, error: unknown): JournalFull | JournalBusy {
     const code = codeOf(error);
-    if (!NO_ROOM.has(code)) return fail("append to", code);
-    fullAtMs = disk.now();
-    full = new JournalFull(
-      `cannot append to ${path}: no room (${code}); free some space and it resumes by itself`,
-    );
-    return full;
+    troubleAtMs = disk.now();
+    trouble = NO_ROOM.has(code)
+      ? new JournalFull(
+          `cannot append to ${path}: no room (${code}); free some space and it resumes by itself`,
+        )
+      : new JournalBusy(`cannot ${what} ${path}: ${code}; it resumes by itself once this passes`);
+    return trouble;
   }
 
   async function sync() {

@@ -2,7 +2,7 @@
 import { dirname, join } from "node:path";
 
 import type { Database } from "../ledger/database.ts";
-import { decodeEvent, InvalidEvent } from "../event/event.ts";
+import { decodeEvent, InvalidEvent, MAX_JOURNALED_BYTES } from "../event/event.ts";
 import { checkJournal, type CheckedFile } from "../journal/check.ts";
 import { disk } from "../journal/disk.ts";
 import {
@@ -157,12 +157,16 @@ async function keepEvents(path: string): Promise<number> {
   let events = 0;
   const writer = Bun.file(`${path}.events`).writer();
   for await (const { bytes } of readBlocks(readFile(Bun.file(path)), 0, BLOCK_BYTES)) {
-    eachLine(bytes, (line) => {
-      if (decodeEvent(line) instanceof InvalidEvent) return;
-      writer.write(line);
-      writer.write("\n");
-      events++;
-    });
+    eachLine(
+      bytes,
+      (line) => {
+        if (decodeEvent(line, MAX_JOURNALED_BYTES) instanceof InvalidEvent) return;
+        writer.write(line);
+        writer.write("\n");
+        events++;
+      },
+      MAX_JOURNALED_BYTES,
+    );
     await writer.flush();
   }
   await writer.end();

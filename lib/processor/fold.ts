@@ -7,6 +7,8 @@ import {
   type Change,
   decodeEvent,
   InvalidEvent,
+  MAX_EVENT_BYTES,
+  MAX_JOURNALED_BYTES,
   openScanner,
   scannedChange,
 } from "../event/event.ts";
@@ -129,8 +131,9 @@ export class Fold {
       (line, index) => {
         const mark = parseSourceMark(line);
         if (mark) marked = { mark, postedTo: this.moveSource(mark), next: mark.from, seen: 0 };
-        else if (counts(index, line.length)) this.add(line, position + index);
+        else if (counts(index, line.length)) this.add(line, position + index, MAX_JOURNALED_BYTES);
       },
+      MAX_JOURNALED_BYTES,
     );
   }
 
@@ -145,8 +148,8 @@ export class Fold {
   }
 
   /** Adds the line that begins at `position`; quarantines it if it is no valid event. */
-  add(line: Uint8Array, position: number): void {
-    const decoded = decodeEvent(line);
+  add(line: Uint8Array, position: number, maxBytes = MAX_EVENT_BYTES): void {
+    const decoded = decodeEvent(line, maxBytes);
     if (decoded instanceof InvalidEvent) return this.quarantine(line, position, decoded.reason);
     const { userId, sign, amount, id } = decoded;
     if (id !== undefined && sign !== 0) return this.claim(line, position, { ...decoded, id });

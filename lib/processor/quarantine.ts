@@ -2,10 +2,16 @@
  * `processor.ts --quarantine`: lists the lines in quarantine, or retries them. A line that is valid by
  * now (its id is free, or the rules have changed) is posted.
  */
-import { decodeEvent, getEventTypes, InvalidEvent } from "../event/event.ts";
+import {
+  decodeEvent,
+  getEventTypes,
+  InvalidEvent,
+  MAX_EVENT_BYTES,
+  MAX_JOURNALED_BYTES,
+} from "../event/event.ts";
 import { eachLine, SHOWN_BYTES } from "../event/lines.ts";
 import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
-import { journalKey } from "../ledger/checkpoints.ts";
+import { journalKey, parseKey } from "../ledger/checkpoints.ts";
 import { describe, RowRefused, type Sql } from "../ledger/database.ts";
 import { noteEventTypes, OTHER_EVENT } from "../ledger/ledger.ts";
 import { type QuarantinedLine, readQuarantine, release } from "../ledger/quarantine.ts";
@@ -97,10 +103,11 @@ async function readLines(
       for (const { payload, from, to } of frames) {
         if (from > last) break;
         place.position = from; // the next page may begin in the same frame
-        eachLine(payload, (line, index) => {
+        const visit = (line: Uint8Array, index: number) => {
           const row = wanted.get(to - payload.length + index);
           if (row) lines.set(row, Uint8Array.from(line));
-        });
+        };
+        eachLine(payload, visit, MAX_JOURNALED_BYTES);
         position = to;
       }
     }
@@ -111,7 +118,8 @@ async function readLines(
 /** Posts a line and returns `null`, or returns why it remains. */
 async function retry(sql: Sql, row: QuarantinedLine, line?: Uint8Array): Promise<string | null> {
   if (!line) return `${row.reason}, and only the beginning of the line was kept`;
-  const change = decodeEvent(line);
+  const isJournaled = parseKey(row.key).kind === "journal";
+  const change = decodeEvent(line, isJournaled ? MAX_JOURNALED_BYTES : MAX_EVENT_BYTES);
   if (change instanceof InvalidEvent) return change.reason;
   const { id, sign } = change;
   const event = id === undefined || sign === 0 ? null : identityOf({ ...change, id });

@@ -4,7 +4,14 @@
  * computed: it reads journals and files from their first byte, or from the end of the snapshot of their
  * removed segments.
  */
-import { decodeEvent, getEventTypes, InvalidEvent, openScanner } from "../event/event.ts";
+import {
+  decodeEvent,
+  getEventTypes,
+  InvalidEvent,
+  MAX_EVENT_BYTES,
+  MAX_JOURNALED_BYTES,
+  openScanner,
+} from "../event/event.ts";
 import { matchGenerations } from "../event/generations.ts";
 import { openInput, sourceName } from "../event/input.ts";
 import { eachEvent, type Read, readBlocks, readFile } from "../event/lines.ts";
@@ -197,6 +204,7 @@ class Recount {
 
   private count(key: string, { bytes, from }: Lines, exclusions: Exclusions): void {
     const { scanner, sums } = this;
+    const maxBytes = parseKey(key).kind === "journal" ? MAX_JOURNALED_BYTES : MAX_EVENT_BYTES;
     eachEvent(
       bytes,
       scanner,
@@ -209,7 +217,7 @@ class Recount {
       },
       (line, index) => {
         if (parseSourceMark(line) || exclusions.has(from + index)) return;
-        const decoded = decodeEvent(line);
+        const decoded = decodeEvent(line, maxBytes);
         if (!(decoded instanceof InvalidEvent)) {
           this.events++;
           if (decoded.sign !== 0) sums.addTo(decoded.userId, decoded.amount);
@@ -219,6 +227,7 @@ class Recount {
           this.firstInvalid ??= { key, position: from + index, reason: decoded.reason };
         }
       },
+      maxBytes,
     );
   }
 

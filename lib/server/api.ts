@@ -12,7 +12,7 @@ import { type Database, Unavailable } from "../ledger/database.ts";
 import { checkLedger, readBalance } from "../ledger/ledger.ts";
 import { type Log, watchHealth } from "../log.ts";
 import { type Access, openAuth } from "./auth.ts";
-import { readEvent, readEvents } from "./body.ts";
+import { type Lines, readEvent, readLines, sortLines } from "./body.ts";
 import type { EventSchema } from "./event-schema.ts";
 import { observe } from "./listener.ts";
 import { openMemoryBudget } from "./memory.ts";
@@ -20,11 +20,18 @@ import type { Metrics } from "./metrics.ts";
 import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
 import type { PostedWatch } from "./posted.ts";
 import { allowedMethods, Problem, problems, routeOf, unavailable } from "./problem.ts";
-import { openSources, readSourceHeaders, requireSourceName, sourceHeaders } from "./sources.ts";
+import {
+  type NotStored,
+  openSources,
+  readSourceHeaders,
+  requireSourceName,
+  sourceHeaders,
+} from "./sources.ts";
 import type { Scope } from "./token.ts";
 
 /** `?after=` waits this long. */
 const AFTER_MS = 5_000;
+const USERS_PATH = "/userEvents";
 /** Bad lines listed unless `?errors=` says otherwise. */
 const DEFAULT_LISTED_ERRORS = 100;
 
@@ -37,10 +44,11 @@ const Counts = t.Object({
   errors: t.Array(t.Object({ line: t.Integer(), message: t.String() })),
   position: t.String(),
 });
+const Balance = t.Object({ user_id: t.String(), revenue: t.String() });
 
 const Readiness = t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() });
 
-/** What the routes that receive lines have in common; `readEvents` reads their bodies. */
+/** What the routes that receive lines have in common; `readLines` reads their bodies. */
 const receivesLines = {
   grants: "events:write",
   parse: "none",
@@ -91,12 +99,12 @@ export function createApi(parts: Parts) {
       grants: (scope: Scope) => ({
         detail:
           access.readingIsOpen && scope === "balances:read" ? {} : { security: [{ secret: [] }] },
-        transform: ({ request, server, params }) =>
-          authorize(
-            { request, server },
-            scope,
-            (params as { userid?: string } | undefined)?.userid,
-          ),
+        transform: ({ request, server, path, params, query }) => {
+          const { userid } = (params ?? {}) as { userid?: string };
+          // Only there does the query name the user; elsewhere it must not grant anything.
+          const user = path === USERS_PATH ? (query as { user_id?: string }).user_id : userid;
+          return authorize({ request, server }, scope, user);
+        },
       }),
     })
     .post("/liveEvent", async ({ request, status }) => status(201, await storeEvent(request)), {
@@ -105,7 +113,7 @@ export function createApi(parts: Parts) {
       body: EventBody,
       response: { 201: t.Object({ message: t.String(), position: t.String() }) },
       detail: {
-        summary: "Store one event; `Idempotency-Key` is the same as its `id`",
+        summary: "Store one event; `Idempotency-Key`, plain or quoted, is the same as its `id`",
         requestBody: describeBody("application/json", describeEvent(schema)),
       },
     })
@@ -150,11 +158,19 @@ export function createApi(parts: Parts) {
         },
       },
     )
+    .get(USERS_PATH, ({ request, query }) => listUsers(request, query.user_id), {
+      grants: "balances:read",
+      query: t.Object({ user_id: t.Optional(t.String()) }, openObject),
+      response: { 200: t.Object({ users: t.Array(Balance), next: t.Null() }) },
+      detail: {
+        summary: "The balance of one user, `user_id`, also if its id cannot stand in a path (`..`)",
+      },
+    })
     .get("/userEvents/:userid", ({ params, query }) => readUser(params.userid, query.after), {
       grants: "balances:read",
       params: t.Object({ userid: t.String() }),
       query: t.Object({ after: t.Optional(t.String()) }, openObject),
-      response: { 200: t.Object({ user_id: t.String(), revenue: t.String() }) },
+      response: { 200: Balance },
       detail: { summary: "The balance of a user; with `after`, once that position is posted" },
     })
     .get("/healthz", () => ({ status: "ok" }), {
@@ -193,7 +209,7 @@ export function createApi(parts: Parts) {
   async function storeEvents(request: Request, maxErrors = DEFAULT_LISTED_ERRORS) {
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
-    const { good, counts } = await readEvents(received, maxErrors);
+    const { good, counts } = sortLines(await readLines(received), received, maxErrors);
     const position = formatPosition(await stored(journal.append(good)));
     metrics.accepted(counts.accepted);
     return { ...counts, position };
@@ -204,18 +220,37 @@ export function createApi(parts: Parts) {
     const { offset: from, digest } = readSourceHeaders(request.headers);
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
-    const { bytes, good, counts, ...ends } = await readEvents(received, maxErrors, from);
-    const mark = { name, from, to: from + bytes, digest, events: counts.accepted, ...ends };
-    const result = await stored(sources.store(mark, good));
-    if ("offset" in result)
-      throw new Problem(409, `the source is at offset ${result.offset}, not at ${from}`, {
-        headers: { ...sourceHeaders(result), "journal-position": formatPosition(journal.end()) },
-        // A sender that never got the answer to these bytes learns from this what was rejected.
-        lines: counts,
-      });
+    const body = await readLines(received);
+    const to = from + body.length;
+    let lines: Lines | undefined;
+    const sort = () => (lines = sortLines(body, received, maxErrors, from));
+    const result = await stored(sources.store({ name, from, digest }, body, sort));
+    const { counts } = lines ?? sort();
+    if ("state" in result) throw refusal(result, { from, lines: counts });
     metrics.accepted(counts.accepted);
-    const headers = sourceHeaders({ offset: mark.to, digest });
+    const headers = sourceHeaders({ offset: to, digest });
     return { headers, counts: { ...counts, position: formatPosition(result.position) } };
+  }
+
+  /** Why a piece of a source was not stored: for its sender. */
+  function refusal(
+    { state, why }: NotStored,
+    { from, lines }: { from: number; lines: object },
+  ): Problem {
+    if (why === "digest" && from === 0)
+      return new Problem(422, "Source-Digest is not the digest of this body", {
+        errors: [{ path: "Source-Digest", message: "must be the SHA-256 of the body" }],
+      });
+    const detail =
+      why === "digest"
+        ? `Source-Digest is not the digest of the ${from} stored bytes and this body: these are not ` +
+          "the next bytes of this source"
+        : `the source is at offset ${state.offset}, not at ${from}`;
+    return new Problem(409, detail, {
+      headers: { ...sourceHeaders(state), "journal-position": formatPosition(journal.end()) },
+      // A sender that never got the answer to these bytes learns from this what was rejected.
+      lines,
+    });
   }
 
   async function readSource(source: string): Promise<Record<string, string>> {
@@ -229,6 +264,18 @@ export function createApi(parts: Parts) {
     const revenue = isUserId(userId) ? await queried(readBalance(database, userId)) : null;
     if (revenue === null) throw new Problem(404, "no event of this user has been posted");
     return { user_id: userId, revenue };
+  }
+
+  async function listUsers({ url }: Request, userId: string | undefined) {
+    // Of a repeated parameter Elysia sees one value.
+    if (userId === undefined || new URL(url).searchParams.getAll("user_id").length > 1)
+      throw new Problem(422, "this route answers one user; name it in the query", {
+        errors: [
+          { path: "/user_id", message: "must be given once: the list of all users is not served" },
+        ],
+      });
+    const revenue = isUserId(userId) ? await queried(readBalance(database, userId)) : null;
+    return { users: revenue === null ? [] : [{ user_id: userId, revenue }], next: null };
   }
 
   async function waitUntilPosted(after: string): Promise<void> {

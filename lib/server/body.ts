@@ -4,6 +4,7 @@ import { gunzip, zstdDecompress } from "node:zlib";
 
 import {
   decodeEvent,
+  type Fault,
   InvalidEvent,
   isEventId,
   MAX_EVENT_BYTES,
@@ -30,6 +31,11 @@ const CR = 13;
 const SPACE = 32;
 const CLOSING_BRACE = 0x7d;
 
+/** A string of RFC 8941, as a whole. */
+const QUOTED_KEY = /^"((?:[ !#-[\]-~]|\\["\\])*)"$/;
+/** Bun joins the values of repeated headers with `, `. */
+const JOINED = /,[ \t]/;
+
 type Decompress = (bytes: Uint8Array, limit: { maxOutputLength: number }) => Promise<Buffer>;
 const DECOMPRESS = new Map<string, Decompress>([
   ["gzip", promisify(gunzip) as never],
@@ -55,10 +61,18 @@ export async function readEvent({ request, reservation, schema, onRejected }: Re
     throw new Problem(415, "a single event must be sent without Content-Encoding");
   const body = withoutBom(await readBytes(request, MAX_EVENT_BYTES, reservation));
   const decoded = decodeEvent(body);
-  if (decoded instanceof InvalidEvent) throw notAnEvent(decoded);
-  const line = withKey(oneLine(body), decoded.id, request.headers.get("idempotency-key"));
-  const invalid = schema?.check(line);
-  if (invalid) throw notAnEvent(invalid);
+  if (decoded instanceof InvalidEvent && decoded.kind !== "event") throw notAnEvent(decoded);
+  const key = parseKey(request.headers.get("idempotency-key"));
+  const faults = decoded instanceof InvalidEvent ? [...decoded.faults] : [];
+  const id = decoded instanceof InvalidEvent ? undefined : decoded.id;
+  // Not where there is no object to add it to, or its own id is at fault.
+  const isNew =
+    key !== null && key !== id && faults.every(({ path }) => path !== "" && path !== "/id");
+  const keyFault = isNew ? faultOfKey(key, id) : null;
+  if (keyFault) faults.push(keyFault);
+  const line = isNew && !keyFault ? withId(oneLine(body), key) : oneLine(body);
+  faults.push(...(schema?.check(line)?.faults ?? []));
+  if (faults.length > 0) throw notAnEvent(new InvalidEvent("event", faults));
   return line;
 
   function notAnEvent(invalid: InvalidEvent): Problem {
@@ -81,34 +95,63 @@ function oneLine(json: Uint8Array): Uint8Array {
   return line;
 }
 
-/** The line with its `Idempotency-Key` as its id. */
-function withKey(line: Uint8Array, id: string | undefined, header: string | null): Uint8Array {
-  if (header === null) return line;
-  // HTTP delivers bytes as Latin-1; senders mean UTF-8, as in an event's own id.
-  const key = Buffer.from(header, "latin1").toString();
-  if (key === id) return line;
-  const fault = (message: string) =>
-    new Problem(422, "the event cannot have this id", { errors: [{ path: "/id", message }] });
-  if (id !== undefined) throw fault("differs from the Idempotency-Key");
-  if (!isEventId(key) || key.includes("\ufffd"))
-    throw fault(`the Idempotency-Key must have 1 to ${MAX_ID_BYTES} bytes`);
+/** Why an event with this `id` cannot have this `Idempotency-Key`, or `null`. */
+function faultOfKey(key: string, id: string | undefined): Fault | null {
+  if (id !== undefined) return { path: "/id", message: "differs from the Idempotency-Key" };
+  if (isEventId(key) && !key.includes("\ufffd")) return null;
+  return { path: "/id", message: `the Idempotency-Key must have 1 to ${MAX_ID_BYTES} bytes` };
+}
+
+/** The line of an event, with an id added to it. */
+function withId(line: Uint8Array, id: string): Uint8Array {
   const end = line.lastIndexOf(CLOSING_BRACE);
-  const field = Buffer.from(`,"id":${JSON.stringify(key)}`);
-  // The processor accepts no line that is longer than a body may be.
-  if (line.length - 1 + field.length > MAX_EVENT_BYTES)
-    throw tooLarge(MAX_EVENT_BYTES - field.length);
+  const field = Buffer.from(`,"id":${JSON.stringify(id)}`);
   return Buffer.concat([line.subarray(0, end), field, line.subarray(end)]);
 }
 
-/**
- * Reads a body of many events and lists up to `maxErrors` bad lines. `offset` is where the body begins
- * in its source. Throws a Problem when the body as a whole cannot be read.
- */
-export async function readEvents(received: Received, maxErrors: number, offset = 0) {
-  const { request, reservation, schema, onRejected } = received;
+/** The id in an `Idempotency-Key`: a quoted string of RFC 8941, or the value as it is. Throws the 400. */
+function parseKey(header: string | null): string | null {
+  if (header === null) return null;
+  if (header.startsWith('"')) {
+    const [, quoted] = QUOTED_KEY.exec(header) ?? [];
+    if (quoted !== undefined) return quoted.replace(/\\(.)/g, "$1");
+    throw new Problem(
+      400,
+      'a quoted Idempotency-Key must be one string of RFC 8941: printable ASCII, \\" and \\\\ escaped, ' +
+        "nothing after the closing quote",
+    );
+  }
+  if (JOINED.test(header))
+    throw new Problem(
+      400,
+      'an unquoted Idempotency-Key must not hold ", ", which stands between the values of repeated headers; ' +
+        "send one header, or quote the key",
+    );
+  // HTTP delivers bytes as Latin-1; senders mean UTF-8, as in an event's own id.
+  return Buffer.from(header, "latin1").toString();
+}
+
+/** A body of many events, its good lines separated from the bad ones. */
+export type Lines = ReturnType<typeof sortLines>;
+
+/** Reads a body of many events, decompressed. Throws a Problem when it cannot be read. */
+export async function readLines({ request, reservation }: Received): Promise<Uint8Array> {
   requireType(request, "application/x-ndjson");
   const whole = await decompressed(request, reservation);
   reservation.reserveLarge(whole.length);
+  return whole;
+}
+
+/**
+ * Separates the lines of a body, whose bytes are moved in place, and lists up to `maxErrors` bad ones.
+ * `offset` is where the body begins in its source.
+ */
+export function sortLines(
+  whole: Uint8Array,
+  { schema, onRejected }: Pick<Received, "schema" | "onRejected">,
+  maxErrors: number,
+  offset = 0,
+) {
   const body = offset === 0 ? withoutBom(whole) : whole;
   const bomBytes = whole.length - body.length;
   // A good line moves towards the front of the body, if at all, so no second buffer is needed. Only a
@@ -137,14 +180,10 @@ export async function readEvents(received: Received, maxErrors: number, offset =
     scanner,
     (at, number) => sort(number, at, scanner.end, schema?.check(body.subarray(at, scanner.end))),
     (line, at, number) => {
-      const decoded = decodeEvent(line);
-      const invalid = decoded instanceof InvalidEvent ? decoded : schema?.check(line);
-      sort(number, at, at + line.length, invalid);
+      sort(number, at, at + line.length, check(line, schema));
     },
   );
   return {
-    /** The length of the body, decompressed. */
-    bytes: whole.length,
     /** The good lines, each with its newline. */
     good: good.subarray(0, goodBytes),
     /** How many lines are good and bad, with the first bad ones by their number in the body. */
@@ -152,6 +191,14 @@ export async function readEvents(received: Received, maxErrors: number, offset =
     /** Where each good line ends in the body, before its newline; absent if their lengths say it. */
     ...(isPlain ? {} : { ends }),
   };
+}
+
+/** All faults of a line, or `null` if it is a valid event. */
+function check(line: Uint8Array, schema: EventSchema | null): InvalidEvent | null {
+  const decoded = decodeEvent(line);
+  if (!(decoded instanceof InvalidEvent)) return schema?.check(line) ?? null;
+  if (decoded.kind !== "event") return decoded;
+  return new InvalidEvent("event", [...decoded.faults, ...(schema?.check(line)?.faults ?? [])]);
 }
 
 function requireType(request: Request, required: string): void {

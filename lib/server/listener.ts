@@ -72,6 +72,10 @@ export function listen(app: AnyElysia, address: Address) {
       draining.add(old);
       old.stop().then(() => draining.delete(old));
     },
+    /** Closes the connections that wait for their next request. */
+    closeIdle(): void {
+      for (const each of [server, ...draining]) each.closeIdleConnections();
+    },
     /** Stops accepting, and lets requests in progress finish. */
     async finish(): Promise<void> {
       const servers = [server, ...draining];

@@ -13,31 +13,55 @@
  * `tail` becomes `whole` or `partial` when a source is unknown and the database is down, because events
  * are accepted without it. Only an unknown source in state `partial` gets a 503 then.
  *
+ * A digest is checked where this server has seen all bytes of a source: from offset 0 on, and as long as it
+ * remembers the source. After a restart it knows only the digest that is stored, from which the next one
+ * cannot be computed: then the sender's stands.
+ *
  * Stale knowledge here never causes double counting: another server may have stored more of a source,
  * but bytes that are stored twice are posted once, because the ledger decides.
  */
 import { isText, MAX_SOURCE_BYTES } from "../event/event.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
-import { eachSourceMark, encodeSourceMark, type SourceMark } from "../journal/source-mark.ts";
+import { eachSourceMark, encodeSourceMark } from "../journal/source-mark.ts";
 import type { Journal } from "../journal/writer.ts";
 import { readCheckpoint, readPosted, sentKey } from "../ledger/checkpoints.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
+import type { Lines } from "./body.ts";
 import { Problem } from "./problem.ts";
 
 /** Sources kept in memory; the one that was stored to longest ago is evicted first. */
 const MAX_KNOWN_SOURCES = 10_000;
 
-/** How much of a source is stored; `digest` is the sender's SHA-256 (hex) of its bytes before `offset`. */
+/** How much of a source is stored; `digest` is the SHA-256 (hex) of its bytes before `offset`. */
 export interface SourceState {
   offset: number;
   digest: string;
 }
 
-const NOTHING_STORED = { offset: 0, digest: new Bun.CryptoHasher("sha256").digest("hex") };
+const NOTHING_STORED: Known = {
+  offset: 0,
+  digest: new Bun.CryptoHasher("sha256").digest("hex"),
+};
+
+/** The next bytes of a source: where they begin, and the digest of all bytes up to their end. */
+interface Piece {
+  name: string;
+  from: number;
+  digest: string;
+}
+
+/** The source is elsewhere, or `digest` is not that of its bytes. */
+export interface NotStored {
+  why: "offset" | "digest";
+  state: SourceState;
+}
+
+/** `hash` has seen the bytes before `offset`; `undefined` where another process has. */
+type Known = SourceState & { hash?: Bun.CryptoHasher | undefined };
 
 export function openSources(journal: Journal, database: Database) {
   const { path } = journal;
-  const known = new Map<string, SourceState>();
+  const known = new Map<string, Known>();
   const queues = new Map<string, Promise<unknown>>();
   let marks: "unread" | "tail" | "whole" | "partial" = "unread";
   const readTailOnce = sharedAttempt(readTail);
@@ -47,39 +71,48 @@ export function openSources(journal: Journal, database: Database) {
     /** How much of `name` is stored, as far as this server and the ledger know; `null`: never seen. */
     state: stateOf,
     /**
-     * Stores the bytes from `mark.from` to `mark.to`, whose good event lines are `lines`, and returns the
-     * position once they are synced; or the source's state, when it is not at `mark.from`.
+     * Stores the good lines of `body`, the next bytes of a source, and returns the position once they are
+     * synced. `sort` finds these lines, after the digest has been computed, because it moves bytes.
      */
-    store(mark: SourceMark, lines: Uint8Array): Promise<{ position: number } | SourceState> {
-      const storing = (queues.get(mark.name) ?? Promise.resolve()).then(() => store(mark, lines));
+    store(
+      piece: Piece,
+      body: Uint8Array,
+      sort: () => Lines,
+    ): Promise<{ position: number } | NotStored> {
+      const { name } = piece;
+      const storing = (queues.get(name) ?? Promise.resolve()).then(() => store(piece, body, sort));
       const leave = () => {
-        if (queues.get(mark.name) === settled) queues.delete(mark.name);
+        if (queues.get(name) === settled) queues.delete(name);
       };
       const settled: Promise<void> = storing.then(leave, leave);
-      queues.set(mark.name, settled);
+      queues.set(name, settled);
       return storing;
     },
   };
 
-  async function stateOf(name: string): Promise<SourceState | null> {
+  async function stateOf(name: string): Promise<Known | null> {
     if (marks === "unread") await readTailOnce();
     const posted = await readPostedState(name);
     const here = known.get(name) ?? null;
     return posted && posted.offset > (here?.offset ?? -1) ? posted : here;
   }
 
-  async function store(mark: SourceMark, lines: Uint8Array) {
-    const { name, from, to, digest } = mark;
-    if (marks === "unread" || known.get(name)?.offset !== from) {
-      const state = (await stateOf(name)) ?? NOTHING_STORED;
-      if (state.offset !== from) return state;
-    }
-    const position = await journal.append(Buffer.concat([encodeSourceMark(mark), lines]));
-    remember(name, { offset: to, digest });
+  async function store({ name, from, digest }: Piece, body: Uint8Array, sort: () => Lines) {
+    const here = marks === "unread" ? undefined : known.get(name);
+    const state = here?.offset === from ? here : ((await stateOf(name)) ?? NOTHING_STORED);
+    if (state.offset !== from) return { why: "offset", state } as const;
+    const hash = from === 0 ? new Bun.CryptoHasher("sha256") : state.hash?.copy();
+    hash?.update(body);
+    if (!isDigest(digest, { hash, state, body })) return { why: "digest", state } as const;
+    const to = from + body.length;
+    const { good, counts, ...ends } = sort();
+    const mark = { name, from, to, digest, events: counts.accepted, ...ends };
+    const position = await journal.append(Buffer.concat([encodeSourceMark(mark), good]));
+    remember(name, { offset: to, digest, hash });
     return { position };
   }
 
-  function remember(name: string, state: SourceState): void {
+  function remember(name: string, state: Known): void {
     known.delete(name); // moves it to the end of the Map, so it is evicted last
     known.set(name, state);
     const [oldest] = known.keys();
@@ -130,7 +163,10 @@ export function openSources(journal: Journal, database: Database) {
       const frames = (await reader.read(position)).filter(({ to }) => to <= end);
       for (const { payload, to } of frames) {
         eachSourceMark(payload, ({ name, to: offset, digest }) => {
-          if (offset >= (known.get(name)?.offset ?? 0)) remember(name, { offset, digest });
+          const here = known.get(name);
+          // What is in memory with its hash is not replaced by the mark of the same bytes.
+          if (here?.hash ? offset > here.offset : offset >= (here?.offset ?? 0))
+            remember(name, { offset, digest });
         });
         position = to;
       }
@@ -151,6 +187,19 @@ function sharedAttempt(attempt: () => Promise<void>): () => Promise<void> {
 function nullIfUnavailable(error: unknown): null {
   if (error instanceof Unavailable) return null;
   throw error;
+}
+
+/** Whether `digest` can be that of the bytes before `state.offset` and `body`, all of which `hash` has seen. */
+function isDigest(
+  digest: string,
+  {
+    hash,
+    state,
+    body,
+  }: { hash: Bun.CryptoHasher | undefined; state: SourceState; body: Uint8Array },
+): boolean {
+  if (hash) return hash.copy().digest("hex") === digest;
+  return body.length > 0 || digest === state.digest;
 }
 
 /** The name of a source as it stands in the path, decoded. Throws the 422. */

@@ -12,8 +12,10 @@ import { setImmediate } from "node:timers/promises";
 import { crc32 } from "node:zlib";
 
 import { type Disk, disk, type JournalFile } from "../../lib/journal/disk.ts";
-import { type Journal, JournalFull, openJournal } from "../../lib/journal/writer.ts";
+import { type Journal, JournalBusy, JournalFull, openJournal } from "../../lib/journal/writer.ts";
 import { readLines } from "../support/journal.ts";
+import { checkJournal } from "../../lib/journal/check.ts";
+import { type Frame, openJournalReader } from "../../lib/journal/reader.ts";
 import { tempDir } from "../support/programs.ts";
 
 const line = (text: string) => Buffer.from(`${text}\n`);
@@ -63,6 +65,18 @@ async function reopen(
 ): Promise<string[]> {
   await (await openJournal({ directory, say })).close();
   return readLines(`${directory}/eventsPost.jsonl`);
+}
+
+async function readFrames(path: string): Promise<Frame[]> {
+  const reader = await openJournalReader(path);
+  if (!reader) throw new Error("no journal");
+  const all: Frame[] = [];
+  for (let position = reader.start; ;) {
+    const frames = await reader.read(position);
+    if (frames.length === 0) return all;
+    all.push(...frames);
+    position = (frames.at(-1) as Frame).to;
+  }
 }
 
 test("the file is a header line, then frames with the byte count and the CRC-32 of their lines", async () => {
@@ -234,7 +248,9 @@ test.each(["rename", "syncDirectory"] as const)(
     const journal = await openJournal({ directory: dir.path, disk: breaking, segmentBytes: 100 });
     await journal.append(line("first"));
     isBroken = true;
-    await expect(journal.append(line("second"))).rejects.toThrow("begin the file after");
+    await expect(journal.append(line("second"))).rejects.toThrow(
+      /begin the file after|cannot rename/,
+    );
     await journal.close();
     // A file that nobody closes ends the process when it is collected as garbage.
     expect(opened).toBe(2);
@@ -271,6 +287,129 @@ test.each(["open", "rename"] as const)(
     await journal.close();
   },
 );
+
+for (const code of ["EMFILE", "ENFILE", "ENOMEM", "EINTR", "EAGAIN", "EACCES", "EIO"]) {
+  const failing = () => Promise.reject(Object.assign(new Error(code), { code }));
+
+  test(`${code} before anything is synced passes: the next append works, and nothing of the failed one stays`, async () => {
+    using dir = tempDir();
+    const { disk, strange } = strangeDisk({});
+    const journal = await openJournal({ directory: dir.path, disk });
+    await journal.append(line("before"));
+    for (const written of [0, 20]) {
+      strange.append = async (file, bytes) => {
+        await file.append((bytes as Uint8Array).subarray(0, written));
+        await failing();
+      };
+      await expect(journal.append(line("refused"))).rejects.toBeInstanceOf(JournalBusy);
+      expect(journal.trouble()).toContain(code);
+    }
+    delete strange.append;
+    await journal.append(line("after"));
+    expect(journal.trouble()).toBeNull();
+    await journal.close();
+    expect(await reopen(dir.path)).toEqual(["before", "after"]);
+  });
+
+  for (const call of ["openForAppend", "rename"] as const)
+    test(`${code} at ${call} of a rotation passes`, async () => {
+      using dir = tempDir();
+      let isFailing = false;
+      const failingDisk = {
+        ...disk,
+        [call]: (...paths: [string, string]) =>
+          isFailing ? failing() : (disk[call] as (...paths: string[]) => Promise<never>)(...paths),
+      };
+      const options = { directory: dir.path, disk: failingDisk, segmentBytes: 100 };
+      const journal = await openJournal(options);
+      await journal.append(line("before"));
+      isFailing = true;
+      await expect(journal.append(line("refused"))).rejects.toBeInstanceOf(JournalBusy);
+      isFailing = false;
+      await journal.append(line("after"));
+      await journal.close();
+      expect(await reopen(dir.path)).toEqual(["before", "after"]);
+    });
+}
+
+test("a rotation waits for the descriptor of its directory", async () => {
+  using dir = tempDir();
+  let failures = 0;
+  const scarce = {
+    ...disk,
+    async syncDirectory(path: string) {
+      if (failures-- > 0) throw Object.assign(new Error("EMFILE"), { code: "EMFILE" });
+      await disk.syncDirectory(path);
+    },
+  };
+  const journal = await openJournal({ directory: dir.path, disk: scarce, segmentBytes: 100 });
+  await journal.append(line("1"));
+  failures = 2;
+  await journal.append(line("2"));
+  expect(failures).toBeLessThan(0);
+  await journal.close();
+  expect(await reopen(dir.path)).toEqual(["1", "2"]);
+});
+
+/** Clocks that are wrong, and the time that a frame then states. */
+const WRONG_CLOCKS: [what: string, nowMs: number, at: number][] = [
+  ["before 1970", -1, 0],
+  ["long before 1970", -62_135_596_800_000, 0],
+  ["a fraction before 1970", -0.5, 0],
+  ["with fractions of milliseconds", 1_700_000_000_000.75, 1_700_000_000_000],
+  ["at the largest time of 15 digits", 999_999_999_999_999, 999_999_999_999_999],
+  ["behind it", 1e15, 999_999_999_999_999],
+  ["so far ahead that it is written with an exponent", 1e22, 999_999_999_999_999],
+  ["that says nothing", Number.NaN, 0],
+  ["without an end", Infinity, 999_999_999_999_999],
+  ["without a beginning", -Infinity, 0],
+];
+
+for (const [what, nowMs, at] of WRONG_CLOCKS)
+  test(`what is written by a clock ${what} can be read, and the next start finds it`, async () => {
+    using dir = tempDir();
+    const wrong = { ...disk, now: () => nowMs };
+    const journal = await openJournal({ directory: dir.path, disk: wrong, segmentBytes: 200 });
+    const stated: number[] = [];
+    journal.onCommit(({ atMs }) => stated.push(atMs));
+    const expected = ["1", "2", "3", "4", "5"];
+    for (const text of expected) await journal.append(line(text));
+    await journal.close();
+    expect(await readLines(journal.path)).toEqual(expected);
+    expect(await reopen(dir.path)).toEqual(expected);
+    const { files } = await checkJournal(journal.path, disk);
+    expect(files.length).toBeGreaterThan(1);
+    expect(files.flatMap(({ damage }) => damage)).toEqual([]);
+    expect(stated).toEqual(expected.map(() => at));
+    const headers = (await readFrames(journal.path)).map(({ header }) => JSON.parse(header));
+    expect(headers.map(({ frame }) => frame.at)).toEqual(stated);
+  });
+
+test("a clock that jumps in both directions makes no frame unreadable", async () => {
+  using dir = tempDir();
+  const times = [1e12, -5, 2e15, 1e12, Number.NaN, 1, -1e15, 1e12 + 1];
+  const jumping = { ...disk, now: () => times[journal.end() % times.length] as number };
+  const journal = await openJournal({ directory: dir.path, disk: jumping });
+  const expected = Array.from({ length: 40 }, (_, i) => "x".repeat(i + 1));
+  for (const text of expected) await journal.append(line(text));
+  await journal.close();
+  expect(await reopen(dir.path)).toEqual(expected);
+});
+
+test("a clock that jumps back while the disk is full does not keep the journal full", async () => {
+  using dir = tempDir();
+  const { disk, strange } = strangeDisk({});
+  let nowMs = 1_700_000_000_000;
+  const journal = await openJournal({ directory: dir.path, disk: { ...disk, now: () => nowMs } });
+  strange.append = () => Promise.reject(Object.assign(new Error("full"), { code: "ENOSPC" }));
+  for (const jumped of [-1, Number.NaN, 1]) {
+    nowMs = 1_700_000_000_000;
+    await expect(journal.append(line("refused"))).rejects.toThrow("no room");
+    nowMs = jumped;
+    expect(journal.trouble()).toBeNull();
+  }
+  await journal.close();
+});
 
 test("a full disk is reported as full for a limited time", async () => {
   using dir = tempDir();

@@ -115,10 +115,15 @@ const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => str
   ann: [
     [{}, () => "/userEvents/ann", 200],
     [{ method: "HEAD" }, () => "/userEvents/ann", 200],
+    [{}, () => "/userEvents?user_id=ann", 200],
   ],
   other: [
     [{}, () => "/userEvents/ben", 200],
+    [{}, () => "/userEvents/ben?user_id=ann", 200],
+    [{}, () => "/userEvents?user_id=ben", 200],
+    [{}, () => "/userEvents", 422],
     [{}, () => "/metrics", 200],
+    [{}, () => "/metrics?user_id=ann", 200],
   ],
   open: [
     [{}, () => "/healthz", 200],
@@ -131,7 +136,7 @@ const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => str
 
 test("/openapi/json says which routes need a credential", async () => {
   const writes = ["/liveEvent", "/liveEvents", "/sources/{source}"];
-  const reads = ["/metrics", "/userEvents/{userid}"];
+  const reads = ["/metrics", "/userEvents", "/userEvents/{userid}"];
   const secured = async ({ url }: App) => {
     const { paths } = (await (await fetch(`${url}/openapi/json`)).json()) as {
       paths: Record<string, Record<string, { security?: unknown }>>;

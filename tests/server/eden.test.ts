@@ -37,6 +37,8 @@ test("a typed client sends an event and reads its balance once it is posted", as
   expect(error).toBeNull();
   const revenue: string | undefined = data?.revenue;
   expect([data?.user_id, revenue]).toEqual(["ann", "98.5"]);
+  const listed = await daybook.userEvents.get({ query: { user_id: "ann" } });
+  expect(listed.data).toEqual({ users: [{ user_id: "ann", revenue: "98.5" }], next: null });
 });
 
 test("a typed client sends events as lines and gets the fault of a bad one", async () => {

@@ -53,6 +53,7 @@ afterAll(async () => {
 const ALLOWED: Record<string, string[]> = {
   "/liveEvent": ["POST"],
   "/liveEvents": ["POST"],
+  "/userEvents": ["GET", "HEAD"],
   "/userEvents/somebody": ["GET", "HEAD"],
   "/userEvents/a%2Fb%20c": ["GET", "HEAD"],
   "/healthz": ["GET", "HEAD"],
@@ -77,7 +78,6 @@ for (const path of [
   "/LiveEvent",
   "/liveEvent/more",
   "/liveEvents/more",
-  "/userEvents",
   "/userEvents/",
   "/userEvents/a/b",
   "/healthz/more",
@@ -112,6 +112,41 @@ test("a host name of one letter works", async () => {
   expect(answer).toStartWith("HTTP/1.1 200 OK");
 });
 
+for (const user of [
+  ".",
+  "..",
+  "a/b",
+  "a&b=c#d?e+f g",
+  "%2e%2e",
+  "../..",
+  "\\",
+  "",
+  "\u0000",
+  "😀 😀",
+])
+  test(`GET /userEvents?user_id= answers the user ${JSON.stringify(user)} alone`, async () => {
+    const path = `/userEvents?user_id=${encodeURIComponent(user)}`;
+    const list = async () => {
+      const response = await send(path);
+      expect(response.status).toBe(200);
+      return (await response.json()) as { users: object[]; next: null };
+    };
+    expect(await list()).toEqual({ users: [], next: null });
+    if (user === "" || user === "\u0000") return;
+    await take(event(user, 1.5));
+    await take(event(`${user}x`, 3));
+    await until(async () => (await list()).users.length > 0);
+    expect(await list()).toEqual({ users: [{ user_id: user, revenue: "1.5" }], next: null });
+    expect((await send(path, { method: "HEAD" })).status).toBe(200);
+  });
+
+test("GET /userEvents without user_id, or with several, is answered 422 that names it", async () => {
+  for (const query of ["", "?", "?limit=1", "?userid=a", "?user_id=a&user_id=b"]) {
+    const { errors } = await refused(`/userEvents${query}`, {}, 422);
+    expect(errors.map(({ path }) => path)).toEqual(["/user_id"]);
+  }
+});
+
 test("HEAD of a balance has the headers of GET and no body", async () => {
   const user = newUser();
   await take(event(user, 3));
@@ -137,6 +172,7 @@ test("/openapi is a page, and /openapi/json describes every route", async () => 
   expect(Object.fromEntries(listed)).toMatchObject({
     "/liveEvent": ["post"],
     "/liveEvents": ["post"],
+    "/userEvents": ["get"],
     "/userEvents/{userid}": ["get"],
     "/healthz": ["get"],
     "/readyz": ["get"],
@@ -483,6 +519,63 @@ test("every fault of an event is listed", async () => {
   const { errors } = await refusedWrite("/liveEvent", body, 422);
   const paths = errors.map(({ path }) => path);
   expect(paths.sort().join()).toMatch(/name.*userId.*value/);
+});
+
+test("a line may have 64 KiB however it comes; only its LF or CRLF is not counted", async () => {
+  const user = newUser();
+  const [fits, blankFits] = [padded(user, 64 * KIB), `${padded(user, 64 * KIB - 1)} `];
+  const [over, blankOver] = [padded(user, 64 * KIB + 1), `${padded(user, 64 * KIB)} `];
+  for (const line of [fits, blankFits]) await take(line);
+  await take(` ${padded(user, 64 * KIB - 1)}`);
+  for (const line of [over, blankOver, ` ${fits}`]) await refusedWrite("/liveEvent", line, 413);
+  const lines = [
+    fits,
+    over,
+    `${fits}\r`,
+    blankFits,
+    blankOver,
+    ` ${fits}`,
+    `${fits}\r\r`,
+    `${fits}\t\r`,
+  ];
+  const { accepted, errors } = await takeLines(`${lines.join("\n")}\n`);
+  expect(accepted).toBe(3);
+  expect(errors.map(({ line }) => line)).toEqual([2, 5, 6, 7, 8]);
+  for (const { message } of errors) expect(message).toContain("65536 bytes");
+  await settles(user, "6");
+});
+
+for (const bytes of [65_500, 64 * KIB])
+  test(`an event of ${bytes} bytes with the longest Idempotency-Key is accepted and counts once`, async () => {
+    const user = newUser();
+    const key = `${user}${'"'.repeat(128 - user.length)}`;
+    for (let again = 0; again < 2; again++)
+      expect(
+        (await write("/liveEvent", padded(user, bytes), { "idempotency-key": key })).status,
+      ).toBe(201);
+    await settles(user, "1");
+  });
+
+test("a value may be nested 4,499 deep", async () => {
+  const user = newUser();
+  const nested = (levels: number) =>
+    event(user, 1).replace("}", `,"x":${"[".repeat(levels)}${"]".repeat(levels)}}`);
+  await take(nested(4_499));
+  expect(await takeLines(`${nested(4_499)}\n${nested(4_500)}\n`)).toMatchObject({
+    accepted: 1,
+    errors: [{ line: 2, message: expect.stringContaining("4499 levels") }],
+  });
+  await refusedWrite("/liveEvent", nested(4_500), 400);
+  await settles(user, "2");
+});
+
+test("the faults of fields and of the Idempotency-Key are listed together", async () => {
+  const body = '{"userId":"","name":"add_revenue","value":1e-10}';
+  const headers = { "idempotency-key": "x".repeat(129) };
+  const { errors } = await refusedWrite("/liveEvent", body, 422, headers);
+  expect(errors.map(({ path }) => path)).toEqual(["/userId", "/value", "/id"]);
+  const { errors: lines } = await takeLines(body);
+  expect(lines[0]?.message).toMatch(/userId.*value/);
 });
 
 // POST /liveEvents

@@ -123,6 +123,125 @@ test("a Source-Digest may be in upper case", async () => {
   expect(await stands(name)).toEqual({ offset: bytes.length, digest });
 });
 
+// The digest
+
+const WRONG = "0".repeat(64);
+
+for (const [what, compress, more] of [
+  ["as it is", (bytes: Bytes) => bytes, {}],
+  ["in gzip", gzipSync, { "content-encoding": "gzip" }],
+] as const)
+  test(`a first piece ${what} whose digest is wrong is answered 422, and its real file can be sent`, async () => {
+    const [name, user] = [newName(), newName()];
+    const bytes = bytesOf(event(user, 1), "bad\n", event(user, 2));
+    const before = journalSize();
+    for (const digest of [WRONG, sha256(compress(bytes)).replace(/./, "x"), NOTHING]) {
+      const headers = {
+        ...headersOf(0, bytes),
+        ...more,
+        "source-digest": digest.replace("x", "0"),
+      };
+      const body = compress(bytes) as Bytes;
+      const { errors } = await problem(await send(name, { method: "PATCH", headers, body }), 422);
+      expect(errors.map(({ path }) => path)).toEqual(["Source-Digest"]);
+    }
+    expect(journalSize()).toBe(before);
+    expect((await look(name)).status).toBe(404);
+    const { answer } = await patch(name, 0, bytes);
+    expect(answer).toMatchObject({ accepted: 2, rejected: 1 });
+    expect(await balanceAfter(user, answer.position)).toBe("3");
+  });
+
+test("a further piece whose digest is wrong is answered 409 with the state of the source", async () => {
+  const name = newName();
+  const bytes = bytesOf(lines(1, 2), "bad\n", lines(3, 6));
+  const cuts = [lines(1, 2).length, lines(1, 3).length + 4, bytes.length];
+  await patch(name, 0, bytes, cuts[0]);
+  for (const [i, cut] of cuts.slice(1).entries()) {
+    const from = cuts[i] as number;
+    const before = journalSize();
+    for (const digest of [
+      WRONG,
+      sha256(bytes.subarray(from, cut)),
+      sha256(bytes.subarray(0, from)),
+    ]) {
+      const response = await request(name, from, bytes, cut, { "source-digest": digest });
+      await problem(response, 409);
+      expect(response.headers.get("upload-offset")).toBe(`${from}`);
+      expect(response.headers.get("source-digest")).toBe(sha256(bytes.subarray(0, from)));
+    }
+    expect(journalSize()).toBe(before);
+    await patch(name, from, bytes, cut);
+  }
+  expect(await stands(name)).toEqual({ offset: bytes.length, digest: sha256(bytes) });
+});
+
+test("another file of the same name and length is not continued by its rest", async () => {
+  const name = newName();
+  const [bytes, other] = [lines(1, 4), lines(5, 8)];
+  const cut = lines(1, 2).length;
+  await patch(name, 0, bytes, cut);
+  await problem(await request(name, cut, other), 409);
+  await patch(name, cut, bytes);
+});
+
+test("pieces that arrive at once are checked as well", async () => {
+  const name = newName();
+  const bytes = lines(1, 40);
+  const cuts = Array.from({ length: 21 }, (_, i) => Math.floor((i * bytes.length) / 20));
+  for (let done = 0; done < 20;) {
+    const sent = cuts.slice(done, -1).map((from, i) => {
+      const wrong = i % 2 === 0 ? { "source-digest": WRONG } : {};
+      return [
+        request(name, from, bytes, cuts[done + i + 1], wrong),
+        request(name, from, bytes, cuts[done + i + 1]),
+      ];
+    });
+    const statuses = (await Promise.all(sent.flat())).map(({ status }) => status);
+    expect(statuses.every((status) => [200, 409, 422].includes(status))).toBe(true);
+    expect(statuses).toContain(200);
+    const { offset, digest } = await stands(name);
+    expect(digest).toBe(sha256(bytes.subarray(0, offset)));
+    done = cuts.indexOf(offset);
+  }
+});
+
+test("an empty piece cannot change the digest, nor after a restart", async () => {
+  using folder = tempDir();
+  const name = newName();
+  const bytes = lines(1, 3);
+  const open = () => startApp({ dataDir: folder.path, databaseUrl: database.url, args: ALONE });
+  const rejects = async (server: App) => {
+    const wrong = { "source-digest": WRONG };
+    await problem(await request(name, bytes.length, bytes, bytes.length, wrong, server), 409);
+    await patch(name, bytes.length, bytes, bytes.length, {}, server);
+    expect(await stands(name, server)).toEqual({ offset: bytes.length, digest: sha256(bytes) });
+  };
+  {
+    await using server = await open();
+    await problem(await request(name, 0, bytes, 0, { "source-digest": WRONG }, server), 422);
+    await patch(name, 0, bytes, bytes.length, {}, server);
+    await rejects(server);
+  }
+  await using server = await open();
+  await rejects(server);
+});
+
+test("after a restart the sender's digest stands: the digest of the stored bytes cannot be continued", async () => {
+  using folder = tempDir();
+  const name = newName();
+  const bytes = lines(1, 3);
+  const cut = lines(1, 2).length;
+  const open = () => startApp({ dataDir: folder.path, databaseUrl: database.url, args: ALONE });
+  {
+    await using server = await open();
+    await patch(name, 0, bytes, cut, {}, server);
+  }
+  await using server = await open();
+  await patch(name, cut, bytes, bytes.length, { "source-digest": WRONG }, server);
+  expect(await stands(name, server)).toEqual({ offset: bytes.length, digest: WRONG });
+});
+
 for (const authorization of [null, "wrong", "Bearer wrong", `Basic ${SECRET}`])
   test(`HEAD and PATCH are answered 401 with Authorization ${authorization}`, async () => {
     const name = newName();

@@ -89,3 +89,34 @@ export async function openMeddler(
     },
   };
 }
+
+/** A connection to the HTTP server at `url` for requests that `fetch` cannot send. */
+export function openConnection(url: string) {
+  const { hostname, port } = new URL(url);
+  let text = "";
+  let isClosed = false;
+  const socket = connect(Number(port), hostname)
+    .on("data", (bytes) => (text += bytes))
+    .on("error", () => {})
+    .on("close", () => (isClosed = true));
+  return {
+    send: (part: string) => void socket.write(part),
+    /** What it has answered so far. */
+    text: () => text,
+    isClosed: () => isClosed,
+    [Symbol.dispose]: () => void socket.destroy(),
+  };
+}
+
+/** A POST as it goes over the wire. A header with several values is sent as often. */
+export function writtenPost(
+  path: string,
+  headers: Record<string, string | readonly string[]>,
+  body: string,
+): string {
+  const all = { host: "localhost", "content-length": `${Buffer.byteLength(body)}`, ...headers };
+  const lines = Object.entries(all).flatMap(([name, values]) =>
+    [values].flat().map((value) => `${name}: ${value}\r\n`),
+  );
+  return `POST ${path} HTTP/1.1\r\n${lines.join("")}\r\n${body}`;
+}

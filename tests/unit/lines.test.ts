@@ -27,6 +27,16 @@ test("a line that is too long is not trimmed: its end must not pass for an event
   expect(linesOf(Buffer.from(long))).toEqual([{ text: long, index: 0, number: 1 }]);
 });
 
+test("a line may have 64 KiB without its LF or CRLF; its blanks count, all other CRs too", () => {
+  const fits = `{}${" ".repeat(MAX_EVENT_BYTES - 2)}`;
+  for (const end of ["", "\n", "\r\n"])
+    expect(linesOf(Buffer.from(fits + end))).toEqual([{ text: "{}", index: 0, number: 1 }]);
+  for (const end of [" ", " \n", "\r", "\r\r\n", " \r\n"]) {
+    const long = fits + end;
+    expect(linesOf(Buffer.from(long))).toEqual([{ text: long, index: 0, number: 1 }]);
+  }
+});
+
 test("the lines are those of a text that is split at newlines", () => {
   fc.assert(
     fc.property(fc.stringMatching(/^[ab \r\n]{0,60}$/), (text) => {
