@@ -133,7 +133,7 @@ for (const [what, compress, more] of [
 ] as const)
   test(`a first piece ${what} whose digest is wrong is answered 422, and its real file can be sent`, async () => {
     const [name, user] = [newName(), newName()];
-    const bytes = bytesOf(event(user, 1), "bad\n", event(user, 2));
+    const bytes = bytesOf(line(user, 1), "bad\n", line(user, 2));
     const before = journalSize();
     for (const digest of [WRONG, sha256(compress(bytes)).replace(/./, "x"), NOTHING]) {
       const headers = {
