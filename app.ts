@@ -67,14 +67,12 @@ async function main(): Promise<number> {
   const metrics = openMetrics(journal, posted);
   const parts = { journal, database, access, schema, log, posted, metrics, isHttps };
   const server = listen(createApi(parts), settings);
-  const descriptors = watchDescriptors(relieve(server, log));
-  stack.defer(() => descriptors.close());
+  stack.use(watchDescriptors(server, log));
   if (isHttps) process.on("SIGHUP", () => server.renewCertificate(log));
   print(`listening on ${server.origin}`);
   log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
   const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, log, metrics);
   run?.catch(() => stop.abort());
-
   await aborted(stop.signal);
   log.info("stopping");
   await server.finish();
@@ -135,20 +133,6 @@ function openServerJournal(settings: AppSettings, say: (line: string) => void): 
     disk: DATABASE_URL ? disk : leavingRoom(disk),
     segmentBytes,
   });
-}
-
-/** What to do when connections have used up the descriptors of this process. */
-function relieve(server: ReturnType<typeof listen>, log: Log) {
-  const health = watchHealth(log, "warn", "descriptors are available again");
-  return {
-    scarce(code: string) {
-      server.closeIdle();
-      health.failing(
-        `no descriptor is left (${code}): idle connections are closed; raise ulimit -n`,
-      );
-    },
-    available: () => health.recovered(),
-  };
 }
 
 /** Runs the processor beside the server, once no other one follows this journal. */

@@ -4,14 +4,11 @@
  */
 import "./lib/install.ts";
 
-import { accessSync, constants, statSync } from "node:fs";
-import { basename } from "node:path";
-
 import { openApi, UploadFailed } from "./lib/client/api.ts";
+import { type GivenInput, inspect } from "./lib/client/inputs.ts";
 import { ForeignInput, sendFile, type SendOptions, sendStream, Total } from "./lib/client/send.ts";
 import { parseDuration, readCommand } from "./lib/config.ts";
 import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event/event.ts";
-import { inspectFile } from "./lib/event/input.ts";
 import { print, say, STOPPED } from "./lib/progress.ts";
 
 async function main(): Promise<number> {
@@ -76,35 +73,6 @@ const COMMAND = {
     143: "the same, by SIGTERM",
   },
 } as const;
-
-/** What is given to be sent. */
-interface GivenInput {
-  /** `-` for standard input. */
-  path: string;
-  /** The name of the source. */
-  name: string;
-  /** Standard input or another pipe. */
-  isStream: boolean;
-  compression: string | null;
-}
-
-/** What is at `path`. `problem`: why it cannot be sent. */
-async function inspect(path: string): Promise<GivenInput & { problem: string | null }> {
-  const stream = { path, isStream: true, compression: null, problem: null };
-  const file = { ...stream, isStream: false, name: basename(path) };
-  if (path === "-") return { ...stream, name: `stdin-${crypto.randomUUID()}` };
-  try {
-    const stat = statSync(path);
-    accessSync(path, constants.R_OK);
-    if (stat.isFIFO()) return { ...stream, name: `pipe-${crypto.randomUUID()}` };
-    if (!stat.isFile()) return { ...file, problem: "not a regular file or a pipe" };
-    return { ...file, ...(await inspectFile(path)) };
-  } catch (error) {
-    const { code, message } = error as { code?: string; message: string };
-    const problem = code === "ENOENT" || code === "ENOTDIR" ? "no such file" : message;
-    return { ...file, problem };
-  }
-}
 
 /** After a signal, the chunk under way has this long to be answered. */
 const GRACE_MS = 3_000;

@@ -8,19 +8,21 @@
  */
 import { closeSync, openSync } from "node:fs";
 
+import { type Log, watchHealth } from "../log.ts";
+
 /** Enough for the next file of the journal, its directory, reads of it, Postgres, and some connections. */
 const RESERVED = 16;
 const CHECK_MS = 250;
 
-/** Watches until `close`. `scarce` is called while there is none left, `available` once there is again. */
-export function watchDescriptors(on: { scarce(code: string): void; available(): void }) {
+/** Watches until disposed. While no descriptor is left, closes the idle connections of `server` and logs it. */
+export function watchDescriptors(server: { closeIdle(): void }, log: Log): Disposable {
+  const health = watchHealth(log, "warn", "descriptors are available again");
   const reserve: number[] = [];
-  let isScarce = false;
   const timer = setInterval(check, CHECK_MS);
   timer.unref();
   check();
   return {
-    close() {
+    [Symbol.dispose]() {
       clearInterval(timer);
       release();
     },
@@ -31,12 +33,14 @@ export function watchDescriptors(on: { scarce(code: string): void; available(): 
       // One more than the reserve, so it is never the last one that is reserved.
       closeSync(open());
       while (reserve.length < RESERVED) reserve.push(open());
-      if (isScarce) on.available();
-      isScarce = false;
+      health.recovered();
     } catch (error) {
-      isScarce = true;
       release();
-      on.scarce((error as { code?: string }).code ?? String(error));
+      server.closeIdle();
+      const code = (error as { code?: string }).code ?? String(error);
+      health.failing(
+        `no descriptor is left (${code}): idle connections are closed; raise ulimit -n`,
+      );
     }
   }
 

@@ -1,0 +1,77 @@
+/** A run of the processor as a command sees it: its signals, progress, summary and exit code. */
+import { basename } from "node:path";
+
+import { percent, print, type Progress, showProgress, STOPPED } from "../progress.ts";
+import { acquireProcessorLock, type Job, supervise } from "./supervisor.ts";
+
+/** Tells the person who waits, or the log. */
+export type Tell = (line: string, level?: "info" | "warn" | "error") => void;
+
+/** Runs the job in its Worker, shows its progress, and returns the exit code. */
+export async function runJob(job: Job, tell: Tell): Promise<number> {
+  const stop = new AbortController();
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort(signal));
+  const { DATA_DIR: dataDir } = job.settings;
+  const isFollowing = job.files.length === 0;
+  if (isFollowing && !(await acquireProcessorLock(dataDir, stop.signal, tell))) return 0;
+
+  const startedMs = performance.now();
+  const total = { events: 0, quarantined: 0, bytes: 0 };
+  let progress: Progress | undefined;
+  let current = { file: job.files[0] ?? "", bytes: 0, offset: 0 };
+  let isDone = false;
+  let eventsBefore = 0;
+  let hasFailed = false;
+  let hasLeftOver = false;
+  const processor = supervise(job, (report) => {
+    if (report.type === "say") tell(report.line, report.level);
+    if (report.type === "opened") {
+      progress?.stop();
+      progress = showProgress(basename(report.file), report.bytes, report.from);
+      current = { ...report, offset: report.from };
+      eventsBefore = total.events;
+    }
+    if (report.type === "posted") {
+      total.events += report.events;
+      total.quarantined += report.quarantined;
+      total.bytes += report.bytes;
+      current.offset = report.fileOffset ?? current.offset + report.bytes;
+      progress?.update(current.offset, total.events - eventsBefore);
+    }
+    if (report.type === "leftOver") {
+      tell(report.line, "warn");
+      hasLeftOver = true;
+    }
+    if (report.type === "failed") {
+      progress?.stop();
+      tell(report.line, "error");
+      hasFailed = true;
+    }
+    isDone ||= report.type === "done";
+  });
+  stop.signal.addEventListener("abort", () => processor.stop());
+  if (stop.signal.aborted) await processor.stop();
+  await processor.ended;
+  progress?.stop();
+  const isStopped = !isFollowing && !isDone && !hasFailed && stop.signal.aborted;
+  if (isStopped) {
+    const { file, bytes, offset } = current;
+    tell(`${file}: stopped at ${percent(offset, bytes)} %; run it again to continue`);
+  }
+  if (!isFollowing) printSummary(job.files.length, total, performance.now() - startedMs);
+  if (isStopped) return STOPPED[stop.signal.reason as keyof typeof STOPPED];
+  if (hasFailed) return 3;
+  return !isFollowing && (total.quarantined > 0 || hasLeftOver) ? 1 : 0;
+}
+
+function printSummary(
+  files: number,
+  { events, quarantined, bytes }: { events: number; quarantined: number; bytes: number },
+  ms: number,
+): void {
+  print(
+    `posted ${events} events (${quarantined} lines quarantined) from ` +
+      `${files} ${files === 1 ? "file" : "files"}: ${bytes} bytes in ` +
+      `${(ms / 1000).toFixed(1)} s, ${Math.round((1000 * events) / ms)} events/s`,
+  );
+}
