@@ -31,6 +31,11 @@ async function main(): Promise<number> {
   const unreadable = reasons.filter((why) => why !== null);
   if (unreadable.length > 0) return reject(unreadable);
 
+  const stop = new AbortController();
+  // Before anything is started. A tool has nothing to finish: it changes one transaction, or one rename.
+  if (!tool)
+    for (const signal of ["SIGTERM", "SIGINT"] as const)
+      process.on(signal, () => stop.abort(signal));
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl } = settings;
   mkdirSync(dataDir, { recursive: true });
   // A program that keeps running has a log; to a person who waits, it speaks plainly.
@@ -45,7 +50,7 @@ async function main(): Promise<number> {
       return await runTool(tool, { files, yes: options["yes"] === true, settings });
     }
     log?.info({ settings: maskSettings(settings) }, "started");
-    const code = await runJob({ settings, files }, tell);
+    const code = await runJob({ settings, files }, stop.signal, tell);
     log?.info("stopped");
     return code;
   } finally {

@@ -7,13 +7,11 @@ import { acquireProcessorLock, type Job, supervise } from "./supervisor.ts";
 /** Tells the person who waits, or the log. */
 export type Tell = (line: string, level?: "info" | "warn" | "error") => void;
 
-/** Runs the job in its Worker, shows its progress, and returns the exit code. */
-export async function runJob(job: Job, tell: Tell): Promise<number> {
-  const stop = new AbortController();
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort(signal));
+/** Runs the job in its Worker until `stop`, whose reason is the signal; shows its progress, and returns the exit code. */
+export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<number> {
   const { DATA_DIR: dataDir } = job.settings;
   const isFollowing = job.files.length === 0;
-  if (isFollowing && !(await acquireProcessorLock(dataDir, stop.signal, tell))) return 0;
+  if (isFollowing && !(await acquireProcessorLock(dataDir, stop, tell))) return 0;
 
   const startedMs = performance.now();
   const total = { events: 0, quarantined: 0, bytes: 0 };
@@ -49,17 +47,17 @@ export async function runJob(job: Job, tell: Tell): Promise<number> {
     }
     isDone ||= report.type === "done";
   });
-  stop.signal.addEventListener("abort", () => processor.stop());
-  if (stop.signal.aborted) await processor.stop();
+  stop.addEventListener("abort", () => processor.stop());
+  if (stop.aborted) await processor.stop();
   await processor.ended;
   progress?.stop();
-  const isStopped = !isFollowing && !isDone && !hasFailed && stop.signal.aborted;
+  const isStopped = !isFollowing && !isDone && !hasFailed && stop.aborted;
   if (isStopped) {
     const { file, bytes, offset } = current;
     tell(`${file}: stopped at ${percent(offset, bytes)} %; run it again to continue`);
   }
   if (!isFollowing) printSummary(job.files.length, total, performance.now() - startedMs);
-  if (isStopped) return STOPPED[stop.signal.reason as keyof typeof STOPPED];
+  if (isStopped) return STOPPED[stop.reason as keyof typeof STOPPED];
   if (hasFailed) return 3;
   return !isFollowing && (total.quarantined > 0 || hasLeftOver) ? 1 : 0;
 }
