@@ -135,23 +135,12 @@ export async function listOtherTypes(
     .map(({ name, sign }) => `${name}:${{ 1: "+", [-1]: "-" }[sign] ?? "0"}`);
 }
 
-/** Records `types` as the only signs with which events were posted. */
-export async function settleTypes(
-  sql: Statements,
-  types: ReadonlyMap<string, number>,
-): Promise<void> {
-  const names = arrayLiteral(types.keys());
-  const signs = arrayLiteral(types.values());
+/** Forgets that events were posted with another sign than `types` gives them. */
+export async function forgetOtherTypes(sql: Statements, types: ReadonlyMap<string, number>) {
   await sql`
-    with today as (
-      select * from unnest(${names}::text::text[], ${signs}::text::smallint[]) as today (name, sign)
-    ), outdated as (
-      delete from event_types as known
-      where not exists (
-        select from today where today.name = known.name and today.sign = known.sign
-      )
-    )
-    insert into event_types (name, sign) select name, sign from today on conflict do nothing`;
+    delete from event_types where (name, sign) not in (
+      select * from unnest(
+        ${arrayLiteral(types.keys())}::text::text[], ${arrayLiteral(types.values())}::text::smallint[]))`;
 }
 
 /** The offsets of the file `key` at which a last line without a newline was posted. */

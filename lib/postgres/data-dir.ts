@@ -20,15 +20,13 @@ import { nativeFolder, type RunAs, runAsSelf } from "./binaries.ts";
 
 const MAX_INITDB_MS = 120_000;
 
-export interface DataDir {
-  path: string;
-  /** The folder that contains `bin/postgres`. */
-  native: string;
-  runAs: RunAs;
-}
+export type DataDir = Awaited<ReturnType<typeof openDataDir>>;
 
-/** Creates the folder `path` (absolute) unless it exists. Throws an Error with the reason. */
-export async function openDataDir(path: string): Promise<DataDir> {
+/**
+ * Creates the folder `path` (absolute) unless it exists. `native` is the folder that contains
+ * `bin/postgres`. Throws an Error with the reason.
+ */
+export async function openDataDir(path: string) {
   if (process.platform === "win32") throw new Error("Windows is not supported");
   const runAs = createFolder(path);
   return { path, native: await nativeFolder(runAs), runAs };

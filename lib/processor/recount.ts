@@ -141,8 +141,8 @@ async function locateSources(checkpoints: Checkpoint[], paths: string[]): Promis
 }
 
 function describeMissing({ key, position }: Checkpoint): string {
-  const { kind, name } = parseKey(key);
-  return kind === "journal"
+  const { name, generation } = parseKey(key);
+  return generation === null
     ? `missing: journal ${name}, which has been posted; add the path of its eventsPost.jsonl`
     : `missing: the first ${position} bytes of file ${name}, which have been posted; add its path`;
 }
@@ -152,8 +152,8 @@ async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Sourc
   const file = Bun.file(path);
   if (!(await file.exists())) return [];
   const generations = checkpoints.flatMap((checkpoint) => {
-    const { kind, name } = parseKey(checkpoint.key);
-    const isNamed = kind === "file" && name === basename(path);
+    const { name, generation } = parseKey(checkpoint.key);
+    const isNamed = generation !== null && name === basename(path);
     return isNamed ? [{ checkpoint, offset: checkpoint.position, digest: checkpoint.digest }] : [];
   });
   const matches = await matchGenerations(readFile(file), file.size, generations);

@@ -5,12 +5,13 @@
  */
 import { getEventTypes } from "../event/event.ts";
 import { CannotProceed, type Sql } from "../ledger/database.ts";
+import { noteEventTypes } from "../ledger/ledger.ts";
 import {
   correctDifferences,
   eachDifference,
   findDifferences,
+  forgetOtherTypes,
   listOtherTypes,
-  settleTypes,
   withRecountLock,
 } from "../ledger/reconcile.ts";
 import { recount, type Reconciliation } from "./recount.ts";
@@ -35,7 +36,8 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
         "nothing was changed: add --yes to make every line count as it does today",
       );
     await correctDifferences(sql);
-    await settleTypes(sql, getEventTypes());
+    await noteEventTypes(database, getEventTypes());
+    await forgetOtherTypes(sql, getEventTypes());
     if (differing > 0) print(`balances corrected: ${differing}`);
   });
 }
