@@ -28,22 +28,17 @@ export type DataDir = Awaited<ReturnType<typeof openDataDir>>;
  */
 export async function openDataDir(path: string) {
   if (process.platform === "win32") throw new Error("Windows is not supported");
-  const runAs = createFolder(path);
-  return { path, native: await nativeFolder(runAs), runAs };
-}
-
-/** Returns the owner of the folder, who also runs Postgres. */
-function createFolder(path: string): RunAs {
   fs.mkdirSync(path, { recursive: true });
   const self = process.getuid?.();
   const { uid, gid } = fs.statSync(path);
   if (self !== 0 && uid !== self)
     throw new Error(`the folder belongs to uid ${uid}, but this process runs as uid ${self}`);
   fs.chmodSync(path, 0o700);
-  if (self !== 0) return runAsSelf;
-  const runAs = { ...runAsSelf, ...(uid === 0 ? ordinaryUser() : { uid, gid }) };
+  // Under root, the owner of the folder also runs Postgres.
+  const user = self !== 0 ? {} : uid === 0 ? ordinaryUser() : { uid, gid };
+  const runAs: RunAs = { ...runAsSelf, ...user };
   chownTo(runAs, path);
-  return runAs;
+  return { path, native: await nativeFolder(runAs), runAs };
 }
 
 /** initdb requires a user that has a line in /etc/passwd. */
