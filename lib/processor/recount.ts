@@ -8,7 +8,7 @@ import { basename } from "node:path";
 
 import { decodeEvent, getEventTypes, InvalidEvent, openScanner } from "../event/event.ts";
 import { matchGenerations } from "../event/generations.ts";
-import { eachEvent, type Read, readBlocks, readFile } from "../event/lines.ts";
+import { type Block, eachEvent, type Read, readBlocks, readFile } from "../event/lines.ts";
 import { Sums } from "../event/sums.ts";
 import { isLost } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
@@ -54,11 +54,7 @@ interface Range {
 }
 
 /** Lines of a source: the first begins at `from`, the next ones at `to`. */
-interface Lines {
-  bytes: Uint8Array;
-  from: number;
-  to: number;
-}
+type Lines = Pick<Block, "bytes" | "from" | "to">;
 
 /**
  * Recounts the sources of the ledger, up to their checkpoints as `sql` sees them, and shows the progress.

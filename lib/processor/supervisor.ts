@@ -48,8 +48,7 @@ export async function acquireProcessorLock(
   stop: AbortSignal,
   say: (line: string) => void,
 ): Promise<Lock | null> {
-  const standBy = "standing by: another processor follows this journal";
-  const timer = setTimeout(say, STAND_BY_MS, standBy);
+  const timer = setTimeout(say, STAND_BY_MS, "standing by: another processor follows this journal");
   try {
     const lock = await waitForLock(join(dataDir, "processor.lock"), stop);
     if (lock) say(`following ${join(dataDir, JOURNAL_FILE)}`);
