@@ -40,7 +40,7 @@ const COMPARE_MS = 500;
 async function main(): Promise<number> {
   const { settings, options } = readCommand(COMMAND);
   if (options["token"]) return printToken(settings, options);
-  const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null } = settings;
+  const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl } = settings;
   const log = openLog(settings.LOG_LEVEL);
   const logLine = (line: string) => log.info(line);
   const access = openAccess(settings, log);
@@ -58,7 +58,7 @@ async function main(): Promise<number> {
     stack.defer(() => cluster?.close());
   }
   if (stop.signal.aborted) return 0;
-  const database = openDatabase(ledgerUrl(dataDir, databaseUrl), "server", 4);
+  const database = openDatabase(ledgerUrl(settings), "server", 4);
   stack.defer(() => database.close());
   const posted = watchPosted(journal, database);
   stack.defer(() => posted.close());

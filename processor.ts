@@ -23,13 +23,12 @@ import { say } from "./lib/progress.ts";
 
 async function main(): Promise<number> {
   const { settings, options, files: given } = readCommand(COMMAND);
-  const { tool, misuse } = toolOf(options);
-  if (misuse !== undefined) return reject([misuse]);
+  const tool = toolOf(options);
   // A segment stands for its whole journal, so eventsPost*.jsonl is one journal.
   const files = [...new Set(await Promise.all(given.map((file) => activeOf(file, disk))))];
-  const reasons = await Promise.all(files.map((file) => whyUnreadable(file, tool ?? null)));
+  const reasons = await Promise.all(files.map((file) => whyUnreadable(file, tool)));
   const unreadable = reasons.filter((why) => why !== null);
-  if (unreadable.length > 0) return reject(unreadable);
+  if (unreadable.length > 0) throw new InvalidUse(unreadable.join("\n"));
 
   const stop = new AbortController();
   // Before anything is started. A tool has nothing to finish: it changes one transaction, or one rename.
@@ -91,21 +90,23 @@ const COMMAND = {
   },
 } as const;
 
-/** The tool that the options ask for, `null` for none, or how they are misused. */
-function toolOf(options: Options): { tool?: ToolName | null; misuse?: string } {
-  const { verify, rebuild, check, repair, yes, quarantine } = options;
+/** Exit code 2. */
+class InvalidUse extends Error {}
+
+/** The tool that the options ask for, `null` for none. Throws InvalidUse. */
+function toolOf({ verify, rebuild, check, repair, yes, quarantine }: Options): ToolName | null {
   const chosen = [verify, rebuild, check, quarantine !== undefined].filter(Boolean).length;
-  if (chosen > 1) return { misuse: "use only one of --verify, --rebuild, --check, --quarantine" };
-  if (repair && !check) return { misuse: "--repair requires --check" };
-  if (yes && !rebuild) return { misuse: "--yes requires --rebuild" };
-  if (verify) return { tool: "verify" };
-  if (rebuild) return { tool: "rebuild" };
-  if (check) return { tool: repair ? "repair" : "check" };
-  if (quarantine === undefined) return { tool: null };
-  if (quarantine === "list" || quarantine === "retry") return { tool: quarantine };
-  return {
-    misuse: `--quarantine=${quarantine} is unknown: use --quarantine or --quarantine=retry`,
-  };
+  if (chosen > 1)
+    throw new InvalidUse("use only one of --verify, --rebuild, --check, --quarantine");
+  if (repair && !check) throw new InvalidUse("--repair requires --check");
+  if (yes && !rebuild) throw new InvalidUse("--yes requires --rebuild");
+  if (verify) return "verify";
+  if (rebuild) return "rebuild";
+  if (check) return repair ? "repair" : "check";
+  if (quarantine === undefined || quarantine === "list" || quarantine === "retry")
+    return quarantine ?? null;
+  const known = "use --quarantine or --quarantine=retry";
+  throw new InvalidUse(`--quarantine=${quarantine} is unknown: ${known}`);
 }
 
 async function whyUnreadable(file: string, tool: ToolName | null): Promise<string | null> {
@@ -122,15 +123,10 @@ async function whyUnreadable(file: string, tool: ToolName | null): Promise<strin
   return (await openJournalReader(file).catch(() => null)) ? null : `${file}: no such file`;
 }
 
-function reject(lines: string[]): number {
-  for (const line of lines) say(line);
-  return 2;
-}
-
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
     say((error as Error).message);
-    return 3;
+    return error instanceof InvalidUse ? 2 : 3;
   });
   process.exit();
 }

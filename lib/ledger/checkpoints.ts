@@ -32,17 +32,10 @@ export function fileKey(name: string, generation: number): string {
   return `file:${name}#${generation}`;
 }
 
-/** What a key stands for. `name` is the journal's id, or the name of the file or source. */
-export type ParsedKey =
-  { kind: "journal" | "sent"; name: string } | { kind: "file"; name: string; generation: number };
-
-/** Reads a key of the ledger. Throws an Error on anything else. */
-export function parseKey(key: string): ParsedKey {
-  const [, kind, name = ""] = /^(journal|sent|file):(.*)$/s.exec(key) ?? [];
-  if (kind === "journal" || kind === "sent") return { kind, name };
-  const [, fileName, generation] = /^(.*)#(\d+)$/s.exec(name) ?? [];
-  if (fileName === undefined) throw new Error(`unknown checkpoint key in the ledger: ${key}`);
-  return { kind: "file", name: fileName, generation: Number(generation) };
+/** The id of a journal, or the name of a file with its generation. */
+export function parseKey(key: string): { name: string; generation: number | null } {
+  const [, name = "", generation] = /^file:(.*)#(\d+)$/s.exec(key) ?? /^\w+:(.*)$/s.exec(key) ?? [];
+  return { name, generation: generation === undefined ? null : Number(generation) };
 }
 
 /** The digest of a journal's checkpoint: its last posted frame, which begins at `position`. */
@@ -94,10 +87,9 @@ export async function listFileCheckpoints(
       where starts_with(source, ${`file:${name}#`})`,
   );
   return rows.flatMap((row) => {
-    const parsed = parseKey(row.key);
+    const { name: found, generation } = parseKey(row.key);
     // A file may be named `NAME#2`: its keys begin with the same characters.
-    const isNamed = parsed.kind === "file" && parsed.name === name;
-    return isNamed ? [{ ...row, generation: parsed.generation }] : [];
+    return found === name && generation !== null ? [{ ...row, generation }] : [];
   });
 }
 

@@ -11,6 +11,8 @@ export type Transaction = postgres.TransactionSql;
 /** Either of the two. */
 export type Statements = postgres.ISql;
 
+const SCHEMA = Bun.file(join(import.meta.dir, "..", "..", "schema.sql"));
+
 /** Postgres cancels a statement after this long, and releases its locks. */
 const STATEMENT_TIMEOUT_MS = 10_000;
 /** Outlasts the statement timeout, so that Postgres can say itself what took too long. */
@@ -52,7 +54,7 @@ export type Database = ReturnType<typeof openDatabase>;
  */
 export function openDatabase(url: () => string, name: string, max: number) {
   let sql: Sql | null = null;
-  let applied: Promise<void> | null = null;
+  let applied: Promise<unknown> | null = null;
 
   return {
     /**
@@ -65,7 +67,7 @@ export function openDatabase(url: () => string, name: string, max: number) {
       let tried: Sql | null = null;
       try {
         const used = (tried = sql ??= connect(url(), name, max));
-        applied ??= applySchema(used);
+        applied ??= SCHEMA.text().then((schema) => used.unsafe(schema));
         const deadline = new Promise<never>((_, reject) => {
           const late = () => reject(new Error(`no answer within ${deadlineMs / 1000} s`));
           timer = setTimeout(late, deadlineMs);
@@ -115,10 +117,6 @@ function connect(url: string, name: string, max: number): Sql {
       idle_in_transaction_session_timeout: STATEMENT_TIMEOUT_MS,
     },
   });
-}
-
-async function applySchema(sql: Sql): Promise<void> {
-  await sql.unsafe(await Bun.file(join(import.meta.dir, "..", "..", "schema.sql")).text());
 }
 
 /** SQLSTATE classes that are transient: connection, rollback, resources, locks, intervention, system. */

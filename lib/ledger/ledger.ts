@@ -185,10 +185,7 @@ async function move(tx: Transaction, batch: Batch) {
 }
 
 /** How many lines of the bytes of a batch are in quarantine. Throws Unavailable. */
-export async function countQuarantined(
-  database: Database,
-  { key, from, to }: Batch,
-): Promise<number> {
+export async function countQuarantined(database: Database, { key, from, to }: Batch) {
   const [row] = await database.use(
     (sql) => sql<{ count: number }[]>`
       select count(*)::int from quarantine

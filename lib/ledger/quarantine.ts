@@ -6,16 +6,13 @@
 import { formatAmount } from "../event/amount.ts";
 import type { Change } from "../event/event.ts";
 import type { Sql, Statements } from "./database.ts";
-import { SAME_ID } from "./ledger.ts";
+import { type Quarantined, SAME_ID } from "./ledger.ts";
 
 const ROWS_PER_PAGE = 500;
 
 /** `key` is the checkpoint key of the line's source; `line` may be cut. */
-export interface QuarantinedLine {
+export interface QuarantinedLine extends Quarantined {
   key: string;
-  position: number;
-  reason: string;
-  line: string;
   at: Date;
 }
 

@@ -124,10 +124,7 @@ export async function extendSnapshot(
 }
 
 /** Event types that were posted with another sign than `types` gives them, as `name:sign`. */
-export async function listOtherTypes(
-  sql: Statements,
-  types: ReadonlyMap<string, number>,
-): Promise<string[]> {
+export async function listOtherTypes(sql: Statements, types: ReadonlyMap<string, number>) {
   const rows = await sql<{ name: string; sign: number }[]>`
     select name, sign from event_types order by name, sign`;
   return rows
@@ -135,23 +132,12 @@ export async function listOtherTypes(
     .map(({ name, sign }) => `${name}:${{ 1: "+", [-1]: "-" }[sign] ?? "0"}`);
 }
 
-/** Records `types` as the only signs with which events were posted. */
-export async function settleTypes(
-  sql: Statements,
-  types: ReadonlyMap<string, number>,
-): Promise<void> {
-  const names = arrayLiteral(types.keys());
-  const signs = arrayLiteral(types.values());
+/** Forgets that events were posted with another sign than `types` gives them. */
+export async function forgetOtherTypes(sql: Statements, types: ReadonlyMap<string, number>) {
   await sql`
-    with today as (
-      select * from unnest(${names}::text::text[], ${signs}::text::smallint[]) as today (name, sign)
-    ), outdated as (
-      delete from event_types as known
-      where not exists (
-        select from today where today.name = known.name and today.sign = known.sign
-      )
-    )
-    insert into event_types (name, sign) select name, sign from today on conflict do nothing`;
+    delete from event_types where (name, sign) not in (
+      select * from unnest(
+        ${arrayLiteral(types.keys())}::text::text[], ${arrayLiteral(types.values())}::text::smallint[]))`;
 }
 
 /** The offsets of the file `key` at which a last line without a newline was posted. */
@@ -216,10 +202,7 @@ export interface Difference {
  * Keeps the users whose balance differs from `tally` in a temporary table, for the two functions below.
  * Returns the number of balances, and how many differ.
  */
-export async function findDifferences(
-  sql: Statements,
-  tally: Tally,
-): Promise<{ users: number; differing: number }> {
+export async function findDifferences(sql: Statements, tally: Tally) {
   await sql`drop table if exists differences`;
   const { count: differing } = await sql`
     create temp table differences as
@@ -231,17 +214,13 @@ export async function findDifferences(
   return { users: row?.users ?? 0, differing };
 }
 
-/** Calls `visit` for each difference found, in the order of users. */
-export async function eachDifference(
-  sql: Statements,
-  visit: (difference: Difference) => void,
-): Promise<void> {
-  const rows = sql<Difference[]>`
+/** The differences found, in the order of users, a page at a time. */
+export function readDifferences(sql: Statements): AsyncIterable<Difference[]> {
+  return sql<Difference[]>`
     select user_id as "userId", trim_scale(expected)::text as expected,
       trim_scale(balance)::text as balance,
       trim_scale(coalesce(balance, 0) - coalesce(expected, 0))::text as excess
     from differences order by user_id collate "C"`.cursor(1_000);
-  for await (const page of rows) for (const difference of page) visit(difference);
 }
 
 /**

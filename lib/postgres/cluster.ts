@@ -17,6 +17,7 @@
 import { closeSync, readFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
+import type { Settings } from "../config.ts";
 import { waitForLock } from "../lock.ts";
 import { chownTo, createCluster, type DataDir, openDataDir } from "./data-dir.ts";
 import { type Launch, observe, startPostmaster, type State, trimLog } from "./postmaster.ts";
@@ -31,12 +32,7 @@ const MAX_LEAVE_MS = 3_000;
 const CHECK_EVERY_MS = 500;
 const POLL_MS = 20;
 
-export interface Cluster {
-  /** The current URL. A restart may change the port. */
-  url(): string;
-  /** Leaves. For the last user, waits until Postgres has stopped, at most 3 s. */
-  close(): Promise<void>;
-}
+export type Cluster = Awaited<ReturnType<typeof openCluster>>;
 
 /** The embedded Postgres cannot run. The message is one line with the reason and the remedy. */
 export class ClusterError extends Error {
@@ -48,11 +44,11 @@ export class ClusterError extends Error {
 }
 
 /**
- * Where the ledger is: `databaseUrl`, or the embedded Postgres of `dataDir`, which some thread of
+ * Where the ledger is: DATABASE_URL, or the embedded Postgres of DATA_DIR, which some thread of
  * this process must have open. Call it for every connection: a restart may change the port.
  */
-export function ledgerUrl(dataDir: string, databaseUrl: string | null): () => string {
-  return () => databaseUrl ?? clusterUrl(join(dataDir, "postgres"));
+export function ledgerUrl(settings: Settings<"DATA_DIR" | "DATABASE_URL">): () => string {
+  return () => settings.DATABASE_URL ?? clusterUrl(join(settings.DATA_DIR, "postgres"));
 }
 
 /** Throws if no Postgres has ever run in `path`. */
@@ -76,7 +72,7 @@ interface User {
  * Starts or joins the embedded Postgres in `path` (DATA_DIR/postgres). `log` receives a line for
  * what an operator should know: a cluster is created, Postgres was restarted. Throws ClusterError.
  */
-export async function openCluster(path: string, log: (line: string) => void): Promise<Cluster> {
+export async function openCluster(path: string, log: (line: string) => void) {
   const closing = new AbortController();
   let user: User | null = null;
   try {
@@ -90,8 +86,10 @@ export async function openCluster(path: string, log: (line: string) => void): Pr
   const { dataDir } = user;
   const monitoring = monitor(user);
   return {
+    /** The current URL. A restart may change the port. */
     url: () => clusterUrl(dataDir.path),
-    async close() {
+    /** Leaves. For the last user, waits until Postgres has stopped, at most 3 s. */
+    async close(): Promise<void> {
       closing.abort();
       await monitoring;
       setWriteEnd(user, null);

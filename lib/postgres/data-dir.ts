@@ -20,32 +20,25 @@ import { nativeFolder, type RunAs, runAsSelf } from "./binaries.ts";
 
 const MAX_INITDB_MS = 120_000;
 
-export interface DataDir {
-  path: string;
-  /** The folder that contains `bin/postgres`. */
-  native: string;
-  runAs: RunAs;
-}
+export type DataDir = Awaited<ReturnType<typeof openDataDir>>;
 
-/** Creates the folder `path` (absolute) unless it exists. Throws an Error with the reason. */
-export async function openDataDir(path: string): Promise<DataDir> {
+/**
+ * Creates the folder `path` (absolute) unless it exists. `native` is the folder that contains
+ * `bin/postgres`. Throws an Error with the reason.
+ */
+export async function openDataDir(path: string) {
   if (process.platform === "win32") throw new Error("Windows is not supported");
-  const runAs = createFolder(path);
-  return { path, native: await nativeFolder(runAs), runAs };
-}
-
-/** Returns the owner of the folder, who also runs Postgres. */
-function createFolder(path: string): RunAs {
   fs.mkdirSync(path, { recursive: true });
   const self = process.getuid?.();
   const { uid, gid } = fs.statSync(path);
   if (self !== 0 && uid !== self)
     throw new Error(`the folder belongs to uid ${uid}, but this process runs as uid ${self}`);
   fs.chmodSync(path, 0o700);
-  if (self !== 0) return runAsSelf;
-  const runAs = { ...runAsSelf, ...(uid === 0 ? ordinaryUser() : { uid, gid }) };
+  // Under root, the owner of the folder also runs Postgres.
+  const user = self !== 0 ? {} : uid === 0 ? ordinaryUser() : { uid, gid };
+  const runAs: RunAs = { ...runAsSelf, ...user };
   chownTo(runAs, path);
-  return runAs;
+  return { path, native: await nativeFolder(runAs), runAs };
 }
 
 /** initdb requires a user that has a line in /etc/passwd. */

@@ -28,10 +28,7 @@ const SETTINGS = [
 export type State = "ready" | "unwatched" | "starting" | "stopping" | "hidden" | "absent";
 
 /** A start of Postgres. */
-export interface Launch {
-  /** Throws the reason if Postgres has ended, and a retry cannot succeed or `mayRetry` is false. */
-  hasFailed(mayRetry: boolean): boolean;
-}
+export type Launch = ReturnType<typeof startPostmaster>;
 
 /** The state of this cluster's Postgres, and its pid: 0 if it is not in sight. */
 export function observe(dataDir: DataDir): { state: State; pid: number } {
@@ -45,37 +42,36 @@ export function observe(dataDir: DataDir): { state: State; pid: number } {
 }
 
 /** Starts Postgres under a watcher, and returns before it is ready. */
-export function startPostmaster(dataDir: DataDir): Launch {
+export function startPostmaster(dataDir: DataDir) {
+  const { path, native, runAs } = dataDir;
   const logOffset = trimLog(dataDir);
-  const pidFile = `${dataDir.path}/cluster/postmaster.pid`;
+  const pidFile = `${path}/cluster/postmaster.pid`;
   const stalePid = parseInt(textOf(pidFile));
   // Postgres handles the file of a dead pid itself, and uses it to check its shared memory. It
   // refuses to start only if the pid now belongs to another process.
   if (stalePid > 0 && commandLine(stalePid) !== "") rmSync(pidFile, { force: true });
 
-  const portFile = `${dataDir.path}/port`;
+  const portFile = `${path}/port`;
   const port = freePort(Number(textOf(portFile)));
   writeFileSync(portFile, `${port}\n`, { mode: 0o600 });
-  chownTo(dataDir.runAs, portFile);
+  chownTo(runAs, portFile);
 
   const settings = [`port=${port}`, clusterName(dataDir), ...SETTINGS];
-  const command = [
-    `${dataDir.native}/bin/postgres`,
-    "-D",
-    pathFromInside(`${dataDir.path}/cluster`),
-  ];
+  const command = [`${native}/bin/postgres`, "-D", pathFromInside(`${path}/cluster`)];
   for (const setting of settings) command.push("-c", setting);
   const watcher = spawnWatcher(dataDir, "start", ...command);
-  const hasFailed = (mayRetry: boolean) => {
-    if (watcher.exitCode === null && watcher.signalCode === null) return false;
-    const log = textOf(`${dataDir.path}/postgres.log`, logOffset);
-    // The children of a killed Postgres keep its shared memory until they notice, and a port that
-    // was free may be in use by now.
-    if (mayRetry && /still in use|already in use|lock file .* already exists/i.test(log))
-      return true;
-    throw new Error(firstReason(log) || "Postgres ended without a message");
+  return {
+    /** Throws the reason if Postgres has ended, and a retry cannot succeed or `mayRetry` is false. */
+    hasFailed(mayRetry: boolean): boolean {
+      if (watcher.exitCode === null && watcher.signalCode === null) return false;
+      const log = textOf(`${path}/postgres.log`, logOffset);
+      // The children of a killed Postgres keep its shared memory until they notice, and a port that
+      // was free may be in use by now.
+      if (mayRetry && /still in use|already in use|lock file .* already exists/i.test(log))
+        return true;
+      throw new Error(firstReason(log) || "Postgres ended without a message");
+    },
   };
-  return { hasFailed };
 }
 
 /** Empties the log once it exceeds MAX_LOG_BYTES. Returns its size in bytes. */

@@ -96,6 +96,7 @@ export async function follow(
   const directory = watchDirectory(DATA_DIR);
   stop.addEventListener("abort", directory.close);
   let trouble = "";
+  let pruneDueMs = 0;
   const posting: Posting = {
     ...context,
     ...startOfPosting(),
@@ -109,7 +110,11 @@ export async function follow(
       trouble = "";
       report(posted);
     },
-    between: pruner(database, ID_DAYS),
+    /** Deletes old ids, some at a time, so that no posting waits for long. */
+    async between() {
+      if (performance.now() < pruneDueMs) return;
+      pruneDueMs = performance.now() + ((await pruneIds(database, ID_DAYS)) ? 0 : PRUNE_EVERY_MS);
+    },
     more: directory.next,
   };
   while (!stop.aborted) {
@@ -282,15 +287,6 @@ async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
     limit.failed(performance.now() - fromMs);
     throw error;
   }
-}
-
-/** Deletes old ids, some at a time, so that no posting waits for long. */
-function pruner(database: Database, idDays: number): () => Promise<void> {
-  let dueMs = 0;
-  return async () => {
-    if (performance.now() < dueMs) return;
-    dueMs = performance.now() + ((await pruneIds(database, idDays)) ? 0 : PRUNE_EVERY_MS);
-  };
 }
 
 function reportOf(

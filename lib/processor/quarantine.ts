@@ -118,7 +118,7 @@ async function readLines(
 /** Posts a line and returns `null`, or returns why it remains. */
 async function retry(sql: Sql, row: QuarantinedLine, line?: Uint8Array): Promise<string | null> {
   if (!line) return `${row.reason}, and only the beginning of the line was kept`;
-  const isJournaled = parseKey(row.key).kind === "journal";
+  const isJournaled = parseKey(row.key).generation === null;
   const change = decodeEvent(line, isJournaled ? MAX_JOURNALED_BYTES : MAX_EVENT_BYTES);
   if (change instanceof InvalidEvent) return change.reason;
   const { id, sign } = change;

@@ -14,7 +14,7 @@ import {
 } from "../event/event.ts";
 import { matchGenerations } from "../event/generations.ts";
 import { openInput, sourceName } from "../event/input.ts";
-import { eachEvent, type Read, readBlocks, readFile } from "../event/lines.ts";
+import { type Block, eachEvent, type Read, readBlocks, readFile } from "../event/lines.ts";
 import { Sums } from "../event/sums.ts";
 import { isLost } from "../journal/format.ts";
 import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
@@ -60,11 +60,7 @@ interface Range {
 }
 
 /** Lines of a source: the first begins at `from`, the next ones at `to`. */
-interface Lines {
-  bytes: Uint8Array;
-  from: number;
-  to: number;
-}
+type Lines = Pick<Block, "bytes" | "from" | "to">;
 
 /**
  * Recounts the sources of the ledger, up to their checkpoints as `sql` sees them, and shows the progress.
@@ -147,8 +143,8 @@ async function locateSources(checkpoints: Checkpoint[], paths: string[]): Promis
 }
 
 function describeMissing({ key, position }: Checkpoint): string {
-  const { kind, name } = parseKey(key);
-  return kind === "journal"
+  const { name, generation } = parseKey(key);
+  return generation === null
     ? `missing: journal ${name}, which has been posted; add the path of its eventsPost.jsonl`
     : `missing: the first ${position} bytes of file ${name}, which have been posted; add its path`;
 }
@@ -159,8 +155,8 @@ async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Sourc
   if (!(await file.exists())) return [];
   const { compression, readAll, bytes } = await openInput(readFile(file), file.size);
   const generations = checkpoints.flatMap((checkpoint) => {
-    const { kind, name } = parseKey(checkpoint.key);
-    const isNamed = kind === "file" && name === sourceName(path, compression);
+    const { name, generation } = parseKey(checkpoint.key);
+    const isNamed = generation !== null && name === sourceName(path, compression);
     return isNamed ? [{ checkpoint, offset: checkpoint.position, digest: checkpoint.digest }] : [];
   });
   const matches = await matchGenerations(readAll, bytes, generations);
@@ -204,7 +200,7 @@ class Recount {
 
   private count(key: string, { bytes, from }: Lines, exclusions: Exclusions): void {
     const { scanner, sums } = this;
-    const maxBytes = parseKey(key).kind === "journal" ? MAX_JOURNALED_BYTES : MAX_EVENT_BYTES;
+    const maxBytes = parseKey(key).generation === null ? MAX_JOURNALED_BYTES : MAX_EVENT_BYTES;
     eachEvent(
       bytes,
       scanner,

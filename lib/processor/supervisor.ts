@@ -43,13 +43,6 @@ export type Report =
   | { type: "done" | "stopped" }
   | { type: "failed"; line: string };
 
-export interface Supervised {
-  /** Settles when the job is done or has failed, or after `stop`. */
-  readonly ended: Promise<void>;
-  /** Lets the posting in progress finish, for at most 3 s. */
-  stop(): Promise<void>;
-}
-
 /**
  * Waits until no other processor follows the journal in `dataDir`. Returns the lock that keeps others
  * waiting, or `null` when `stop` is aborted first.
@@ -59,8 +52,7 @@ export async function acquireProcessorLock(
   stop: AbortSignal,
   say: (line: string) => void,
 ): Promise<Lock | null> {
-  const standBy = "standing by: another processor follows this journal";
-  const timer = setTimeout(say, STAND_BY_MS, standBy);
+  const timer = setTimeout(say, STAND_BY_MS, "standing by: another processor follows this journal");
   try {
     const lock = await waitForLock(join(dataDir, "processor.lock"), stop);
     if (lock) say(`following ${join(dataDir, JOURNAL_FILE)}`);
@@ -71,7 +63,7 @@ export async function acquireProcessorLock(
 }
 
 /** Starts `job`, and restarts it until it is done, fails or is stopped. */
-export function supervise(job: Job, report: (report: Report) => void): Supervised {
+export function supervise(job: Job, report: (report: Report) => void) {
   const { promise: ended, resolve: end } = Promise.withResolvers<void>();
   let worker: Worker;
   let isStopping = false;
@@ -80,8 +72,10 @@ export function supervise(job: Job, report: (report: Report) => void): Supervise
   start();
 
   return {
+    /** Settles when the job is done or has failed, or after `stop`. */
     ended,
-    async stop() {
+    /** Lets the posting in progress finish, for at most 3 s. */
+    async stop(): Promise<void> {
       isStopping = true;
       worker.postMessage("stop");
       const timer = setTimeout(() => {

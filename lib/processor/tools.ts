@@ -47,11 +47,10 @@ export async function runTool(
   name: ToolName,
   { files, yes, settings }: { files: string[]; yes: boolean; settings: SettingsOf<"processor"> },
 ): Promise<number> {
-  const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null, EVENT_TYPES: eventTypes } = settings;
-  setEventTypes(eventTypes);
-  const journal = join(dataDir, JOURNAL_FILE);
+  setEventTypes(settings.EVENT_TYPES);
+  const journal = join(settings.DATA_DIR, JOURNAL_FILE);
   const journals = files.length > 0 ? files : [journal];
-  const database = openDatabase(ledgerUrl(dataDir, databaseUrl), "processor", 1);
+  const database = openDatabase(ledgerUrl(settings), "processor", 1);
   try {
     const paths = [journal, ...files];
     return (await TOOLS[name]({ database, paths, journals, yes, print, say })) > 0 ? 1 : 0;

@@ -5,12 +5,13 @@
  */
 import { getEventTypes } from "../event/event.ts";
 import { CannotProceed, type Sql } from "../ledger/database.ts";
+import { noteEventTypes } from "../ledger/ledger.ts";
 import {
   correctDifferences,
-  eachDifference,
   findDifferences,
+  forgetOtherTypes,
   listOtherTypes,
-  settleTypes,
+  readDifferences,
   withRecountLock,
 } from "../ledger/reconcile.ts";
 import { recount, type Reconciliation } from "./recount.ts";
@@ -35,7 +36,8 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
         "nothing was changed: add --yes to make every line count as it does today",
       );
     await correctDifferences(sql);
-    await settleTypes(sql, getEventTypes());
+    await noteEventTypes(database, getEventTypes());
+    await forgetOtherTypes(sql, getEventTypes());
     if (differing > 0) print(`balances corrected: ${differing}`);
   });
 }
@@ -44,37 +46,29 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
  * Names each user that differs; `correctDifferences` can then correct them. `isCertain`: every line counts
  * today as it did when it was posted.
  */
-async function compare(
-  sql: Sql,
-  { paths, print }: Reconciliation,
-): Promise<{ differing: number; isCertain: boolean }> {
+async function compare(sql: Sql, { paths, print }: Reconciliation) {
   const found = await sql.begin("isolation level repeatable read", async (tx) => {
     const recounted = await recount(tx, paths);
     const others = await listOtherTypes(tx, getEventTypes());
     return { ...recounted, others, ...(await findDifferences(tx, recounted.tally)) };
   });
   const { users, differing, lost, invalid, firstInvalid, others } = found;
-  await eachDifference(sql, ({ userId, expected, balance, excess }) =>
-    print(
-      `user ${JSON.stringify(userId)}: balance ${balance ?? "missing"}, expected ${expected ?? "none"}; off by ${excess}`,
-    ),
-  );
-  print(
+  for await (const differences of readDifferences(sql))
+    for (const { userId, expected, balance, excess } of differences)
+      print(
+        `user ${JSON.stringify(userId)}: balance ${balance ?? "missing"}, expected ${expected ?? "none"}; off by ${excess}`,
+      );
+  const findings = [
     differing > 0
       ? `${differing} of ${users} balances differ from their sources`
       : `${users} balances match their sources`,
-  );
-  if (lost > 0)
-    print(
+    lost > 0 &&
       `ranges of a journal marked as lost by --repair: ${lost}; what had been posted of them is not expected here`,
-    );
-  if (firstInvalid)
-    print(
+    firstInvalid &&
       `lines that have counted and are not events by today's rules: ${invalid}, the first at position ${firstInvalid.position} of ${firstInvalid.key}: ${firstInvalid.reason}`,
-    );
-  if (others.length > 0)
-    print(
+    others.length > 0 &&
       `EVENT_TYPES differs from what events were posted as (${others.join(", ")}), which may explain differences`,
-    );
+  ];
+  for (const finding of findings) if (finding) print(finding);
   return { differing, isCertain: lost + invalid + others.length === 0 };
 }

@@ -13,6 +13,7 @@ import { follow, postFile } from "./posting.ts";
 import type { Job, Report } from "./supervisor.ts";
 
 const stop = new AbortController();
+const report = (report: Report) => postMessage(report);
 self.onmessage = ({ data }: MessageEvent<Job | "stop">) => {
   if (data === "stop") stop.abort();
   else work(data).then(() => process.exit(0));
@@ -20,7 +21,7 @@ self.onmessage = ({ data }: MessageEvent<Job | "stop">) => {
 
 async function work(job: Job): Promise<void> {
   setEventTypes(job.settings.EVENT_TYPES);
-  const database = openLedger(job);
+  const database = openDatabase(ledgerUrl(job.settings), "processor", 1);
   const context = { database, stop: stop.signal, report };
   try {
     if (job.files.length === 0)
@@ -35,22 +36,13 @@ async function work(job: Job): Promise<void> {
 }
 
 /** Runs beside the posting, with a connection of its own. */
-async function deleteOldSegments(job: Job): Promise<void> {
-  const { JOURNAL_KEEP_DAYS: keepDays, DATA_DIR: dataDir } = job.settings;
+async function deleteOldSegments({ settings }: Job): Promise<void> {
+  const { JOURNAL_KEEP_DAYS: keepDays, DATA_DIR: dataDir } = settings;
   if (keepDays === undefined) return;
   const { retain } = await import("./retention.ts");
-  const database = openLedger(job);
+  const database = openDatabase(ledgerUrl(settings), "processor", 1);
   const path = join(dataDir, JOURNAL_FILE);
   const say = (line: string) => report({ type: "say", line: `processor: ${line}` });
   await retain({ database, path, keepDays, stop: stop.signal, say });
   await database.close();
-}
-
-function openLedger({ settings }: Job) {
-  const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl = null } = settings;
-  return openDatabase(ledgerUrl(dataDir, databaseUrl), "processor", 1);
-}
-
-function report(report: Report): void {
-  postMessage(report);
 }
