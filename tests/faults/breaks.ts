@@ -572,7 +572,7 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "that a processor of FILEs that was told to stop says so in its exit code",
-    "if (isStopped) return STOPPED[stop.signal.reason as keyof typeof STOPPED];",
+    "if (isStopped) return STOPPED[stop.reason as keyof typeof STOPPED];",
     "",
     "client/stop",
   ),
