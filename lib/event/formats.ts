@@ -99,7 +99,7 @@ function isObject(line: string): boolean {
 const TOKEN = /\s+|"(?:[^"\\\n]|\\[^\n])*(?:"|$)|-?\d[\d.eE+-]*|[a-z]+|[[\]{},:]/y;
 
 /**
- * The index behind the JSON value at the start of `text`, or its length if the value goes on behind it;
+ * The index behind the JSON value at the start of `text`, or its length if the value continues beyond it;
  * `null` where the text is not JSON.
  */
 function endOfJson(text: string): number | null {

@@ -182,7 +182,7 @@ export async function* readBlocks(
     const whole = end > 0;
     if (!whole) end = bytes.length;
     yield { bytes: bytes.subarray(0, end), from: offset, to: offset + end, whole, tooLong };
-    // What the file grows by from now on continues this line, so there is no block to resume with.
+    // Whatever is appended to the file later continues this line, so no block begins behind it.
     if (!whole) return;
     offset += end;
   }

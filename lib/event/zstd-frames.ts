@@ -10,7 +10,7 @@ const DICTIONARY_ID_BYTES = [0, 1, 2, 4];
 const CONTENT_SIZE_BYTES = [0, 2, 4, 8];
 const RUN_LENGTH_BLOCK = 1;
 
-/** Receives the bytes of a stream. `push` throws where something is no frame. */
+/** Receives the bytes of a stream. `push` throws if they are not a zstd frame. */
 export function openFrameWalk() {
   let header: number[] = [];
   let skipBytes = 0;
@@ -40,7 +40,7 @@ export function openFrameWalk() {
       if (header.length === 8) next(number(4, 4), false);
       return;
     }
-    if (magic !== FRAME) throw new Error("a part of it is no zstd frame");
+    if (magic !== FRAME) throw new Error("part of it is not a zstd frame");
     const flags = header[4] as number;
     const isSingleSegment = (flags >> 5) & 1;
     checksumBytes = flags & 4;

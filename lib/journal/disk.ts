@@ -32,7 +32,7 @@ export interface JournalFile extends ReadableFile {
 export interface Disk {
   /** Opens `path` for appending; creates it where it is missing. */
   openForAppend(path: string): Promise<JournalFile>;
-  /** Calls `use` with the file open for reading, and closes it; `null` where there is no such file. */
+  /** Calls `use` with the file open for reading, and closes it; `null` if the file does not exist. */
   withFile<T>(path: string, use: (file: ReadableFile) => T | Promise<T>): Promise<T | null>;
   /** Syncs a directory, so that the names in it are on the disk too. */
   syncDirectory(path: string): Promise<void>;
@@ -44,7 +44,7 @@ export interface Disk {
   remove(path: string): Promise<void>;
   /** When the file was last written to, in milliseconds since 1970. */
   modifiedMs(path: string): Promise<number>;
-  /** 0 where there is no such file. */
+  /** 0 if the file does not exist. */
   size(path: string): Promise<number>;
   /** Syncs bytes that another process may have written, if the file is (still) there. */
   syncFile(path: string): Promise<void>;
@@ -63,7 +63,7 @@ export const disk: Disk = {
     return {
       ...readable(handle),
       async append(bytes) {
-        // Not Bun.file(handle.fd).writer(): that duplicates the descriptor, and fails when there is no other.
+        // Not Bun.file(handle.fd).writer(): that duplicates the descriptor, and fails when no descriptor is left.
         for (let at = 0; at < bytes.length;) at += await handle.write(bytes, at, bytes.length - at);
       },
       // The asynchronous call: a disk that stalls must not block GET and /healthz.
@@ -196,7 +196,7 @@ function readable(handle: Handle): ReadableFile {
   };
 }
 
-/** What `use` returns for the open file; `null` where there is no such file. */
+/** What `use` returns for the open file; `null` if the file does not exist. */
 async function ifExists<T>(path: string, use: (handle: Handle) => T | Promise<T>) {
   try {
     return await withHandle(path, use);
