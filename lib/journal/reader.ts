@@ -143,12 +143,9 @@ export async function openJournalReader(
 }
 
 /** The same for a file that a person names: it may be one of events, with lines that look like frames. */
-export async function openNamedJournal(
-  path: string,
-  disk: Disk = realDisk,
-): Promise<JournalReader | null> {
-  const head = await disk.withFile(path, (file) => file.read(0, 2 * MAX_HEADER_BYTES));
-  return head && isEventFile(head) ? null : await openJournalReader(path, disk);
+export async function openNamedJournal(path: string): Promise<JournalReader | null> {
+  const head = await realDisk.withFile(path, (file) => file.read(0, 2 * MAX_HEADER_BYTES));
+  return head && isEventFile(head) ? null : await openJournalReader(path);
 }
 
 /** What keeps a file that a person names from being read, if it is of a journal; `null` if nothing does. */
