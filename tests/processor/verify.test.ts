@@ -34,9 +34,11 @@ async function deleteOld({ url, journal: path }: Ledger, keepDays: number): Prom
 
 /** Waits until somebody holds the lock of a recount. */
 function untilRecount(sql: ReturnType<typeof connectTest>): Promise<unknown> {
-  const isHeld = async () =>
-    (await sql`select from pg_locks where locktype = 'advisory'`).length > 0;
-  return until(isHeld);
+  // pg_locks shows every database of this Postgres, and other tests use others.
+  const locks = () => sql`
+    select from pg_locks where locktype = 'advisory'
+      and database = (select oid from pg_database where datname = current_database())`;
+  return until(async () => (await locks()).length > 0);
 }
 
 test(
