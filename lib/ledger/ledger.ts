@@ -206,19 +206,6 @@ export async function pruneIds(database: Database, days: number): Promise<boolea
   return count === MAX_PRUNED;
 }
 
-/**
- * The balance of a user as an exact decimal without trailing zeros; `null` for a user without posted
- * events. Throws Unavailable.
- */
-export async function readBalance(database: Database, userId: string): Promise<string | null> {
-  const [row] = await database.use(
-    (sql) => sql<{ revenue: string }[]>`
-      select trim_scale(revenue)::text as revenue from users_revenue where user_id = ${userId}`,
-    READ_DEADLINE_MS,
-  );
-  return row?.revenue ?? null;
-}
-
 /** Returns if balances can be read. Throws Unavailable. */
 export async function checkLedger(database: Database): Promise<void> {
   await database.use((sql) => sql`select from users_revenue limit 1`, READ_DEADLINE_MS);

@@ -9,9 +9,11 @@ import { isUserId } from "../event/event.ts";
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import { type Journal, JournalFull } from "../journal/writer.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
-import { checkLedger, readBalance } from "../ledger/ledger.ts";
+import { readBalance } from "../ledger/balances.ts";
+import { checkLedger } from "../ledger/ledger.ts";
 import { type Log, watchHealth } from "../log.ts";
 import { type Access, openAuth } from "./auth.ts";
+import { MAX_LISTED_USERS, openBalances, streamedFormat } from "./balances.ts";
 import { type Lines, readEvent, readLines, sortLines } from "./body.ts";
 import type { EventSchema } from "./event-schema.ts";
 import { observe } from "./listener.ts";
@@ -46,6 +48,16 @@ const Counts = t.Object({
 });
 const Balance = t.Object({ user_id: t.String(), revenue: t.String() });
 
+/** One user, a page in the order of users, or the largest balances; see `listUsers`. */
+const UsersQuery = t.Object(
+  {
+    user_id: t.Optional(t.String({ description: "this user alone" })),
+    limit: t.Optional(t.Integer({ minimum: 1, maximum: MAX_LISTED_USERS, description: "100" })),
+    cursor: t.Optional(t.String({ description: "the `next` of the page before" })),
+    order: t.Optional(t.Literal("revenue", { description: "the largest balances" })),
+  },
+  openObject,
+);
 const Readiness = t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() });
 
 /** What the routes that receive lines have in common; `readLines` reads their bodies. */
@@ -76,6 +88,7 @@ export function createApi(parts: Parts) {
   const authorize = openAuth(access);
   const budget = openMemoryBudget();
   const sources = openSources(journal, database);
+  const balances = openBalances(database);
   const journalHealth = watchHealth(log, "error", "journal: events are stored again");
   const databaseHealth = watchHealth(log, "warn", "database: available again");
   const faults = watchHealth(log, "error", "");
@@ -158,12 +171,20 @@ export function createApi(parts: Parts) {
         },
       },
     )
-    .get(USERS_PATH, ({ request, query }) => listUsers(request, query.user_id), {
+    .get(USERS_PATH, ({ request, query, set }) => listUsers(request, query, set), {
       grants: "balances:read",
-      query: t.Object({ user_id: t.Optional(t.String()) }, openObject),
-      response: { 200: t.Object({ users: t.Array(Balance), next: t.Null() }) },
+      query: UsersQuery,
+      response: {
+        200: t.Object({
+          users: t.Array(Balance),
+          next: t.Union([t.String(), t.Null()]),
+          at: t.Optional(t.String({ description: "when the largest balances were read" })),
+        }),
+      },
       detail: {
-        summary: "The balance of one user, `user_id`, also if its id cannot stand in a path (`..`)",
+        summary:
+          "Balances, a page at a time; all of them as `text/csv` or `application/x-ndjson`, if `Accept` " +
+          "says so; with `user_id`, one, also if its id cannot stand in a path (`..`)",
       },
     })
     .get("/userEvents/:userid", ({ params, query }) => readUser(params.userid, query.after), {
@@ -266,16 +287,37 @@ export function createApi(parts: Parts) {
     return { user_id: userId, revenue };
   }
 
-  async function listUsers({ url }: Request, userId: string | undefined) {
+  async function listUsers(
+    { url, headers }: Request,
+    query: typeof UsersQuery.static,
+    set: { headers: Record<string, string | number | undefined> },
+  ) {
+    set.headers["cache-control"] = "no-store";
+    const { user_id: userId, limit = 100, cursor, order } = query;
     // Of a repeated parameter Elysia sees one value.
-    if (userId === undefined || new URL(url).searchParams.getAll("user_id").length > 1)
-      throw new Problem(422, "this route answers one user; name it in the query", {
-        errors: [
-          { path: "/user_id", message: "must be given once: the list of all users is not served" },
-        ],
-      });
-    const revenue = isUserId(userId) ? await queried(readBalance(database, userId)) : null;
-    return { users: revenue === null ? [] : [{ user_id: userId, revenue }], next: null };
+    if (new URL(url).searchParams.getAll("user_id").length > 1)
+      throw invalidQuery("user_id", "must be given once");
+    if (order && cursor !== undefined)
+      throw invalidQuery("cursor", "the largest balances have no second page");
+    if (userId !== undefined) {
+      const revenue = isUserId(userId) ? await queried(readBalance(database, userId)) : null;
+      return { users: revenue === null ? [] : [{ user_id: userId, revenue }], next: null };
+    }
+    const format = streamedFormat(headers.get("accept"));
+    if (!format) return queried(order ? balances.largest(limit) : balances.list(limit, cursor));
+    if (order ?? cursor ?? query.limit)
+      throw invalidQuery(
+        "",
+        `${format} is the list of all users: it has no limit, cursor or order`,
+      );
+    // As `never`, it does not change what typed clients expect.
+    return queried(balances.stream(format) as Promise<never>);
+  }
+
+  function invalidQuery(name: string, message: string): Problem {
+    return new Problem(422, "the query is invalid", {
+      errors: [{ path: name && `/${name}`, message }],
+    });
   }
 
   async function waitUntilPosted(after: string): Promise<void> {

@@ -1,0 +1,162 @@
+/** The list of balances: by page, the largest, and all of them as CSV and NDJSON. */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { connect } from "node:net";
+
+import { openLedger } from "../support/ledger.ts";
+import { until } from "../support/programs.ts";
+
+setDefaultTimeout(60_000);
+
+const ODD = [
+  "..",
+  "=1+1",
+  "'=1+1",
+  "+a",
+  "-a",
+  "@a",
+  "\ta",
+  "\ra",
+  'a"b,c',
+  "a\r\nb",
+  "😀",
+  "<img>",
+];
+
+/** A server without a processor whose ledger holds ODD and `count` more users, with their number as balance. */
+async function openBalances(count: number) {
+  const ledger = await openLedger();
+  const app = await ledger.start({}, ["--no-processor"]);
+  await fetch(`${app.url}/userEvents`); // applies the schema
+  const literals = ODD.map((user, i) => `(E'${user.replaceAll("'", "''")}', -${i}.5)`).join();
+  await ledger.select(`insert into users_revenue values ${literals}`);
+  await ledger.select(
+    `insert into users_revenue select 'user' || n, n from generate_series(1, ${count}) as n`,
+  );
+  return {
+    app,
+    ledger,
+    get: (query = "", accept = "application/json") =>
+      fetch(`${app.url}/userEvents${query}`, { headers: { accept } }),
+    async [Symbol.asyncDispose]() {
+      await app[Symbol.asyncDispose]();
+      await ledger[Symbol.asyncDispose]();
+    },
+  };
+}
+
+interface Page {
+  users: { user_id: string; revenue: string }[];
+  next: string | null;
+  at?: string;
+}
+
+test("pages of any size list each user once, in order, and no cache keeps them", async () => {
+  await using balances = await openBalances(2_000);
+  for (const limit of [undefined, 7, 1_000]) {
+    const found: Page["users"] = [];
+    let cursor: string | null = null;
+    do {
+      const query = new URLSearchParams();
+      if (limit) query.set("limit", `${limit}`);
+      if (cursor) query.set("cursor", cursor);
+      const response = await balances.get(`?${query}`);
+      expect(response.headers.get("cache-control")).toBe("no-store");
+      const page: Page = (await response.json()) as Page;
+      expect(page.users.length).toBeLessThanOrEqual(limit ?? 100);
+      found.push(...page.users);
+      cursor = page.next;
+    } while (cursor && found.length < 10 * (limit ?? 100));
+    const users = found.map(({ user_id }) => user_id);
+    expect(users).toEqual(
+      [...users].toSorted((a, b) => Buffer.compare(Buffer.from(a), Buffer.from(b))),
+    );
+    expect(new Set(users).size).toBe(users.length);
+    if (limit === 1_000) expect(found).toHaveLength(2_000 + ODD.length);
+  }
+});
+
+test("the largest balances come first, with the time at which they were read", async () => {
+  await using balances = await openBalances(2_000);
+  const { users, next, at } = (await (await balances.get("?order=revenue&limit=3")).json()) as Page;
+  expect(users).toEqual([2000, 1999, 1998].map((n) => ({ user_id: `user${n}`, revenue: `${n}` })));
+  expect([next, new Date(at as string).toISOString()]).toEqual([null, at as string]);
+  const all = (await (await balances.get("?order=revenue&limit=1000")).json()) as Page;
+  expect(all.users).toHaveLength(1_000);
+});
+
+test.each([
+  ["?limit=0", ""], // Elysia names no path where a number is out of range
+  ["?limit=1001", ""],
+  ["?limit=x", "/limit"],
+  ["?cursor=", "/cursor"],
+  ["?cursor=*", "/cursor"],
+  ["?cursor=AA", "/cursor"],
+  ["?order=user", "/order"],
+  ["?order=revenue&cursor=YQ", "/cursor"],
+  ["?user_id=a&user_id=b", "/user_id"],
+])("%s is answered 422 (%s)", async (query, path) => {
+  await using balances = await openBalances(0);
+  const response = await balances.get(query);
+  expect(response.status).toBe(422);
+  expect(((await response.json()) as { errors: { path: string }[] }).errors[0]?.path).toBe(path);
+});
+
+test("NDJSON is exact; CSV is as in RFC 4180, and no spreadsheet runs a user id", async () => {
+  await using balances = await openBalances(5_000);
+  const ndjson = await balances.get("", "application/x-ndjson");
+  expect(ndjson.headers.get("content-type")).toBe("application/x-ndjson");
+  expect(ndjson.headers.get("cache-control")).toBe("no-store");
+  const rows = (await ndjson.text())
+    .trimEnd()
+    .split("\n")
+    .map((row) => JSON.parse(row) as { user_id: string; revenue: string });
+  expect(rows).toHaveLength(5_000 + ODD.length);
+  for (const [i, user] of ODD.entries())
+    expect(rows.find(({ user_id }) => user_id === user)?.revenue).toBe(
+      i === 0 ? "-0.5" : `-${i}.5`,
+    );
+  const csv = await balances.get("", "text/html;q=0.9, text/csv;q=0.8, */*;q=0.1");
+  expect(csv.headers.get("content-type")).toBe("text/csv; charset=utf-8");
+  const text = await csv.text();
+  expect(text).toStartWith("user_id,revenue\r\n");
+  for (const line of [
+    "..,-0.5",
+    "'=1+1,-1.5",
+    "''=1+1,-2.5",
+    "'+a,-3.5",
+    "'-a,-4.5",
+    "'@a,-5.5",
+    "'\ta,-6.5",
+    `"'\ra",-7.5`,
+    `"a""b,c",-8.5`,
+    `"a\r\nb",-9.5`,
+    "😀,-10.5",
+    "user5000,5000",
+  ])
+    expect(text).toContain(`\r\n${line}\r\n`);
+  expect((await balances.get("?limit=5", "text/csv")).status).toBe(422);
+});
+
+test("a stream that nobody reads holds no connection to Postgres and little memory, and one that hangs up is freed", async () => {
+  await using balances = await openBalances(0);
+  const { app, ledger } = balances;
+  // More than what the sockets of one reader hold by themselves.
+  await ledger.select(
+    "insert into users_revenue select repeat('x', 200) || n, n from generate_series(1, 100000) as n",
+  );
+  const { hostname, port } = new URL(app.url);
+  const open = () => {
+    const socket = connect(Number(port), hostname);
+    socket.on("error", () => {});
+    socket.write(`GET /userEvents HTTP/1.1\r\nhost: x\r\naccept: text/csv\r\n\r\n`);
+    socket.pause();
+    return socket;
+  };
+  for (let turn = 0; turn < 3; turn++) {
+    const sockets = Array.from({ length: 50 }, open);
+    await until(async () => (await balances.get("", "text/csv")).status === 503);
+    expect((await balances.get()).status).toBe(200);
+    for (const socket of sockets) socket.destroy();
+    await until(async () => (await balances.get("", "text/csv")).status === 200);
+  }
+});
