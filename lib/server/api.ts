@@ -20,6 +20,7 @@ import { observe } from "./listener.ts";
 import { openMemoryBudget } from "./memory.ts";
 import type { Metrics } from "./metrics.ts";
 import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
+import { type ApiDocument, openApiPage } from "./openapi-page.ts";
 import type { PostedWatch } from "./posted.ts";
 import { allowedMethods, Problem, problems, routeOf, unavailable } from "./problem.ts";
 import {
@@ -101,6 +102,7 @@ export function createApi(parts: Parts) {
     .use(problems((path) => allowedMethods(routes, path), faults.failing))
     .use(
       openapi({
+        provider: null, // its pages run a script of another host; ours is below
         documentation: {
           info: { title: "Daybook", version: "0.1.0", description: "Events in, balances out." },
           components: { securitySchemes: { secret: { type: "http", scheme: "bearer" } } },
@@ -167,6 +169,9 @@ export function createApi(parts: Parts) {
         response: { 200: Counts },
         detail: {
           summary: "Store the next bytes of a source, from `Upload-Offset` on",
+          description:
+            "The header `Upload-Offset` says how many bytes of the source are stored, `Source-Digest` is the " +
+            "SHA-256 of the source up to the end of this body. 409 says where the source really stands.",
           requestBody: describeBody("application/x-ndjson"),
         },
       },
@@ -194,6 +199,7 @@ export function createApi(parts: Parts) {
       response: { 200: Balance },
       detail: { summary: "The balance of a user; with `after`, once that position is posted" },
     })
+    .get("/openapi", describeApi, { detail: { hide: true } })
     .get("/healthz", () => ({ status: "ok" }), {
       detail: { summary: "200 while the process serves" },
     })
@@ -218,6 +224,12 @@ export function createApi(parts: Parts) {
   routes.push(...app.routes);
   // Its type is wrong: it describes a function that returns functions.
   return app.wrap(observe(log, metrics, (path) => routeOf(routes, path)) as never);
+
+  async function describeApi({ request }: { request: Request }): Promise<Response> {
+    const { origin } = new URL(request.url);
+    const document = await app.handle(new Request(`${origin}/openapi/json`));
+    return openApiPage((await document.json()) as ApiDocument, origin);
+  }
 
   async function storeEvent(request: Request) {
     using reservation = budget.admit();
