@@ -1,83 +1,371 @@
 -- The ledger. This file can be applied any number of times, and by several processes at once: `create
 -- table if not exists` alone fails when two run it at the same moment, hence the lock. It is one
--- statement, so that it is one transaction in any tool. What exists is left unchanged, so that a role
--- without the right to create tables can use a schema that another role has applied.
+-- statement, so that it is one transaction in any tool: a ledger that is refused at its end is left as it
+-- was. A ledger of this version is only checked, so that a role without the right to create tables can
+-- use what another role has applied.
+--
+-- To change it, raise `this_version` (and LEDGER_VERSION in lib/ledger/database.ts), change the tables below,
+-- which are what a new ledger gets, and change an older ledger under "Upgrades".
 do $$
+declare
+  -- 1, which nobody noted, is 0.1.0.
+  this_version constant int := 2;
+  noted_version int;
+  legacy record;
 begin
   perform pg_advisory_xact_lock(hashtext('daybook schema'));
 
-  if to_regclass('users_revenue') is null then
-    -- One row for each user. Half of each page stays free, so that an update finds room beside the
-    -- old row (HOT) and touches no index: 236,000 rows/s, against 111,000 in full pages.
-    create table users_revenue (
-      user_id text collate "C" primary key,
-      revenue numeric not null
-    ) with (fillfactor = 50);
+  if to_regclass('ledger_version') is not null then
+    select version into noted_version from ledger_version;
+  end if;
+  if noted_version > this_version then
+    raise exception using errcode = 'DB001', message = format(
+      'the ledger has version %s, and this program knows version %s. Use the program that upgraded it, '
+      'or a later one', noted_version, this_version);
   end if;
 
-  if to_regclass('checkpoints') is null then
-    -- How far each journal, file and source has been posted. The keys (column `source`) and digests
-    -- are explained in lib/ledger/checkpoints.ts.
-    create table checkpoints (
-      source text primary key,
-      position bigint not null,
-      digest text,
-      posted_at timestamptz not null default now()
-    );
-  end if;
+  if noted_version is null or noted_version < this_version then
+    if to_regclass('checkpoints') is not null then
+      lock table checkpoints; -- no posting sees half an upgrade
+    end if;
 
-  if to_regclass('event_types') is null then
-    -- How events of each name have counted since they were first posted: 1, -1 or 0. If a name has more
-    -- than one sign, or one that is no longer in force, a recount would not give what was posted.
-    create table event_types (
-      name text not null,
-      sign smallint not null,
-      since timestamptz not null default now(),
-      primary key (name, sign)
-    );
-  end if;
+    -- Tables.
+    if to_regclass('users_revenue') is null then
+      -- One row for each user. Half of each page stays free, so that an update finds room beside the
+      -- old row (HOT) and touches no index: 236,000 rows/s, against 111,000 in full pages.
+      create table users_revenue (
+        user_id text collate "C" primary key,
+        revenue numeric not null
+      ) with (fillfactor = 50);
+    end if;
 
-  if to_regclass('event_ids') is null then
-    -- The ids of events that count, claimed by the statement that adds to the balance. `claimed_on` is
-    -- a date and not a time, which makes its index ten times smaller.
-    create table event_ids (
-      id text collate "C" primary key,
-      event text not null,
-      claimed_on date not null default current_date
-    );
-    create index on event_ids (claimed_on);
-  end if;
+    if to_regclass('checkpoints') is null then
+      -- How far each journal, file and source has been posted. The keys (column `source`) and digests
+      -- are explained in lib/ledger/checkpoints.ts.
+      create table checkpoints (
+        source text collate "C" primary key,
+        position bigint not null,
+        digest text,
+        moved_at timestamptz not null default now()
+      );
+    end if;
 
-  if to_regclass('uncounted') is null then
-    -- Bytes of a journal or file whose events did not count: their ids were claimed before, or another
-    -- server had stored the same bytes of their source. The ledger holds what its journals and files
-    -- contain without these ranges and without the lines in quarantine: `--verify` folds just that. A
-    -- range without length says where a line without newline was read as whole.
-    create table uncounted (
-      source text not null,
-      from_position bigint not null,
-      to_position bigint not null,
-      why text not null,
-      primary key (source, from_position, to_position)
-    );
-  end if;
+    if to_regclass('event_types') is null then
+      -- How events of each name have counted since they were first posted: 1, -1 or 0. If a name has more
+      -- than one sign, or one that is no longer in force, a recount would not give what was posted.
+      create table event_types (
+        name text collate "C" not null,
+        sign smallint not null,
+        since timestamptz not null default now(),
+        primary key (name, sign)
+      );
+    end if;
 
-  if to_regclass('removed') is null then
-    -- Up to which position a journal's old segments are no longer needed, and what they added to each
-    -- user: from there on the journal is enough to recompute the ledger.
-    create table removed (
-      source text primary key,
-      position bigint not null
-    );
-    create table snapshots (
-      source text not null,
-      user_id text collate "C" not null,
-      revenue numeric not null,
-      primary key (source, user_id)
-    );
-  end if;
+    if to_regclass('event_ids') is null then
+      -- The ids of events that count, claimed by the statement that adds to the balance. `claimed_on` is
+      -- a date and not a time, which makes its index ten times smaller.
+      create table event_ids (
+        id text collate "C" primary key,
+        event text not null,
+        claimed_on date not null default current_date
+      );
+      create index on event_ids (claimed_on);
+    end if;
 
-  if to_regproc('daybook_refused_users') is null then
+    if to_regclass('uncounted') is null then
+      -- Bytes of a journal or file whose events did not count: their ids were claimed before, or another
+      -- server had stored the same bytes of their source. The ledger holds what its journals and files
+      -- contain without these ranges and without the lines in quarantine: `--verify` folds just that. A
+      -- range without length says where a line without newline was read as whole.
+      create table uncounted (
+        source text collate "C" not null,
+        from_position bigint not null,
+        to_position bigint not null,
+        why text not null,
+        primary key (source, from_position, to_position)
+      );
+    end if;
+
+    if to_regclass('removed') is null then
+      -- Up to which position a journal's old segments are no longer needed, and what they added to each
+      -- user: from there on the journal is enough to recompute the ledger.
+      create table removed (
+        source text collate "C" primary key,
+        position bigint not null
+      );
+      create table snapshots (
+        source text collate "C" not null,
+        user_id text collate "C" not null,
+        revenue numeric not null,
+        primary key (source, user_id)
+      );
+    end if;
+
+    if to_regclass('quarantine') is null then
+      -- Lines that did not count. Only `--quarantine=retry` may delete a row: if it is deleted by hand,
+      -- and its line has become valid, `--rebuild` counts it.
+      create table quarantine (
+        source text collate "C" not null,
+        position bigint not null,
+        reason text not null,
+        line text not null,
+        at timestamptz not null default now(),
+        primary key (source, position)
+      );
+    end if;
+
+    if to_regclass('ledger_version') is null then
+      -- One row: the version of this file that made the tables what they are.
+      create table ledger_version (version int not null);
+      insert into ledger_version values (this_version);
+    end if;
+
+    -- Upgrades. Each looks at what is there, and so can follow any earlier version.
+
+    -- To 2: 0.1.0 checks no version, but each of its postings writes `posted_at`. Without this column it
+    -- stops, instead of counting by rules of its own. Nothing reads it.
+    for legacy in
+      select attrelid::regclass as name from pg_attribute
+      where attrelid = to_regclass('checkpoints') and attname = 'posted_at'
+    loop
+      execute format('alter table %s rename column posted_at to moved_at', legacy.name);
+    end loop;
+    -- To 2: the order of "C" never changes. That of a language changes with the system's library, and
+    -- then an index no longer finds its rows: for a journal it would seem as if nothing was posted. (Only
+    -- small tables: the others may take longer than a start has time for.)
+    for legacy in
+      select attrelid::regclass as name, attname as attribute from pg_attribute
+      where (attrelid, attname) in (
+          (to_regclass('checkpoints'), 'source'), (to_regclass('removed'), 'source'),
+          (to_regclass('event_types'), 'name'))
+        and atttypid = 'text'::regtype and attcollation <> '"C"'::regcollation
+    loop
+      execute format(
+        'alter table %s alter column %I type text collate "C"', legacy.name, legacy.attribute);
+    end loop;
+
+    -- Functions.
+
+    -- What keeps a table from holding what is exact, with the statement that helps; null if nothing does.
+    -- `key` is in alphabetical order. A limited type rounds without a word; without a key that is always
+    -- enforced, or with one for which different texts are equal, users are added up wrongly; rules and
+    -- row-level security hide rows; an unlogged table is empty after a crash.
+    create or replace function daybook_table_fault(
+      table_name text, names text[], types text[], key text[]
+    ) returns text language plpgsql stable as $function$
+    declare
+      relation regclass := to_regclass(table_name);
+      class record;
+      place record;
+      found_type oid;
+      modifier int;
+      wanted_type regtype;
+      found_name text;
+      findings text[] := '{}';
+      actions text[] := '{}';
+    begin
+      if relation is null then
+        return format('the table %s of this ledger is missing: restore the ledger from a backup, or drop '
+          'its other tables to begin with an empty one', table_name);
+      end if;
+      select * into class from pg_class where oid = relation;
+      if class.relkind not in ('r', 'p') then
+        return format('%s is %s, and must be a table. Run: alter table %s rename to %s_old', table_name,
+          case class.relkind when 'v' then 'a view' when 'm' then 'a materialized view'
+            when 'f' then 'a foreign table' else 'no table' end, relation, table_name);
+      end if;
+      if class.relpersistence = 't' then
+        return format('%s is a temporary table. Run: drop table pg_temp.%1$s', table_name);
+      end if;
+      if class.relpersistence = 'u' and class.relkind = 'r' then
+        return format('%s is unlogged, and would be empty after a crash. Run: alter table %s set logged',
+          table_name, relation);
+      end if;
+      if class.relkind = 'p' then
+        select oid::regclass into found_name from pg_class
+        where oid in (select relid from pg_partition_tree(relation))
+          and relkind <> 'p' and relpersistence <> 'p' limit 1;
+        if found then
+          return format('the partition %s of %s is unlogged, and would be empty after a crash. '
+            'Run: alter table %1$s set logged', found_name, table_name);
+        end if;
+      elsif class.relhassubclass then
+        select inhrelid::regclass into found_name from pg_inherits where inhparent = relation limit 1;
+        if found then
+          return format('%s inherits from %s, so its rows appear in both. Run: alter table %1$s no inherit %s',
+            found_name, table_name, relation);
+        end if;
+      end if;
+      if row_security_active(relation) then
+        return format('row-level security of %s may hide rows from the role %I. '
+          'Run: alter table %s disable row level security (or: alter role %2$I bypassrls)',
+          table_name, current_user, relation);
+      end if;
+      if class.relhasrules then
+        select quote_ident(rulename) into found_name from pg_rewrite where ev_class = relation limit 1;
+        if found then
+          return format('the rule %s rewrites what is done to %s. Run: drop rule %1$s on %s',
+            found_name, table_name, relation);
+        end if;
+      end if;
+      select indexrelid::regclass into found_name from pg_index
+      where indrelid = relation and indisunique
+        and false = any (array(
+          select (select collisdeterministic from pg_collation where oid = collation_oid)
+          from unnest(indcollation::oid[]) as collation_oid))
+        and not exists (select from pg_constraint where conindid = indexrelid)
+      limit 1;
+      if found then
+        return format('the unique index %s of %s has a non-deterministic collation, by which different '
+          'texts are equal. Run: drop index %1$s', found_name, table_name);
+      end if;
+
+      for place in
+        select wanted.name, wanted.type, attnum, atttypid, atttypmod, attnotnull, attgenerated,
+          format_type(atttypid, atttypmod) as type_name, attcollation::regcollation as collation_name,
+          (select collisdeterministic from pg_collation where oid = attcollation) as is_deterministic
+        from unnest(names, types) as wanted (name, type)
+        left join pg_attribute on attrelid = relation and attname = wanted.name and attnum > 0
+          and not attisdropped
+      loop
+        if place.attnum is null then
+          return format('%s has no column %I, and so is not the table that is needed. '
+            'Run: alter table %s rename to %s_old', table_name, place.name, relation, table_name);
+        end if;
+        found_type := place.atttypid;
+        modifier := place.atttypmod;
+        loop -- the type below domains, and its limit
+          select typbasetype, greatest(modifier, typtypmod) into place.atttypid, modifier
+          from pg_type where oid = found_type;
+          exit when place.atttypid = 0;
+          found_type := place.atttypid;
+        end loop;
+        wanted_type := place.type::regtype;
+        if place.attgenerated <> '' then
+          findings := findings || format('%I is generated', place.name);
+          actions := actions || format('alter column %I drop expression', place.name);
+        end if;
+        if modifier >= 0 or found_type <> wanted_type
+          and not (found_type = 'varchar'::regtype and wanted_type = 'text'::regtype)
+        then
+          findings := findings || format('%I is %s instead of %s', place.name, place.type_name, place.type);
+          actions := actions || format('alter column %I type %s%s using %1$I::%2$s', place.name, place.type,
+            case when place.type = 'text' then ' collate "C"' end);
+        elsif not place.is_deterministic then
+          findings := findings || format('%I has the collation %s, by which different texts are equal',
+            place.name, place.collation_name);
+          actions := actions || format('alter column %I type text collate "C"', place.name);
+        end if;
+        if not place.attnotnull and table_name = 'users_revenue' then
+          findings := findings || format('%I may be null', place.name);
+          actions := actions || format('alter column %I set not null', place.name);
+        end if;
+      end loop;
+
+      if not exists (
+        select from pg_index i
+        where indrelid = relation and indisunique and indisvalid and indimmediate
+          and indpred is null and indexprs is null
+          and key = array(
+            select attname::text from pg_attribute
+            where attrelid = relation and attnum = any ((indkey::int2[])[0:indnkeyatts - 1])
+            order by attname)
+      ) then
+        findings := findings || format('no unique key of (%s) is always enforced', array_to_string(key, ', '));
+        select quote_ident(conname) into found_name from pg_constraint
+        where conrelid = relation and contype = 'p';
+        if found then
+          actions := actions || format('drop constraint %s', found_name);
+        end if;
+        actions := actions || format('add primary key (%s)', array_to_string(key, ', '));
+      end if;
+
+      for place in
+        select attname from pg_attribute join pg_type on pg_type.oid = atttypid
+        where attrelid = relation and attnum > 0 and not attisdropped and attname <> all (names)
+          and (attnotnull or typnotnull) and not atthasdef and typdefault is null and attidentity = ''
+      loop
+        findings := findings || format('%I must be given for each row', place.attname);
+        actions := actions || format('alter column %I drop not null', place.attname);
+      end loop;
+
+      if findings = '{}' then return null; end if;
+      return format('%s cannot be used: %s. Run: alter table %s %s', table_name,
+        array_to_string(findings, ', '), relation, array_to_string(actions, ', '));
+    end
+    $function$;
+
+    -- Raises DB001 unless a program that knows `program_version` may post to `users_revenue`. Each posting
+    -- asks, in its own statement, whose lock keeps the table as it is until the end. So the usual table is
+    -- recognised by one query (0.05 ms; all questions take 0.5 ms). What it leaves out makes the statement
+    -- fail: without a key, for example, there is nothing that ON CONFLICT could mean.
+    create or replace function daybook_require_balances(program_version int)
+    returns void language plpgsql stable as $function$
+    declare
+      noted_version int;
+      fault text;
+    begin
+      if exists (
+        select from ledger_version, pg_class
+        where version = program_version and oid = to_regclass('users_revenue') and relkind = 'r'
+          and relpersistence = 'p' and relnatts = 2
+          and not (relrowsecurity or relhasrules or relhassubclass)
+          and 2 = (
+            select count(*) from pg_attribute
+            where attrelid = oid and attnum > 0 and attnotnull and atttypmod = -1 and attgenerated = ''
+              and (attname, atttypid) in (('user_id', 'text'::regtype), ('revenue', 'numeric'::regtype))
+              and attcollation in (0, '"default"'::regcollation, '"C"'::regcollation))
+      ) then
+        return;
+      end if;
+      select version into noted_version from ledger_version;
+      if noted_version is distinct from program_version then
+        raise exception using errcode = 'DB001', message = format(
+          'the ledger has version %s, and this program knows version %s. Use the program that upgraded '
+          'it, or a later one', coalesce(noted_version::text, 'none'), program_version);
+      end if;
+      fault := daybook_table_fault(
+        'users_revenue', '{user_id,revenue}', '{text,numeric}', '{user_id}');
+      if fault is not null then
+        raise exception using errcode = 'DB001', message = fault;
+      end if;
+    end
+    $function$;
+
+    -- The same for the whole ledger. Each new connection asks.
+    create or replace function daybook_require_ledger(program_version int)
+    returns void language plpgsql stable as $function$
+    declare
+      fault text;
+    begin
+      if getdatabaseencoding() <> 'UTF8' then
+        raise exception using errcode = 'DB001', message = format(
+          'the database %I has the encoding %s, and must have UTF8, to hold every user. '
+          'Create another one, and name it in DATABASE_URL. Run: '
+          'createdb --encoding=UTF8 --template=template0 daybook', current_database(), getdatabaseencoding());
+      end if;
+      perform daybook_require_balances(program_version);
+      select problem into fault
+      from (values
+        ('users_revenue', '{user_id,revenue}'::text[], '{text,numeric}'::text[], '{user_id}'::text[]),
+        ('checkpoints', '{source,position,digest}', '{text,bigint,text}', '{source}'),
+        ('event_types', '{name,sign}', '{text,smallint}', '{name,sign}'),
+        ('event_ids', '{id,event,claimed_on}', '{text,text,date}', '{id}'),
+        ('uncounted', '{source,from_position,to_position,why}', '{text,bigint,bigint,text}',
+          '{from_position,source,to_position}'),
+        ('removed', '{source,position}', '{text,bigint}', '{source}'),
+        ('snapshots', '{source,user_id,revenue}', '{text,text,numeric}', '{source,user_id}'),
+        ('quarantine', '{source,position,reason,line,at}', '{text,bigint,text,text,timestamptz}',
+          '{position,source}')
+      ) as wanted (name, names, types, key),
+        daybook_table_fault(name, names, types, key) as problem
+      where problem is not null limit 1;
+      if fault is not null then
+        raise exception using errcode = 'DB001', message = fault;
+      end if;
+    end
+    $function$;
+
     -- These functions find out what Postgres refuses to store in `users_revenue`: a check constraint, a
     -- domain, a foreign key, a trigger. Each undoes everything that it tries, even if it runs outside a
     -- transaction. They catch the error classes 22 and 23 and P0001, which concern what a row contains,
@@ -85,7 +373,7 @@ begin
 
     -- Adds zero to a few balances, of `users` if any of them is held. Returns how many it tried, and the
     -- reason if Postgres refused them all: then the table is the cause, and no line.
-    create function daybook_refused_balances(users text[], out tried int, out why text)
+    create or replace function daybook_refused_balances(users text[], out tried int, out why text)
     language plpgsql as $function$
     declare
       refused int := 0;
@@ -117,7 +405,7 @@ begin
 
     -- The users of a batch whose change Postgres refuses. The changes are kept until the end, so that
     -- they are tried together; a claim counts if its id is free.
-    create function daybook_refused_users(
+    create or replace function daybook_refused_users(
       users text[], amounts numeric[], ids text[], claim_users text[], claim_amounts numeric[]
     ) returns table (refused_user text, why text) language plpgsql as $function$
     declare
@@ -156,7 +444,7 @@ begin
     -- The lines, by their index from 1, that Postgres refuses. Each is tried on top of those of its user
     -- that were accepted so far, and undone: kept updates of one row are quadratic (20,000 took 112 s;
     -- undone, 100,000 take 1.2 s). A line whose id is claimed does not count, and is not tried.
-    create function daybook_refused_lines(users text[], amounts numeric[], ids text[])
+    create or replace function daybook_refused_lines(users text[], amounts numeric[], ids text[])
     returns table (index bigint, why text) language plpgsql as $function$
     declare
       indexes bigint[] := '{}';
@@ -190,19 +478,19 @@ begin
       return query select * from unnest(indexes, reasons);
     end
     $function$;
+
+    -- Roles that may use the tables of the ledger may use those that this version adds.
+    for legacy in
+      select format('grant %s on %s to %s', privilege_type, added,
+        case when grantee = 0 then 'public' else grantee::regrole::text end) as statement
+      from pg_class, aclexplode(relacl), unnest(array['ledger_version']) as added
+      where oid = 'checkpoints'::regclass and grantee <> relowner
+    loop
+      execute legacy.statement;
+    end loop;
+    update ledger_version set version = this_version;
   end if;
 
-  if to_regclass('quarantine') is null then
-    -- Lines that did not count. Only `--quarantine=retry` may delete a row: if it is deleted by hand,
-    -- and its line has become valid, `--rebuild` counts it.
-    create table quarantine (
-      source text not null,
-      position bigint not null,
-      reason text not null,
-      line text not null,
-      at timestamptz not null default now(),
-      primary key (source, position)
-    );
-  end if;
+  perform daybook_require_ledger(this_version);
 end
 $$;

@@ -13,6 +13,9 @@ export type Statements = postgres.ISql;
 
 const SCHEMA = Bun.file(join(import.meta.dir, "..", "..", "schema.sql"));
 
+/** `this_version` of schema.sql. */
+export const LEDGER_VERSION = 2;
+
 /** Postgres cancels a statement after this long, and releases its locks. */
 const STATEMENT_TIMEOUT_MS = 10_000;
 /** Outlasts the statement timeout, so that Postgres can say itself what took too long. */
@@ -43,6 +46,16 @@ export class RowRefused extends Unavailable {
   }
 }
 
+/**
+ * The ledger cannot be used as it is: a table could not hold exact balances, or another version of this
+ * program made it what it is. The message says how to change that.
+ */
+export class LedgerRefused extends Unavailable {
+  constructor(message: string) {
+    super(message, false);
+  }
+}
+
 /** Thrown by `work` of `Database.use` when the cause is not the database: it is passed on unchanged. */
 export class CannotProceed extends Error {}
 
@@ -67,7 +80,7 @@ export function openDatabase(url: () => string, name: string, max: number) {
       let tried: Sql | null = null;
       try {
         const used = (tried = sql ??= connect(url(), name, max));
-        applied ??= SCHEMA.text().then((schema) => used.unsafe(schema));
+        applied ??= applySchema(used);
         const deadline = new Promise<never>((_, reject) => {
           const late = () => reject(new Error(`no answer within ${deadlineMs / 1000} s`));
           timer = setTimeout(late, deadlineMs);
@@ -99,6 +112,19 @@ export function openDatabase(url: () => string, name: string, max: number) {
   }
 }
 
+/** Creates or upgrades the ledger, and checks it. */
+async function applySchema(sql: Sql): Promise<void> {
+  const schema = await SCHEMA.text();
+  await sql.unsafe(schema).catch((error) => {
+    if ((error as { code?: string }).code !== INSUFFICIENT_PRIVILEGE) throw error;
+    const { message } = error as Error;
+    throw new LedgerRefused(
+      `this role may not create or upgrade the ledger (${message}). Run, as the owner of the ledger: ` +
+        'psql "$DATABASE_URL" -f schema.sql',
+    );
+  });
+}
+
 function connect(url: string, name: string, max: number): Sql {
   return postgres(url, {
     max,
@@ -125,12 +151,17 @@ const TRANSIENT = /^(08|40|53|55|57|58)|^XX000$/;
 /** SQLSTATE classes about what a row contains: data, integrity constraints, and `raise` in a trigger. */
 const ROW = /^2[23]|^P0001$/;
 
+const INSUFFICIENT_PRIVILEGE = "42501";
+/** Raised by the functions in schema.sql that check the ledger. */
+const LEDGER_REFUSED = "DB001";
+
 /** What kind of failure an error of the driver is. */
 export function describe(error: unknown): Unavailable {
   if (error instanceof Unavailable) return error;
   const { message, code } = error as { message?: string; code?: string };
   const sqlState = error instanceof postgres.PostgresError ? (code ?? "") : null;
   const text = (message || code || String(error)).split("\n")[0] as string;
+  if (sqlState === LEDGER_REFUSED) return new LedgerRefused(text);
   if (sqlState !== null && ROW.test(sqlState)) return new RowRefused(text);
   return new Unavailable(text, sqlState === null || TRANSIENT.test(sqlState));
 }

@@ -16,6 +16,7 @@ import {
   arrayLiteral,
   columns,
   type Database,
+  LEDGER_VERSION,
   READ_DEADLINE_MS,
   RowRefused,
   type Transaction,
@@ -178,6 +179,7 @@ async function move(tx: Transaction, batch: Batch) {
       OTHER_EVENT,
       ...columns(batch.uncounted, "from", "to", "why"),
       SAME_ID,
+      LEDGER_VERSION,
     ],
     { prepare: true },
   );

@@ -18,6 +18,9 @@
 -- The error of `fence` is that of a setting which does not exist (42704). It is outside the classes 22 and
 -- 23, which say that Postgres refuses what a row contains.
 --
+-- `daybook_require_balances` raises an error if `users_revenue` has been altered so that it is not exact any
+-- more, or the ledger has another version than $28. It sees what the statement sees, under its locks.
+--
 -- Rows are locked in one order, in every processor, so that no two wait for each other in a circle:
 --
 --     1. checkpoints: `fence` is read first, and the transaction has locked them in order before
@@ -40,7 +43,7 @@ with move as (
   ) as move (key, begins, ends, digest)
 ), moved as (
   update checkpoints as checkpoint set
-    position = move.ends, digest = coalesce(move.digest, checkpoint.digest), posted_at = now()
+    position = move.ends, digest = coalesce(move.digest, checkpoint.digest), moved_at = now()
   from move
   where checkpoint.source = move.key and checkpoint.position = move.begins
   returning 1
@@ -101,7 +104,8 @@ with move as (
 select
   holds,
   (select count(*)::int from late where not is_same) as disputed,
-  (select count(*)::int from late where is_same) as repeated
+  (select count(*)::int from late where is_same) as repeated,
+  daybook_require_balances($28)
 from fence
 -- A call, for psql of any version, from the folder of schema.sql, on a database that has it applied:
 -- begin;
@@ -114,6 +118,6 @@ from fence
 --   '{id1}', '{an event}', '{ann}', '{7}', '{120}', '{160}', '{3}',
 --   '{id1}', '{another event}', '{170}', '{200}', '{4}',
 --   '{100}', '{not JSON}', '{nonsense}', 'its id belongs to another event, which came first',
---   '{}', '{}', '{}', 'the same event came before');
+--   '{}', '{}', '{}', 'the same event came before', 2);
 -- select * from users_revenue;
 -- rollback;
