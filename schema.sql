@@ -101,6 +101,22 @@ begin
       );
     end if;
 
+    if to_regclass('boundary') is null then
+      -- The ledger's own day, by which ids and segments grow old (lib/processor/aging.ts): one row.
+      create table boundary (
+        day date not null default (now() at time zone 'UTC')::date,
+        singleton boolean primary key default true check (singleton)
+      );
+      insert into boundary default values;
+      -- On which day a segment of a journal, which begins at `base`, was found wholly posted.
+      create table segments (
+        source text collate "C" not null,
+        base bigint not null,
+        posted_on date not null,
+        primary key (source, base)
+      );
+    end if;
+
     if to_regclass('quarantine') is null then
       -- Lines that did not count. Only `--quarantine=retry` may delete a row: if it is deleted by hand,
       -- and its line has become valid, `--rebuild` counts it.
@@ -354,6 +370,8 @@ begin
         ('uncounted', '{source,from_position,to_position,why}', '{text,bigint,bigint,text}',
           '{from_position,source,to_position}'),
         ('removed', '{source,position}', '{text,bigint}', '{source}'),
+        ('boundary', '{day,singleton}', '{date,boolean}', '{singleton}'),
+        ('segments', '{source,base,posted_on}', '{text,bigint,date}', '{base,source}'),
         ('snapshots', '{source,user_id,revenue}', '{text,text,numeric}', '{source,user_id}'),
         ('quarantine', '{source,position,reason,line,at}', '{text,bigint,text,text,timestamptz}',
           '{position,source}')
@@ -483,7 +501,7 @@ begin
     for legacy in
       select format('grant %s on %s to %s', privilege_type, added,
         case when grantee = 0 then 'public' else grantee::regrole::text end) as statement
-      from pg_class, aclexplode(relacl), unnest(array['ledger_version']) as added
+      from pg_class, aclexplode(relacl), unnest(array['ledger_version', 'boundary', 'segments']) as added
       where oid = 'checkpoints'::regclass and grantee <> relowner
     loop
       execute legacy.statement;

@@ -26,7 +26,6 @@ import type { Sums } from "../event/sums.ts";
 
 /** How much later than Postgres the driver gives up on a posting. */
 const GRACE_MS = 5_000;
-const MAX_PRUNED = 10_000;
 /** The error of the fence in post.sql. */
 const CHECKPOINT_HAS_MOVED = "daybook.checkpoint_has_moved";
 
@@ -194,18 +193,6 @@ export async function countQuarantined(database: Database, { key, from, to }: Ba
       where source = ${key} and position >= ${from} and position < ${to}`,
   );
   return row?.count ?? 0;
-}
-
-/** Deletes some ids that are older than `days`; returns whether more may be left. Throws Unavailable. */
-export async function pruneIds(database: Database, days: number): Promise<boolean> {
-  const { count } = await database.use(
-    (sql) => sql`
-      delete from event_ids where id in (
-        select id from event_ids where claimed_on < current_date - ${days}::int
-        order by claimed_on limit ${MAX_PRUNED} for update skip locked
-      )`,
-  );
-  return count === MAX_PRUNED;
 }
 
 /** Returns if balances can be read. Throws Unavailable. */

@@ -59,8 +59,9 @@ with move as (
     $12::text::bigint[], $13::text::bigint[], $14::text::bigint[]
   ) as claim (id, event, user_id, amount, begins, ends, run)
 ), claimed as (
-  insert into event_ids as known (id, event)
-  select id, event from claim order by id collate "C"
+  insert into event_ids as known (id, event, claimed_on)
+  select id, event, greatest((now() at time zone 'UTC')::date, (select day from boundary))
+  from claim order by id collate "C"
   on conflict (id) do update set id = excluded.id
   returning id, event, xmax = 0 as fresh
 ), conflict as (

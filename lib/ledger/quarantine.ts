@@ -44,8 +44,9 @@ export async function release(
     with line as (
       select from quarantine where source = ${key} and position = ${position} for update
     ), claimed as (
-      insert into event_ids as known (id, event)
-      select ${id}, ${event} from line where ${event !== null}
+      insert into event_ids as known (id, event, claimed_on)
+      select ${id}, ${event}, greatest((now() at time zone 'UTC')::date, day)
+      from line, boundary where ${event !== null}
       on conflict (id) do update set id = excluded.id
       returning event, event <> ${event} as is_other, xmax = 0 as fresh
     ), released as (

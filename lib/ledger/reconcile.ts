@@ -118,6 +118,7 @@ export async function extendSnapshot(
     where source = ${key} and from_position < ${position} and to_position > ${position}
     on conflict do nothing`;
   await sql`delete from uncounted where source = ${key} and from_position < ${position}`;
+  await sql`delete from segments where source = ${key} and base < ${position}`;
   await sql`
     insert into removed (source, position) values (${key}, ${position})
     on conflict (source) do update set position = excluded.position`;

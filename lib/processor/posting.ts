@@ -14,6 +14,7 @@ import type { SettingsOf } from "../config.ts";
 import { getEventTypes } from "../event/event.ts";
 import { openJournalReader, openNamedJournal } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
+import { pruneIds } from "../ledger/boundary.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
 import {
   type Batch,
@@ -21,7 +22,6 @@ import {
   noteEventTypes,
   type Outcome,
   post,
-  pruneIds,
 } from "../ledger/ledger.ts";
 import { watchDirectory } from "../watch.ts";
 import {
@@ -30,6 +30,7 @@ import {
   openFileBatches,
   openJournalBatches,
 } from "./batches.ts";
+import { openAging } from "./aging.ts";
 import { BatchLimit } from "./fold.ts";
 import { findRefusedOf, requireWritableBalances } from "./refusals.ts";
 import type { Report } from "./supervisor.ts";
@@ -41,7 +42,7 @@ const FILE_PATIENCE_MS = 60_000;
  * waits too long.
  */
 const GARBAGE_BYTES = 16 * 1024 * 1024;
-const PRUNE_EVERY_MS = 60_000;
+const AGE_EVERY_MS = 60_000;
 /** Others may post meanwhile, so that more lines are refused each time. */
 const MAX_SEARCHES = 10;
 const FIRST_PAUSE_MS = 100;
@@ -96,7 +97,8 @@ export async function follow(
   const directory = watchDirectory(DATA_DIR);
   stop.addEventListener("abort", directory.close);
   let trouble = "";
-  let pruneDueMs = 0;
+  const age = openAging(database);
+  let agingDueMs = 0;
   const posting: Posting = {
     ...context,
     ...startOfPosting(),
@@ -112,8 +114,9 @@ export async function follow(
     },
     /** Deletes old ids, some at a time, so that no posting waits for long. */
     async between() {
-      if (performance.now() < pruneDueMs) return;
-      pruneDueMs = performance.now() + ((await pruneIds(database, ID_DAYS)) ? 0 : PRUNE_EVERY_MS);
+      if (performance.now() < agingDueMs) return;
+      await age();
+      agingDueMs = performance.now() + ((await pruneIds(database, ID_DAYS)) ? 0 : AGE_EVERY_MS);
     },
     more: directory.next,
   };

@@ -8,8 +8,9 @@ import { setTimeout as sleep } from "node:timers/promises";
 
 import { disk } from "../journal/disk.ts";
 import { openJournalReader } from "../journal/reader.ts";
-import { listSegmentFiles, openSegment } from "../journal/segments.ts";
-import { readPosted } from "../ledger/checkpoints.ts";
+import { listSegmentFiles, openSegment, type SegmentFile } from "../journal/segments.ts";
+import { noteSegments, readOldSegments } from "../ledger/boundary.ts";
+import { journalKey, readPosted } from "../ledger/checkpoints.ts";
 import type { Database } from "../ledger/database.ts";
 import { snapshotUpTo } from "./recount.ts";
 
@@ -28,10 +29,11 @@ export async function retain(
   retention: Retention & { stop: AbortSignal; say(line: string): void },
 ): Promise<void> {
   const { keepDays, stop, say } = retention;
+  const deleteOld = openRetention(retention);
   let failure = "";
   while (!stop.aborted) {
     try {
-      for await (const path of deleteSegments(retention))
+      for await (const path of deleteOld())
         say(`deleted ${path}: posted, and older than ${keepDays} days`);
       failure = "";
     } catch (error) {
@@ -43,23 +45,55 @@ export async function retain(
   }
 }
 
-/** Deletes the segments that may be deleted now; yields their paths. Throws CannotProceed or Unavailable. */
-export async function* deleteSegments({ database, path, keepDays }: Retention) {
-  const journal = await openJournalReader(path);
-  if (!journal) return;
-  const posted = await readPosted(database, journal.id);
-  const files = await listSegmentFiles(path, disk);
-  // If a rotation died before it made the active file, only the last segment identifies the journal.
-  if ((await disk.size(path)) === 0) files.pop();
-  for (const file of files) {
-    const segment = await openSegment(file, disk);
-    if (!segment || segment.to > posted) break;
-    const ageMs = disk.now() - (await disk.modifiedMs(segment.path));
-    if (ageMs < keepDays * DAY_MS) break;
-    await snapshotUpTo(database, journal, segment.to);
-    await disk.remove(segment.path);
-    // Before the next one: after a power cut, no segment may be there without those behind it.
-    await disk.syncDirectory(dirname(path));
-    yield segment.path;
+/**
+ * Returns a function that deletes the segments which may be deleted now, and yields their paths. A
+ * segment's age begins when it is found wholly posted: whole days pass in the ledger (ledger/boundary.ts),
+ * a fraction of a day on the clock of this process, so no reading of a clock deletes anything. It throws
+ * CannotProceed or Unavailable.
+ */
+export function openRetention({ database, path, keepDays }: Retention) {
+  const days = Math.floor(keepDays);
+  const moreMs = (keepDays - days) * DAY_MS;
+  /** The bases of the segments that are noted in the ledger. */
+  const noted = new Set<number>();
+  /** When segments were first seen that are old enough but for the fraction of a day, by base. */
+  const seenMs = new Map<number, number>();
+
+  return async function* () {
+    const journal = await openJournalReader(path);
+    if (!journal) return;
+    const key = journalKey(journal.id);
+    const posted = await readPosted(database, journal.id);
+    const files = await listSegmentFiles(path, disk);
+    // If a rotation died before it made the active file, only the last segment identifies the journal.
+    if ((await disk.size(path)) === 0) files.pop();
+    const oldTo = days === 0 ? Infinity : await findOld(key, await listPosted(files, posted));
+    const now = performance.now();
+    for (const { base } of files) if (base <= oldTo && !seenMs.has(base)) seenMs.set(base, now);
+    for (const file of files) {
+      const segment = await openSegment(file, disk);
+      if (!segment || segment.to > posted) break;
+      if (now - (seenMs.get(file.base) ?? now) < moreMs || file.base > oldTo) break;
+      await snapshotUpTo(database, journal, segment.to);
+      await disk.remove(segment.path);
+      // Before the next one: after a power cut, no segment may be there without those behind it.
+      await disk.syncDirectory(dirname(path));
+      yield segment.path;
+    }
+  };
+
+  async function listPosted(files: SegmentFile[], posted: number): Promise<number[]> {
+    const last = files.at(-1);
+    const end = (last && (await openSegment(last, disk))?.to) ?? Infinity;
+    const isPosted = (_: SegmentFile, i: number) => (files[i + 1]?.base ?? end) <= posted;
+    return files.filter(isPosted).map(({ base }) => base);
+  }
+
+  /** Up to which base segments are older than `days`. */
+  async function findOld(key: string, posted: number[]): Promise<number> {
+    const fresh = posted.filter((base) => !noted.has(base));
+    if (fresh.length > 0) await noteSegments(database, key, fresh);
+    for (const base of fresh) noted.add(base);
+    return readOldSegments(database, key, days);
   }
 }

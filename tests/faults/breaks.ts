@@ -341,11 +341,18 @@ export const BREAKS: readonly Break[] = [
 
   // An operator's tools.
   without(
-    "the age of a segment that is deleted",
-    "if (ageMs < keepDays * DAY_MS) break;",
-    "",
-    "processor/verify",
+    "the ledger's own day: ids are pruned by one reading of a clock",
+    "(select day - ${days}::int from boundary)",
+    "(now() at time zone 'UTC')::date - ${days}::int",
+    "processor/aging",
   ),
+  without(
+    "the hour before the ledger's day moves",
+    "ms - due.sinceMs < DUE_MS",
+    "false",
+    "processor/aging",
+  ),
+  without("the age of a segment that is deleted", "|| file.base > oldTo", "", "processor/verify"),
   without(
     "the last file that says which journal it is",
     "if ((await disk.size(path)) === 0) files.pop();",

@@ -6,7 +6,7 @@ import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync, writeFileSync } from "node:fs";
 
 import { openDatabase } from "../../lib/ledger/database.ts";
-import { pruneIds } from "../../lib/ledger/ledger.ts";
+import { pruneIds } from "../../lib/ledger/boundary.ts";
 import { line } from "../support/events.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
 import { run, SECRET, spawn, startApp, tempDir, until } from "../support/programs.ts";

@@ -7,7 +7,7 @@ import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
 import { repair } from "../../lib/processor/check.ts";
-import { deleteSegments } from "../../lib/processor/retention.ts";
+import { openRetention } from "../../lib/processor/retention.ts";
 import { openDatabase } from "../../lib/ledger/database.ts";
 import { checkJournal } from "../../lib/journal/check.ts";
 import { disk } from "../../lib/journal/disk.ts";
@@ -204,8 +204,8 @@ test("the only file that identifies a journal is never deleted", async () => {
   renameSync(ledger.journal, join(ledger.dataDir, last));
   const id = (await openJournalReader(ledger.journal))?.id ?? "";
   const database = openDatabase(() => ledger.url, "test", 1);
-  const deleteAgain = () =>
-    Array.fromAsync(deleteSegments({ database, path: ledger.journal, keepDays: 0 }));
+  const deleteOld = openRetention({ database, path: ledger.journal, keepDays: 0 });
+  const deleteAgain = () => Array.fromAsync(deleteOld());
   expect(await deleteAgain()).toHaveLength(2);
   expect(await deleteAgain()).toEqual([]);
   await database.close();

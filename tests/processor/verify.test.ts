@@ -10,7 +10,7 @@ import { openJournalReader } from "../../lib/journal/reader.ts";
 import { listSegmentFiles } from "../../lib/journal/segments.ts";
 import { retryQuarantine } from "../../lib/processor/quarantine.ts";
 import { snapshotUpTo } from "../../lib/processor/recount.ts";
-import { deleteSegments } from "../../lib/processor/retention.ts";
+import { openRetention } from "../../lib/processor/retention.ts";
 import { Sums } from "../../lib/event/sums.ts";
 import { event, line } from "../support/events.ts";
 import { segmentNames } from "../support/journal.ts";
@@ -28,7 +28,7 @@ type Ledger = Awaited<ReturnType<typeof openLedger>>;
 /** Deletes the segments that are posted and older than `keepDays`. */
 async function deleteOld({ url, journal: path }: Ledger, keepDays: number): Promise<string[]> {
   const database = openDatabase(() => url, "test", 1);
-  const deleted = Array.fromAsync(deleteSegments({ database, path, keepDays }));
+  const deleted = Array.fromAsync(openRetention({ database, path, keepDays })());
   return deleted.finally(() => database.close());
 }
 
