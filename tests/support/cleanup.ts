@@ -12,6 +12,7 @@ export function afterRun(cleanup: () => Promise<void>): void {
   cleanups.push(cleanup);
 }
 
+// A busy machine stops a Postgres in more than the 5 s that a hook has.
 afterAll(async () => {
   for (const cleanup of cleanups) await cleanup();
-});
+}, 60_000);
