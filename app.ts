@@ -16,16 +16,16 @@ import {
 import { setEventTypes } from "./lib/event/event.ts";
 import { disk, leavingRoom } from "./lib/journal/disk.ts";
 import { type Journal, openJournal } from "./lib/journal/writer.ts";
-import { openDatabase } from "./lib/ledger/database.ts";
+import { LedgerRefused, openDatabase, requireLedger } from "./lib/ledger/database.ts";
 import { type Log, openLog, watchHealth } from "./lib/log.ts";
 import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
 import { print, say } from "./lib/progress.ts";
-import { createApi } from "./lib/server/api.ts";
+import { createApi, type Parts } from "./lib/server/api.ts";
 import type { Access } from "./lib/server/auth.ts";
 import { watchDescriptors } from "./lib/server/descriptors.ts";
 import { listen, readCertificate } from "./lib/server/listener.ts";
-import { type Metrics, openMetrics } from "./lib/server/metrics.ts";
+import { openMetrics } from "./lib/server/metrics.ts";
 import { watchPosted } from "./lib/server/posted.ts";
 import { openTokens, printToken, SCOPES } from "./lib/server/token.ts";
 
@@ -36,6 +36,8 @@ export type { App } from "./lib/server/api.ts";
  * it is posted. That takes some 50 ms, if the database answers at all.
  */
 const COMPARE_MS = 500;
+/** Before that, a start waits this long for the ledger to say whether it can be used. */
+const REQUIRE_MS = 3_000;
 
 async function main(): Promise<number> {
   const { settings, options } = readCommand(COMMAND);
@@ -60,6 +62,7 @@ async function main(): Promise<number> {
   if (stop.signal.aborted) return 0;
   const database = openDatabase(ledgerUrl(settings), "server", 4);
   stack.defer(() => database.close());
+  await Promise.race([requireLedger(database, REQUIRE_MS), aborted(stop.signal)]);
   const posted = watchPosted(journal, database);
   stack.defer(() => posted.close());
   posted.compared.catch(() => stop.abort());
@@ -71,7 +74,7 @@ async function main(): Promise<number> {
   if (isHttps) process.on("SIGHUP", () => server.renewCertificate(log));
   print(`listening on ${server.origin}`);
   log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
-  const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, log, metrics);
+  const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, parts);
   run?.catch(() => stop.abort());
   await aborted(stop.signal);
   log.info("stopping");
@@ -105,7 +108,7 @@ const COMMAND = {
   exits: {
     0: "stopped by SIGTERM or SIGINT; everything acknowledged is on disk",
     1: "failed to start: port, journal or embedded Postgres unavailable",
-    2: "invalid use or setting",
+    2: "invalid use or setting, or a ledger that cannot be used as it is; the message says how to change it",
   },
 } as const;
 
@@ -136,14 +139,17 @@ function openServerJournal(settings: AppSettings, say: (line: string) => void): 
 }
 
 /** Runs the processor beside the server, once no other one follows this journal. */
-async function runProcessor(settings: AppSettings, stop: AbortSignal, log: Log, metrics: Metrics) {
+async function runProcessor(settings: AppSettings, stop: AbortSignal, parts: Parts) {
+  const { log, metrics, posted } = parts;
   const tell = (line: string) => log.info(`processor: ${line}`);
   const lock = await acquireProcessorLock(settings.DATA_DIR, stop, tell);
   if (!lock) return;
-  const processor = supervise({ settings, files: [] }, (report) => {
+  const job = { settings, files: [], waitsForLedger: true };
+  const processor = supervise(job, (report) => {
     if (report.type === "say") log[report.level ?? "info"](report.line);
     if (report.type === "failed") log.fatal(report.line);
     if (report.type === "posted") metrics.posted(report);
+    if (report.type === "paused") posted.pause(report.why);
   });
   await aborted(stop);
   await processor.stop();
@@ -160,7 +166,7 @@ function aborted(signal: AbortSignal): Promise<null> {
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
     say((error as Error).message);
-    return error instanceof InvalidSetting ? 2 : 1;
+    return error instanceof InvalidSetting || error instanceof LedgerRefused ? 2 : 1;
   });
   process.exit();
 }

@@ -16,6 +16,14 @@ begin
   perform pg_advisory_xact_lock(hashtext('daybook schema'));
 
   if to_regclass('ledger_version') is not null then
+    if not exists (
+      select from pg_attribute
+      where attrelid = to_regclass('ledger_version') and attname = 'version' and atttypid = 'int'::regtype
+    ) then
+      raise exception using errcode = 'DB001', message =
+        'ledger_version is not the table that is needed. '
+        'Run: alter table ledger_version rename to ledger_version_old';
+    end if;
     select version into noted_version from ledger_version;
   end if;
   if noted_version > this_version then
@@ -93,6 +101,8 @@ begin
         source text collate "C" primary key,
         position bigint not null
       );
+    end if;
+    if to_regclass('snapshots') is null then
       create table snapshots (
         source text collate "C" not null,
         user_id text collate "C" not null,
@@ -133,7 +143,6 @@ begin
     if to_regclass('ledger_version') is null then
       -- One row: the version of this file that made the tables what they are.
       create table ledger_version (version int not null);
-      insert into ledger_version values (this_version);
     end if;
 
     -- Upgrades. Each looks at what is there, and so can follow any earlier version.
@@ -331,6 +340,10 @@ begin
             where attrelid = oid and attnum > 0 and attnotnull and atttypmod = -1 and attgenerated = ''
               and (attname, atttypid) in (('user_id', 'text'::regtype), ('revenue', 'numeric'::regtype))
               and attcollation in (0, '"default"'::regcollation, '"C"'::regcollation))
+          and not exists (
+            select from pg_index
+            where indrelid = pg_class.oid and indisunique
+              and indcollation[0] not in (0, '"default"'::regcollation, '"C"'::regcollation))
       ) then
         return;
       end if;
@@ -506,7 +519,8 @@ begin
     loop
       execute legacy.statement;
     end loop;
-    update ledger_version set version = this_version;
+    delete from ledger_version;
+    insert into ledger_version values (this_version);
   end if;
 
   perform daybook_require_ledger(this_version);

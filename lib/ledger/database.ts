@@ -112,6 +112,15 @@ export function openDatabase(url: () => string, name: string, max: number) {
   }
 }
 
+/** Throws LedgerRefused if the ledger cannot be used. One that does not answer is left for later. */
+export async function requireLedger(database: Database, deadlineMs: number): Promise<void> {
+  try {
+    await database.use(async () => {}, deadlineMs);
+  } catch (error) {
+    if (error instanceof LedgerRefused) throw error;
+  }
+}
+
 /** Creates or upgrades the ledger, and checks it. */
 async function applySchema(sql: Sql): Promise<void> {
   const schema = await SCHEMA.text();

@@ -5,7 +5,7 @@
  */
 import { formatAmount } from "../event/amount.ts";
 import type { Change } from "../event/event.ts";
-import type { Sql, Statements } from "./database.ts";
+import { LEDGER_VERSION, type Sql, type Statements } from "./database.ts";
 import { type Quarantined, SAME_ID } from "./ledger.ts";
 
 const ROWS_PER_PAGE = 500;
@@ -71,6 +71,7 @@ export async function release(
       where removed.source = ${key} and removed.position > ${position}
       on conflict (source, user_id) do update set revenue = snapshot.revenue + excluded.revenue
     )
-    select exists (select from claimed where is_other) as disputed`;
+    select exists (select from claimed where is_other) as disputed,
+      daybook_require_balances(${LEDGER_VERSION})`;
   return !row?.disputed;
 }

@@ -8,7 +8,13 @@
  */
 import type { Sums } from "../event/sums.ts";
 import type { Checkpoint } from "./checkpoints.ts";
-import { arrayLiteral, type Database, type Sql, type Statements } from "./database.ts";
+import {
+  arrayLiteral,
+  type Database,
+  LEDGER_VERSION,
+  type Sql,
+  type Statements,
+} from "./database.ts";
 
 /** A recount of terabytes may take this long. */
 const DEADLINE_MS = 24 * 3600 * 1000;
@@ -234,7 +240,8 @@ export async function correctDifferences(sql: Sql): Promise<void> {
   await sql.begin(async (tx) => {
     await tx`
       insert into users_revenue as balance (user_id, revenue)
-      select user_id, coalesce(expected, 0) - coalesce(balance, 0) from differences
+      select user_id, coalesce(expected, 0) - coalesce(balance, 0)
+      from differences, daybook_require_balances(${LEDGER_VERSION})
       order by user_id collate "C"
       on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue`;
     await tx`

@@ -97,6 +97,7 @@ export async function follow(
   const directory = watchDirectory(DATA_DIR);
   stop.addEventListener("abort", directory.close);
   let trouble = "";
+  let paused: string | null | undefined;
   const age = openAging(database);
   let agingDueMs = 0;
   const posting: Posting = {
@@ -108,8 +109,7 @@ export async function follow(
       return journal && openJournalBatches({ path, ...posting, counted }, journal);
     },
     posted(posted) {
-      if (trouble) report({ type: "say", line: "processor: posting again" });
-      trouble = "";
+      works();
       report(posted);
     },
     /** Deletes old ids, some at a time, so that no posting waits for long. */
@@ -118,16 +118,33 @@ export async function follow(
       await age();
       agingDueMs = performance.now() + ((await pruneIds(database, ID_DAYS)) ? 0 : AGE_EVERY_MS);
     },
-    more: directory.next,
+    more() {
+      works();
+      return directory.next();
+    },
   };
   while (!stop.aborted) {
     const attempted = await attempt(posting);
     if (attempted.state !== "failed") continue;
-    const { message } = attempted.error;
+    const { isTransient, error } = attempted;
+    const { message } = error;
     if (message !== trouble)
       report({ type: "say", level: "warn", line: `processor: waiting; ${message}` });
     trouble = message;
-    await Bun.sleep(attempted.isTransient ? RETRY_MS : RETRY_ERROR_MS);
+    if (!isTransient) pause(message);
+    await Bun.sleep(isTransient ? RETRY_MS : RETRY_ERROR_MS);
+  }
+
+  /** Nothing is left to post, or a batch was posted. */
+  function works() {
+    if (trouble) report({ type: "say", line: "processor: posting again" });
+    trouble = "";
+    pause(null);
+  }
+
+  function pause(why: string | null) {
+    if (why !== paused) report({ type: "paused", why });
+    paused = why;
   }
 }
 

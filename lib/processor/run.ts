@@ -20,6 +20,7 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
   let isDone = false;
   let eventsBefore = 0;
   let hasFailed = false;
+  let isRefused = false;
   let hasLeftOver = false;
   const processor = supervise(job, (report) => {
     if (report.type === "say") tell(report.line, report.level);
@@ -44,6 +45,7 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
       progress?.stop();
       tell(report.line, "error");
       hasFailed = true;
+      ({ isRefused } = report);
     }
     isDone ||= report.type === "done";
   });
@@ -58,7 +60,7 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
   }
   if (!isFollowing) printSummary(job.files.length, total, performance.now() - startedMs);
   if (isStopped) return STOPPED[stop.reason as keyof typeof STOPPED];
-  if (hasFailed) return 3;
+  if (hasFailed) return isRefused ? 2 : 3;
   return !isFollowing && (total.quarantined > 0 || hasLeftOver) ? 1 : 0;
 }
 

@@ -19,6 +19,8 @@ const STOP_MS = 3_000;
 export interface Job {
   settings: SettingsOf<"processor">;
   files: string[];
+  /** A ledger that is refused at the start is waited for. Otherwise it ends the job. */
+  waitsForLedger?: boolean;
 }
 
 /** What the processor reports. `done`, `stopped` and `failed` are final. */
@@ -38,10 +40,13 @@ export type Report =
       /** Duration of the transaction. */
       ms: number;
     }
+  /** Posting pauses because of what a person must change; `null`: it does not, or no longer. */
+  | { type: "paused"; why: string | null }
   /** Bytes remain that are no event yet. */
   | { type: "leftOver"; line: string }
   | { type: "done" | "stopped" }
-  | { type: "failed"; line: string };
+  /** `isRefused`: the ledger cannot be used as it is. */
+  | { type: "failed"; line: string; isRefused: boolean };
 
 /**
  * Waits until no other processor follows the journal in `dataDir`. Returns the lock that keeps others
@@ -102,6 +107,7 @@ export function supervise(job: Job, report: (report: Report) => void) {
     worker.addEventListener("close", () => {
       if (isFinished || isStopping) return end();
       report({ type: "say", level: "error", line: "processor: died; restarting it" });
+      job = { ...job, waitsForLedger: true };
       setTimeout(() => (isStopping ? end() : start()), pauseMs);
       pauseMs = Math.min(pauseMs * 2, MAX_PAUSE_MS);
     });

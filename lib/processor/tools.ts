@@ -7,7 +7,7 @@ import { join } from "node:path";
 import type { SettingsOf } from "../config.ts";
 import { setEventTypes } from "../event/event.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
-import { CannotProceed, openDatabase } from "../ledger/database.ts";
+import { CannotProceed, LedgerRefused, openDatabase } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
 import { print, say } from "../progress.ts";
 import { check, repair } from "./check.ts";
@@ -55,7 +55,7 @@ export async function runTool(
     const paths = [journal, ...files];
     return (await TOOLS[name]({ database, paths, journals, yes, print, say })) > 0 ? 1 : 0;
   } catch (error) {
-    if (!(error instanceof CannotProceed)) throw error;
+    if (!(error instanceof CannotProceed || error instanceof LedgerRefused)) throw error;
     say(error.message);
     return 2;
   } finally {

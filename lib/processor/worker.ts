@@ -7,10 +7,13 @@ import { join } from "node:path";
 
 import { setEventTypes } from "../event/event.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
-import { openDatabase } from "../ledger/database.ts";
+import { LedgerRefused, openDatabase, requireLedger } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
 import { follow, postFile } from "./posting.ts";
 import type { Job, Report } from "./supervisor.ts";
+
+/** The ledger is asked for this long whether it can be used, before it is waited for. */
+const REQUIRE_MS = 15_000;
 
 const stop = new AbortController();
 const report = (report: Report) => postMessage(report);
@@ -24,13 +27,15 @@ async function work(job: Job): Promise<void> {
   const database = openDatabase(ledgerUrl(job.settings), "processor", 1);
   const context = { database, stop: stop.signal, report };
   try {
+    if (!job.waitsForLedger) await requireLedger(database, REQUIRE_MS);
     if (job.files.length === 0)
       await Promise.all([follow(job.settings, context), deleteOldSegments(job)]);
     let isDone = true;
     for (const file of job.files) isDone &&= await postFile(file, context);
     report({ type: isDone ? "done" : "stopped" });
   } catch (error) {
-    report({ type: "failed", line: (error as Error).message });
+    const { message: line } = error as Error;
+    report({ type: "failed", line, isRefused: error instanceof LedgerRefused });
   }
   await database.close();
 }

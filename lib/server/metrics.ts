@@ -58,10 +58,12 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
   let failedMs = Number.NEGATIVE_INFINITY;
   const isWritable = () =>
     journal.trouble() === null && performance.now() - failedMs > NOT_WRITABLE_MS;
-  const { lag, isAnswering } = posted;
+  const { lag, isAnswering, paused } = posted;
+  const isPaused = () => paused() !== null;
   gauge("journal_bytes", "Bytes ever written to the journal.", journal.end);
   gauge("journal_writable", "0 for 10 minutes after an event could not be stored.", isWritable);
   gauge("database_up", "1 if the database answered the last query, else 0.", isAnswering);
+  gauge("posting_paused", "1 while posting waits for a person; the log says why.", isPaused);
   gauge("posting_lag_bytes", "Bytes of the journal that are not posted.", () => lag().bytes);
   gauge("posting_lag_seconds", "Age of the oldest event that is not posted.", () => lag().seconds);
 

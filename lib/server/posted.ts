@@ -31,6 +31,8 @@ export function watchPosted(journal: Journal, database: Database) {
   let isAnswering = true;
   let hasAnswered = false;
   let isClosed = false;
+  /** Why this process's processor pauses. */
+  let paused: string | null = null;
   /** The journals that somebody waits for, one entry for each. */
   const waiting = new Set<{ key: string }>();
   /** Where the journals that are waited for stand, once the database has answered the next time. */
@@ -54,6 +56,12 @@ export function watchPosted(journal: Journal, database: Database) {
     lag,
     /** Whether the database answered the last time it was asked. */
     isAnswering: () => isAnswering,
+    /** Notes why posting pauses until a person changes something, or with `null` that it does not. */
+    pause(why: string | null) {
+      paused = why;
+    },
+    /** Why the processor of this process pauses; `null` if it does not, or if another process posts. */
+    paused: () => paused,
     /** Asks the ledger. Throws Unavailable. */
     refresh,
     /**

@@ -3,8 +3,8 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 
-import { LEDGER_VERSION, LedgerRefused, openDatabase } from "../../lib/ledger/database.ts";
-import { readBalance } from "../../lib/ledger/balances.ts";
+import { LEDGER_VERSION } from "../../lib/ledger/database.ts";
+import { tryLedger } from "../support/ledger.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
 import { root } from "../support/programs.ts";
 
@@ -26,20 +26,6 @@ async function openOld(content = FIXTURE) {
       await own.drop();
     },
   };
-}
-
-/** What happens when a program opens the ledger at `url`: its message, or "used". */
-async function use(url: string): Promise<string> {
-  const database = openDatabase(() => url, "test", 1);
-  try {
-    await readBalance(database, "ann");
-    return "used";
-  } catch (error) {
-    if (!(error instanceof LedgerRefused)) throw error;
-    return error.message;
-  } finally {
-    await database.close();
-  }
 }
 
 /** A role that may use what is there, but create nothing; and the URL at which it connects. */
@@ -70,7 +56,7 @@ async function createReaderWriter({
 test("a ledger of 0.1.0 is upgraded by several at once, keeps its balances, and stays as it is", async () => {
   await using old = await openOld();
   const before = await balances(old.url);
-  expect(await Promise.all(Array.from({ length: 6 }, () => use(old.url)))).toEqual(
+  expect(await Promise.all(Array.from({ length: 6 }, () => tryLedger(old.url)))).toEqual(
     Array(6).fill("used"),
   );
   await using other = connectTest(old.url);
@@ -93,44 +79,46 @@ test("functions of an earlier version are replaced", async () => {
      create function daybook_refused_balances(users text[], out tried int, out why text)
      language sql as 'select 7, null::text'`,
   );
-  expect(await use(old.url)).toBe("used");
+  expect(await tryLedger(old.url)).toBe("used");
   const [row] = await old.sql`select tried from daybook_refused_balances('{}')`;
   expect(row?.["tried"]).not.toBe(7);
 });
 
 test("a newer ledger is refused by its version, and left as it is", async () => {
   await using ledger = await openOld("select 1");
-  expect(await use(ledger.url)).toBe("used");
+  expect(await tryLedger(ledger.url)).toBe("used");
   await ledger.sql`update ledger_version set version = ${LEDGER_VERSION + 1}`;
   await ledger.sql`drop table removed`;
-  expect(await use(ledger.url)).toContain(`the ledger has version ${LEDGER_VERSION + 1}`);
+  expect(await tryLedger(ledger.url)).toContain(`the ledger has version ${LEDGER_VERSION + 1}`);
   const [row] = await ledger.sql`select to_regclass('removed') is null as missing`;
   expect(row?.["missing"]).toBe(true);
 });
 
 test("a table that is missing from a ledger is named, and not made again, empty", async () => {
   await using ledger = await openOld("select 1");
-  expect(await use(ledger.url)).toBe("used");
+  expect(await tryLedger(ledger.url)).toBe("used");
   await ledger.sql`alter table checkpoints rename to moved_away`;
-  expect(await use(ledger.url)).toContain("the table checkpoints of this ledger is missing");
+  expect(await tryLedger(ledger.url)).toContain("the table checkpoints of this ledger is missing");
   await ledger.sql`alter table moved_away rename to checkpoints`;
-  expect(await use(ledger.url)).toBe("used");
+  expect(await tryLedger(ledger.url)).toBe("used");
 });
 
 test("a role that may not create gets the command for the owner of an older ledger, and uses today's", async () => {
   await using old = await openOld();
   await using role = await createReaderWriter(old);
-  expect(await use(role.url)).toContain('Run, as the owner of the ledger: psql "$DATABASE_URL" -f');
+  expect(await tryLedger(role.url)).toContain(
+    'Run, as the owner of the ledger: psql "$DATABASE_URL" -f',
+  );
   const [row] = await old.sql`select to_regclass('ledger_version') is null as missing`;
   expect(row?.["missing"]).toBe(true);
   await old.sql.unsafe(SCHEMA);
-  expect(await use(role.url)).toBe("used");
+  expect(await tryLedger(role.url)).toBe("used");
 });
 
 test("an empty database in which a role may not create is refused with the same command", async () => {
   await using empty = await openOld("select 1");
   await using role = await createReaderWriter(empty);
-  expect(await use(role.url)).toContain('psql "$DATABASE_URL" -f schema.sql');
+  expect(await tryLedger(role.url)).toContain('psql "$DATABASE_URL" -f schema.sql');
 });
 
 test("programs and schema.sql agree on the version", () => {

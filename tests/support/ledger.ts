@@ -2,6 +2,7 @@
 import { mkdirSync, writeFileSync } from "node:fs";
 import { dirname } from "node:path";
 
+import { LedgerRefused, openDatabase } from "../../lib/ledger/database.ts";
 import { balances, select, testDatabase } from "./postgres.ts";
 import { run, spawn, startApp, tempDir } from "./programs.ts";
 
@@ -52,4 +53,18 @@ export async function openLedger(settings: Record<string, string> = {}) {
       await database.drop();
     },
   };
+}
+
+/** What happens when a program opens the ledger at `url`: "used", or why it is refused. */
+export async function tryLedger(url: string): Promise<string> {
+  const database = openDatabase(() => url, "test", 1);
+  try {
+    await database.use(async () => {});
+    return "used";
+  } catch (error) {
+    if (!(error instanceof LedgerRefused)) throw error;
+    return error.message;
+  } finally {
+    await database.close();
+  }
 }
