@@ -625,8 +625,8 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "that lines like frames do not make a file of events a journal",
-    "return head && isEventFile(head) ? null : await openJournalReader(path, disk);",
-    "return await openJournalReader(path, disk);",
+    "return head && isEventFile(head) ? null : await openJournalReader(path);",
+    "return await openJournalReader(path);",
     "processor/processor",
   ),
 ];
