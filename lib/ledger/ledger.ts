@@ -19,6 +19,7 @@ import {
   LEDGER_VERSION,
   READ_DEADLINE_MS,
   RowRefused,
+  transact,
   type Transaction,
 } from "./database.ts";
 import postSql from "./post.sql" with { type: "text" };
@@ -121,7 +122,6 @@ export async function noteEventTypes(database: Database, types: ReadonlyMap<stri
  */
 export function post(database: Database, batch: Batch, timeoutMs: number): Promise<Outcome> {
   const posting = async (tx: Transaction): Promise<Outcome> => {
-    await tx`select set_config('statement_timeout', ${`${timeoutMs}`}, true)`;
     const [checkpoint] = await tx<{ position: number }[]>`
       select position::float8 from checkpoints where source = ${batch.key} for update`;
     if (checkpoint?.position !== batch.from) return { state: "elsewhere" };
@@ -131,10 +131,7 @@ export function post(database: Database, batch: Batch, timeoutMs: number): Promi
     const quarantined = batch.quarantined.length + disputed;
     return { state: "posted", quarantined, duplicates: batch.duplicates + repeated };
   };
-  const outcome = database.use(
-    (sql) => sql.begin(posting) as Promise<Outcome>,
-    timeoutMs + GRACE_MS,
-  );
+  const outcome = database.use((sql) => transact(sql, timeoutMs, posting), timeoutMs + GRACE_MS);
   return outcome.catch((error: Error) => {
     if (error instanceof RowRefused) return { state: "refused", batch, reason: error.reason };
     // The driver ran the statement outside its transaction, after another processor had posted the batch.

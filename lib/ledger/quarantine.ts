@@ -1,11 +1,11 @@
 /**
  * The quarantine: lines that did not count, by source and position. A line leaves it in the same
  * statement that posts it, so it counts once however often and by however many it is retried. (Beside
- * reconcile.ts, because the two have nothing in common but the lock that a retry holds.)
+ * reconcile.ts, because the two have nothing in common but the lock that a retry takes.)
  */
 import { formatAmount } from "../event/amount.ts";
 import type { Change } from "../event/event.ts";
-import { LEDGER_VERSION, type Sql, type Statements } from "./database.ts";
+import { LEDGER_VERSION, type Statements } from "./database.ts";
 import { type Quarantined, SAME_ID } from "./ledger.ts";
 
 const ROWS_PER_PAGE = 500;
@@ -16,17 +16,15 @@ export interface QuarantinedLine extends Quarantined {
   at: Date;
 }
 
-/** All lines in quarantine, a page at a time, in the order of key and position. */
-export async function* readQuarantine(sql: Statements): AsyncGenerator<QuarantinedLine[]> {
-  let last: QuarantinedLine | undefined;
-  do {
-    const rows: QuarantinedLine[] = await sql<QuarantinedLine[]>`
-      select source as key, position::float8, reason, line, at from quarantine
-      where (source, position) > (${last?.key ?? ""}, ${last?.position ?? -1})
-      order by source, quarantine.position limit ${ROWS_PER_PAGE}`;
-    yield rows;
-    last = rows.at(-1);
-  } while (last);
+/** The lines in quarantine behind `last`, a page of them, in the order of key and position. */
+export async function readQuarantine(
+  sql: Statements,
+  last?: QuarantinedLine,
+): Promise<QuarantinedLine[]> {
+  return sql<QuarantinedLine[]>`
+    select source as key, position::float8, reason, line, at from quarantine
+    where (source, position) > (${last?.key ?? ""}, ${last?.position ?? -1})
+    order by source, quarantine.position limit ${ROWS_PER_PAGE}`;
 }
 
 /**
@@ -36,7 +34,7 @@ export async function* readQuarantine(sql: Statements): AsyncGenerator<Quarantin
  * part of that journal's snapshot.
  */
 export async function release(
-  sql: Sql,
+  sql: Statements,
   { key, position }: QuarantinedLine,
   { userId, sign, amount, id = "", event }: Change & { event: string | null },
 ): Promise<boolean> {

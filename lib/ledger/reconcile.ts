@@ -10,56 +10,79 @@ import type { Sums } from "../event/sums.ts";
 import type { Checkpoint } from "./checkpoints.ts";
 import {
   arrayLiteral,
+  columns,
   type Database,
   LEDGER_VERSION,
-  type Sql,
+  setLimits,
   type Statements,
+  transact,
+  type Transaction,
 } from "./database.ts";
 
 /** A recount of terabytes may take this long. */
 const DEADLINE_MS = 24 * 3600 * 1000;
+/** If the machine of a recount disappears, its lock is free after this long. */
+const IDLE_MS = 300_000;
+const KEEP_ALIVE_MS = 10_000;
+const WAIT_MS = 100;
+const CORRECTION_TIMEOUT_MS = 60_000;
+const LOCK_NOT_AVAILABLE = "55P03";
 /** The temporary table is summed when it has this many rows, then when it has tripled. */
 const MAX_ROWS = 4_000_000;
 /** So few ranges of a source are in memory at a time. */
 const RANGES_PER_FETCH = 10_000;
+const DIFFERENCES_PER_PAGE = 1_000;
 
 /**
- * The result of `work`, which has the only connection of `database` to itself, without time limits.
+ * The result of `work`, a transaction that sees the ledger as of one moment (or of each statement, with
+ * the isolation "read committed"), without time limits.
  * Recounts, rebuilds, retries and removals of segments exclude each other: only posting changes what a
  * recount has read. Waits for another one to end, and says so; `say` may throw, and nobody waits.
+ *
+ * Two tables serve as locks. `removed` is locked until the transaction ends. `event_types` is locked while
+ * a correction is under way (`correctDifferences`), and only looked at here: that correction may belong
+ * to a comparison whose connection has died, and a snapshot before its end would correct the same again.
+ *
+ * LOCK TABLE takes no snapshot, and an advisory lock does: who waited for one read 1 where the true value
+ * was 6. Nobody waits in Postgres, because behind a pooler what is waited for may need that connection.
  */
 export function withRecountLock<T>(
   database: Database,
   say: (line: string) => void,
-  work: (sql: Sql) => Promise<T>,
+  work: (tx: Transaction) => Promise<T>,
+  isolation = "repeatable read",
 ): Promise<T> {
   return database.use(async (sql) => {
-    await sql`set statement_timeout = 0`;
-    await sql`set idle_in_transaction_session_timeout = 0`;
-    await sql`set work_mem = '64MB'`;
-    const [row] = await sql<{ locked: boolean }[]>`
-      select pg_try_advisory_lock(hashtext('daybook recount')) as locked`;
-    if (!row?.locked) {
-      say("waiting for another recount, retry or removal of segments to end");
-      await sql`select pg_advisory_lock(hashtext('daybook recount'))`;
-    }
-    try {
-      return await work(sql);
-    } finally {
-      // Not awaited: when the connection is lost, so is the lock, and the driver may never answer.
-      sql`select pg_advisory_unlock(hashtext('daybook recount'))`.catch(() => {});
+    for (let tries = 0; ; tries++) {
+      let isOurs = false;
+      try {
+        return (await sql.begin(`isolation level ${isolation}`, async (tx) => {
+          await tx`lock table removed in share update exclusive mode nowait`;
+          await tx`savepoint looking`;
+          await tx`lock table event_types in share update exclusive mode nowait`;
+          await tx`rollback to savepoint looking`;
+          isOurs = true;
+          await setLimits(tx, 0, IDLE_MS);
+          await tx`select set_config('work_mem', '64MB', true)`;
+          const timer = setInterval(() => tx`select 1`.catch(() => {}), KEEP_ALIVE_MS);
+          return work(tx).finally(() => clearInterval(timer));
+        })) as T;
+      } catch (error) {
+        if (isOurs || (error as { code?: string }).code !== LOCK_NOT_AVAILABLE) throw error;
+        if (tries === 0) say("waiting for another recount, retry or removal of segments to end");
+        await Bun.sleep(WAIT_MS);
+      }
     }
   }, DEADLINE_MS);
 }
 
-/** Amounts of users, in a temporary table. Belongs to the `sql` that opened it. */
+/** Amounts of users, in a temporary table of the transaction `sql`. */
 export type Tally = Awaited<ReturnType<typeof openTally>>;
 
-export async function openTally(sql: Statements, maxRows = MAX_ROWS) {
+export async function openTally(sql: Transaction, maxRows = MAX_ROWS) {
   let rows = 0;
   let sumAtRows = maxRows;
-  await sql`drop table if exists tally`;
-  await sql`create temp table tally (user_id text collate "C", revenue numeric)`;
+  await sql`create temp table tally (user_id text collate "C", revenue numeric) on commit drop`;
   return {
     async add(changes: Sums): Promise<void> {
       if (changes.size === 0) return;
@@ -85,7 +108,7 @@ export async function openTally(sql: Statements, maxRows = MAX_ROWS) {
   async function added(count: number) {
     rows += count;
     if (rows < sumAtRows) return;
-    ({ count: rows } = await sql`create temp table summed as ${sums()}`);
+    ({ count: rows } = await sql`create temp table summed on commit drop as ${sums()}`);
     await sql`drop table tally`;
     await sql`alter table summed rename to tally`;
     sumAtRows = Math.max(maxRows, 3 * rows);
@@ -109,7 +132,7 @@ export async function readSnapshotEnd(sql: Statements, key: string): Promise<num
 
 /** Adds `tally` to the snapshot of the journal `key`, which from now on stands for all before `position`. */
 export async function extendSnapshot(
-  sql: Statements,
+  sql: Transaction,
   tally: Tally,
   { key, position }: { key: string; position: number },
 ): Promise<void> {
@@ -139,14 +162,6 @@ export async function listOtherTypes(sql: Statements, types: ReadonlyMap<string,
     .map(({ name, sign }) => `${name}:${{ 1: "+", [-1]: "-" }[sign] ?? "0"}`);
 }
 
-/** Forgets that events were posted with another sign than `types` gives them. */
-export async function forgetOtherTypes(sql: Statements, types: ReadonlyMap<string, number>) {
-  await sql`
-    delete from event_types where (name, sign) not in (
-      select * from unnest(
-        ${arrayLiteral(types.keys())}::text::text[], ${arrayLiteral(types.values())}::text::smallint[]))`;
-}
-
 /** The offsets of the file `key` at which a last line without a newline was posted. */
 export async function listLineEnds(sql: Statements, key: string): Promise<number[]> {
   const rows = await sql<{ offset: number }[]>`
@@ -160,11 +175,11 @@ export type Exclusions = Awaited<ReturnType<typeof openExclusions>>;
 
 /** The exclusions in positions `from` to `to` of the source `key`, fetched as they are needed. */
 export async function openExclusions(
-  sql: Statements,
+  sql: Transaction,
   { key, from, to }: { key: string; from: number; to: number },
 ) {
   await sql`
-    declare exclusions no scroll cursor with hold for
+    declare exclusions no scroll cursor for
     select from_position as "from", to_position as "to" from uncounted
     where source = ${key} and from_position >= ${from} and from_position < ${to}
     union all
@@ -206,13 +221,12 @@ export interface Difference {
 }
 
 /**
- * Keeps the users whose balance differs from `tally` in a temporary table, for the two functions below.
- * Returns the number of balances, and how many differ.
+ * Keeps the users whose balance differs from `tally` in a temporary table, for `readDifferences`. Returns
+ * the number of balances, and how many differ.
  */
-export async function findDifferences(sql: Statements, tally: Tally) {
-  await sql`drop table if exists differences`;
+export async function findDifferences(sql: Transaction, tally: Tally) {
   const { count: differing } = await sql`
-    create temp table differences as
+    create temp table differences on commit drop as
     select user_id, tally.revenue as expected, balance.revenue as balance
     from (${tally.sums()}) as tally full join users_revenue as balance using (user_id)
     where tally.revenue is distinct from balance.revenue`;
@@ -222,31 +236,64 @@ export async function findDifferences(sql: Statements, tally: Tally) {
 }
 
 /** The differences found, in the order of users, a page at a time. */
-export function readDifferences(sql: Statements): AsyncIterable<Difference[]> {
+export function readDifferences(sql: Transaction): AsyncIterable<Difference[]> {
   return sql<Difference[]>`
     select user_id as "userId", trim_scale(expected)::text as expected,
       trim_scale(balance)::text as balance,
       trim_scale(coalesce(balance, 0) - coalesce(expected, 0))::text as excess
-    from differences order by user_id collate "C"`.cursor(1_000);
+    from differences order by user_id collate "C"`.cursor(DIFFERENCES_PER_PAGE);
 }
 
 /**
- * Corrects the differences found, in one transaction: by adding, because posting continues meanwhile, and
- * in the order in which posting locks users. A user that should not exist is deleted, unless something
- * was posted since: then the balance is that. (If what was posted sums to 0, the user is deleted too, and
- * the next recount reports it.)
+ * Corrects the differences that the transaction `found` has found, by adding, because posting continues
+ * meanwhile, and in the order in which posting locks users. It does so in a transaction of its own, on
+ * another connection: in `found`, a user that was posted to meanwhile could not be changed (40001). From
+ * now on events count by `types`.
+ *
+ * While `found` holds its lock, no other recount begins. If its connection dies, one may begin, but not
+ * before this transaction has ended. If it died before this transaction had its own lock, nothing is
+ * corrected, because another recount may have seen the same differences: only a living `found` can be read.
+ *
+ * A user that should not exist is deleted, unless something was posted since: then the balance is that.
+ * (If what was posted sums to 0, the user is deleted too, and the next recount reports it.)
  */
-export async function correctDifferences(sql: Sql): Promise<void> {
-  await sql.begin(async (tx) => {
-    await tx`
-      insert into users_revenue as balance (user_id, revenue)
-      select user_id, coalesce(expected, 0) - coalesce(balance, 0)
-      from differences, daybook_require_balances(${LEDGER_VERSION})
-      order by user_id collate "C"
-      on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue`;
-    await tx`
-      delete from users_revenue as balance using differences
-      where differences.expected is null and differences.user_id = balance.user_id
-        and balance.revenue = 0`;
-  });
+export function correctDifferences(
+  database: Database,
+  found: Transaction,
+  types: ReadonlyMap<string, number>,
+): Promise<void> {
+  const correct = async (tx: Transaction) => {
+    await tx`lock table event_types in share update exclusive mode`;
+    for await (const differences of readDifferences(found)) await correctPage(tx, differences);
+    await replaceEventTypes(tx, types);
+  };
+  return database.use((sql) => transact(sql, CORRECTION_TIMEOUT_MS, correct), DEADLINE_MS);
+}
+
+async function correctPage(tx: Transaction, differences: Difference[]): Promise<void> {
+  const [users, excesses] = columns(differences, "userId", "excess") as [string, string];
+  await tx`
+    insert into users_revenue as balance (user_id, revenue)
+    select user_id, -excess
+    from unnest(${users}::text::text[], ${excesses}::text::numeric[]) as found (user_id, excess),
+      daybook_require_balances(${LEDGER_VERSION})
+    order by user_id collate "C"
+    on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue`;
+  const unexpected = differences.filter(({ expected }) => expected === null);
+  await tx`
+    delete from users_revenue
+    where user_id = any(${arrayLiteral(unexpected.map(({ userId }) => userId))}::text::text[])
+      and revenue = 0`;
+}
+
+/** Forgets how events counted before. */
+async function replaceEventTypes(tx: Transaction, types: ReadonlyMap<string, number>) {
+  const [names, signs] = [arrayLiteral(types.keys()), arrayLiteral(types.values())];
+  await tx`
+    insert into event_types (name, sign)
+    select * from unnest(${names}::text::text[], ${signs}::text::smallint[])
+    on conflict do nothing`;
+  await tx`
+    delete from event_types where (name, sign) not in (
+      select * from unnest(${names}::text::text[], ${signs}::text::smallint[]))`;
 }

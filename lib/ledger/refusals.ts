@@ -2,7 +2,7 @@
  * What Postgres refuses of a batch: constraints, domains, foreign keys and triggers that a team has added
  * to `users_revenue`. The functions in schema.sql try the parts of a batch one by one, and undo everything.
  */
-import { arrayLiteral, columns, type Database, type Transaction } from "./database.ts";
+import { arrayLiteral, columns, type Database, transact, type Transaction } from "./database.ts";
 import type { Batch } from "./ledger.ts";
 
 /** 100,000 users, or 100,000 lines of one user, take between one and two seconds. */
@@ -62,10 +62,6 @@ export function findRefusedLines(
 }
 
 function search<T>(database: Database, find: (tx: Transaction) => Promise<T>): Promise<T> {
-  const searching = async (tx: Transaction) => {
-    await tx`select set_config('statement_timeout', ${`${SEARCH_TIMEOUT_MS}`}, true)`;
-    return find(tx);
-  };
   const deadlineMs = SEARCH_TIMEOUT_MS + GRACE_MS;
-  return database.use((sql) => sql.begin(searching) as Promise<T>, deadlineMs);
+  return database.use((sql) => transact(sql, SEARCH_TIMEOUT_MS, find), deadlineMs);
 }

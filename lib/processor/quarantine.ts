@@ -12,81 +12,83 @@ import {
 import { eachLine, SHOWN_BYTES } from "../event/lines.ts";
 import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
 import { journalKey, parseKey } from "../ledger/checkpoints.ts";
-import { describe, RowRefused, type Sql } from "../ledger/database.ts";
+import { RowRefused, type Transaction } from "../ledger/database.ts";
 import { noteEventTypes, OTHER_EVENT } from "../ledger/ledger.ts";
 import { type QuarantinedLine, readQuarantine, release } from "../ledger/quarantine.ts";
 import { readSnapshotEnd, withRecountLock } from "../ledger/reconcile.ts";
 import { identityOf, lineOf } from "./fold.ts";
 import type { Reconciliation } from "./recount.ts";
 
-const LIST_DEADLINE_MS = 3_600_000;
 const MAX_PRINTED_CHARS = 200;
-
-/** A journal, and the position up to which its lines have been looked at. */
-interface Place {
-  journal: JournalReader;
-  position: number;
-}
 
 /** Prints each line in quarantine; returns how many there are. */
 export async function listQuarantine({ database, print }: Reconciliation): Promise<number> {
-  return database.use(async (sql) => {
-    let count = 0;
-    for await (const rows of readQuarantine(sql)) {
-      for (const { key, position, reason, line, at } of rows) {
-        const isLong = line.length > MAX_PRINTED_CHARS;
-        const shown = JSON.stringify(isLong ? `${line.slice(0, MAX_PRINTED_CHARS)}…` : line);
-        print(`${key} at ${position}, ${at.toISOString()}: ${reason}: ${shown}`);
-      }
-      count += rows.length;
+  let count = 0;
+  let last: QuarantinedLine | undefined;
+  do {
+    const rows = await database.use((sql) => readQuarantine(sql, last));
+    for (const { key, position, reason, line, at } of rows) {
+      const isLong = line.length > MAX_PRINTED_CHARS;
+      const shown = JSON.stringify(isLong ? `${line.slice(0, MAX_PRINTED_CHARS)}…` : line);
+      print(`${key} at ${position}, ${at.toISOString()}: ${reason}: ${shown}`);
     }
-    print(`lines in quarantine: ${count}`);
-    return count;
-  }, LIST_DEADLINE_MS);
+    count += rows.length;
+    last = rows.at(-1);
+  } while (last);
+  print(`lines in quarantine: ${count}`);
+  return count;
 }
 
 /** Posts the lines that are valid by now; returns how many remain. `paths` are journals. */
 export async function retryQuarantine(run: Reconciliation): Promise<number> {
   const { database, paths, print, say } = run;
   await noteEventTypes(database, getEventTypes());
-  return withRecountLock(database, say, async (sql) => {
-    const journals = await openJournals(sql, paths);
-    let posted = 0;
-    let remaining = 0;
-    for await (const rows of readQuarantine(sql)) {
-      const lines = await readLines(rows, journals);
-      for (const row of rows) {
-        const why = await retry(sql, row, lines.get(row));
-        if (why === null) posted++;
-        else {
-          remaining++;
-          print(`${row.key} at ${row.position} remains: ${why}`);
-        }
+  const places = new Map<string, number>();
+  let posted = 0;
+  let remaining = 0;
+  let last: QuarantinedLine | undefined;
+  do {
+    // No segment is removed while its lines are read. After that, the lines are posted one by one.
+    const found = await withRecountLock(database, say, async (tx) => {
+      const rows = await readQuarantine(tx, last);
+      const lines = await readLines(rows, await openJournals(tx, paths), places);
+      return rows.map((row) => ({ row, line: lines.get(row) }));
+    });
+    for (const { row, line } of found) {
+      const why = await retry(run, row, line);
+      if (why === null) posted++;
+      else {
+        remaining++;
+        print(`${row.key} at ${row.position} remains: ${why}`);
       }
     }
-    print(`lines posted: ${posted}; remaining in quarantine: ${remaining}`);
-    return remaining;
-  });
+    last = found.at(-1)?.row;
+  } while (last);
+  print(`lines posted: ${posted}; remaining in quarantine: ${remaining}`);
+  return remaining;
 }
 
-/** The journals of `paths`, by checkpoint key. */
-async function openJournals(sql: Sql, paths: string[]): Promise<Map<string, Place>> {
-  const journals = new Map<string, Place>();
+/** The journals of `paths`, by checkpoint key, each with the position before which it may be deleted. */
+async function openJournals(sql: Transaction, paths: string[]) {
+  const journals = new Map<string, { journal: JournalReader; from: number }>();
   for (const path of paths) {
     const journal = await openNamedJournal(path);
     if (!journal) continue;
     const key = journalKey(journal.id);
-    // Segments before the end of the snapshot may be deleted at any moment.
-    const position = Math.max(journal.start, await readSnapshotEnd(sql, key));
-    journals.set(key, { journal, position });
+    const from = Math.max(journal.start, await readSnapshotEnd(sql, key));
+    journals.set(key, { journal, from });
   }
   return journals;
 }
 
-/** The lines of `rows` as they were sent: from their journal, else from the quarantine unless it was cut. */
+/**
+ * The lines of `rows` as they were sent: from their journal, else from the quarantine unless it was cut.
+ * `places` keeps, for the next page, up to where each journal has been read.
+ */
 async function readLines(
   rows: QuarantinedLine[],
-  journals: ReadonlyMap<string, Place>,
+  journals: Awaited<ReturnType<typeof openJournals>>,
+  places: Map<string, number>,
 ): Promise<Map<QuarantinedLine, Uint8Array>> {
   const lines = new Map<QuarantinedLine, Uint8Array>();
   for (const row of rows) {
@@ -94,15 +96,15 @@ async function readLines(
     if (Buffer.byteLength(line) < SHOWN_BYTES && !line.includes("\ufffd"))
       lines.set(row, Buffer.from(reason === OTHER_EVENT ? lineOf(line) : line));
   }
-  for (const [key, place] of journals) {
+  for (const [key, { journal, from: start }] of journals) {
     const wanted = new Map(rows.filter((row) => row.key === key).map((row) => [row.position, row]));
     const last = Math.max(...wanted.keys());
-    for (let position = place.position; position <= last;) {
-      const frames = await place.journal.read(position);
+    for (let position = Math.max(start, places.get(key) ?? 0); position <= last;) {
+      const frames = await journal.read(position);
       if (frames.length === 0) break;
       for (const { payload, from, to } of frames) {
         if (from > last) break;
-        place.position = from; // the next page may begin in the same frame
+        places.set(key, from); // the next page may begin in the same frame
         const visit = (line: Uint8Array, index: number) => {
           const row = wanted.get(to - payload.length + index);
           if (row) lines.set(row, Uint8Array.from(line));
@@ -116,18 +118,24 @@ async function readLines(
 }
 
 /** Posts a line and returns `null`, or returns why it remains. */
-async function retry(sql: Sql, row: QuarantinedLine, line?: Uint8Array): Promise<string | null> {
+async function retry(
+  { database, say }: Reconciliation,
+  row: QuarantinedLine,
+  line?: Uint8Array,
+): Promise<string | null> {
   if (!line) return `${row.reason}, and only the beginning of the line was kept`;
   const isJournaled = parseKey(row.key).generation === null;
   const change = decodeEvent(line, isJournaled ? MAX_JOURNALED_BYTES : MAX_EVENT_BYTES);
   if (change instanceof InvalidEvent) return change.reason;
   const { id, sign } = change;
   const event = id === undefined || sign === 0 ? null : identityOf({ ...change, id });
+  const posting = (tx: Transaction) => release(tx, row, { ...change, event });
   try {
-    return (await release(sql, row, { ...change, event })) ? null : OTHER_EVENT;
+    // "Read committed", because others may post to the same user meanwhile.
+    const isPosted = await withRecountLock(database, say, posting, "read committed");
+    return isPosted ? null : OTHER_EVENT;
   } catch (error) {
-    const failure = describe(error);
-    if (failure instanceof RowRefused) return failure.reason;
-    throw failure;
+    if (error instanceof RowRefused) return error.reason;
+    throw error;
   }
 }

@@ -20,7 +20,7 @@ import { isLost } from "../journal/format.ts";
 import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
 import { parseSourceMark } from "../journal/source-mark.ts";
 import { type Checkpoint, journalKey, parseKey } from "../ledger/checkpoints.ts";
-import { CannotProceed, type Database, type Statements } from "../ledger/database.ts";
+import { CannotProceed, type Database, type Transaction } from "../ledger/database.ts";
 import {
   type Exclusions,
   extendSnapshot,
@@ -66,7 +66,7 @@ type Lines = Pick<Block, "bytes" | "from" | "to">;
  * Recounts the sources of the ledger, up to their checkpoints as `sql` sees them, and shows the progress.
  * Throws CannotProceed, with a line for each source that is not whole among `paths`.
  */
-export async function recount(sql: Statements, paths: string[]): Promise<Recount> {
+export async function recount(sql: Transaction, paths: string[]): Promise<Recount> {
   const sources = await locateSources(await listRecountable(sql), paths);
   const totalBytes = sources.reduce((sum, { checkpoint }) => sum + checkpoint.position, 0);
   const progress = showProgress("recounting", totalBytes, 0);
@@ -101,25 +101,23 @@ export async function snapshotUpTo(
   position: number,
 ): Promise<void> {
   const key = journalKey(journal.id);
-  await withRecountLock(database, refuse, (connection) =>
-    connection.begin(async (sql) => {
-      const range = { key, from: await readSnapshotEnd(sql, key), to: position };
-      if (range.from >= position) return;
-      const others = await listOtherTypes(sql, getEventTypes());
-      if (others.length > 0)
-        refuse(
-          `EVENT_TYPES differs from what events were posted as (${others.join(", ")}): restore it, or run processor.ts --rebuild --yes`,
-        );
-      const recount = new Recount(sql, await openTally(sql));
-      await recount.add(range, readJournal(journal, range));
-      const { tally, firstInvalid } = recount;
-      if (firstInvalid)
-        refuse(
-          `the line at position ${firstInvalid.position} of ${key} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
-        );
-      await extendSnapshot(sql, tally, { key, position });
-    }),
-  );
+  await withRecountLock(database, refuse, async (sql) => {
+    const range = { key, from: await readSnapshotEnd(sql, key), to: position };
+    if (range.from >= position) return;
+    const others = await listOtherTypes(sql, getEventTypes());
+    if (others.length > 0)
+      refuse(
+        `EVENT_TYPES differs from what events were posted as (${others.join(", ")}): restore it, or run processor.ts --rebuild --yes`,
+      );
+    const recount = new Recount(sql, await openTally(sql));
+    await recount.add(range, readJournal(journal, range));
+    const { tally, firstInvalid } = recount;
+    if (firstInvalid)
+      refuse(
+        `the line at position ${firstInvalid.position} of ${key} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
+      );
+    await extendSnapshot(sql, tally, { key, position });
+  });
 }
 
 function refuse(reason: string): never {
@@ -175,7 +173,7 @@ class Recount {
   private readonly scanner = openScanner();
 
   constructor(
-    private readonly sql: Statements,
+    private readonly sql: Transaction,
     readonly tally: Tally,
   ) {}
 

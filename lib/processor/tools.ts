@@ -50,7 +50,8 @@ export async function runTool(
   setEventTypes(settings.EVENT_TYPES);
   const journal = join(settings.DATA_DIR, JOURNAL_FILE);
   const journals = files.length > 0 ? files : [journal];
-  const database = openDatabase(ledgerUrl(settings), "processor", 1);
+  // A rebuild corrects on a second connection.
+  const database = openDatabase(ledgerUrl(settings), "processor", 2);
   try {
     const paths = [journal, ...files];
     return (await TOOLS[name]({ database, paths, journals, yes, print, say })) > 0 ? 1 : 0;

@@ -4,12 +4,10 @@
  * not matter what was posted since.
  */
 import { getEventTypes } from "../event/event.ts";
-import { CannotProceed, type Sql } from "../ledger/database.ts";
-import { noteEventTypes } from "../ledger/ledger.ts";
+import { CannotProceed, type Transaction } from "../ledger/database.ts";
 import {
   correctDifferences,
   findDifferences,
-  forgetOtherTypes,
   listOtherTypes,
   readDifferences,
   withRecountLock,
@@ -19,7 +17,7 @@ import { recount, type Reconciliation } from "./recount.ts";
 /** Returns how many balances differ from what the sources at `paths` hold. */
 export async function verify(run: Reconciliation): Promise<number> {
   const { database, say } = run;
-  return withRecountLock(database, say, async (sql) => (await compare(sql, run)).differing);
+  return withRecountLock(database, say, async (tx) => (await compare(tx, run)).differing);
 }
 
 /**
@@ -29,31 +27,34 @@ export async function verify(run: Reconciliation): Promise<number> {
  */
 export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<void> {
   const { database, print, say, yes } = run;
-  await withRecountLock(database, say, async (sql) => {
-    const { differing, isCertain } = await compare(sql, run);
-    if (!isCertain && !yes)
+  let correcting: Promise<void> | null = null;
+  let differing = 0;
+  const rebuilding = withRecountLock(database, say, async (found) => {
+    const compared = await compare(found, run);
+    differing = compared.differing;
+    if (!compared.isCertain && !yes)
       throw new CannotProceed(
         "nothing was changed: add --yes to make every line count as it does today",
       );
-    await correctDifferences(sql);
-    await noteEventTypes(database, getEventTypes());
-    await forgetOtherTypes(sql, getEventTypes());
-    if (differing > 0) print(`balances corrected: ${differing}`);
+    correcting = correctDifferences(database, found, getEventTypes());
+    await correcting;
   });
+  await rebuilding.catch(async (error) => {
+    if (!correcting) throw error;
+    await correcting; // it decides, even if the connection of the comparison has died since
+  });
+  if (differing > 0) print(`balances corrected: ${differing}`);
 }
 
 /**
  * Names each user that differs; `correctDifferences` can then correct them. `isCertain`: every line counts
  * today as it did when it was posted.
  */
-async function compare(sql: Sql, { paths, print }: Reconciliation) {
-  const found = await sql.begin("isolation level repeatable read", async (tx) => {
-    const recounted = await recount(tx, paths);
-    const others = await listOtherTypes(tx, getEventTypes());
-    return { ...recounted, others, ...(await findDifferences(tx, recounted.tally)) };
-  });
-  const { users, differing, lost, invalid, firstInvalid, others } = found;
-  for await (const differences of readDifferences(sql))
+async function compare(tx: Transaction, { paths, print }: Reconciliation) {
+  const { tally, lost, invalid, firstInvalid } = await recount(tx, paths);
+  const others = await listOtherTypes(tx, getEventTypes());
+  const { users, differing } = await findDifferences(tx, tally);
+  for await (const differences of readDifferences(tx))
     for (const { userId, expected, balance, excess } of differences)
       print(
         `user ${JSON.stringify(userId)}: balance ${balance ?? "missing"}, expected ${expected ?? "none"}; off by ${excess}`,

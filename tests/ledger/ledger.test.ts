@@ -51,7 +51,7 @@ function strayDatabase(database: Database, between: () => Promise<unknown>): Dat
         return rows;
       });
     };
-    const begin = (work: (tx: unknown) => unknown) => work(run);
+    const begin = (_options: string, work: (tx: unknown) => unknown) => work(run);
     return Object.assign(run, { begin, unsafe: sql.unsafe });
   };
   return {

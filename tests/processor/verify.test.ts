@@ -34,10 +34,10 @@ async function deleteOld({ url, journal: path }: Ledger, keepDays: number): Prom
 
 /** Waits until somebody holds the lock of a recount. */
 function untilRecount(sql: ReturnType<typeof connectTest>): Promise<unknown> {
-  // pg_locks shows every database of this Postgres, and other tests use others.
   const locks = () => sql`
-    select from pg_locks where locktype = 'advisory'
-      and database = (select oid from pg_database where datname = current_database())`;
+    select from pg_locks
+    where database = (select oid from pg_database where datname = current_database())
+      and relation = to_regclass('removed') and mode = 'ShareUpdateExclusiveLock'`;
   return until(async () => (await locks()).length > 0);
 }
 

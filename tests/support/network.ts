@@ -2,11 +2,16 @@
 import { createServer as createHttpServer, type IncomingMessage } from "node:http";
 import { connect, createServer, type Socket } from "node:net";
 
-/** A proxy to the Postgres at `url`. After `cut` it drops every connection, until `mend`. */
+/**
+ * A proxy to the Postgres at `url`. After `cut` it drops every connection, until `mend`. Once a client
+ * has sent the text that `silence` was given, the proxy passes nothing on any more, and closes nothing.
+ */
 export async function openProxy(url: string) {
   const target = new URL(url);
   const open = new Set<Socket>();
   let isCut = false;
+  let silentAfter: string | null = null;
+  let isSilent = false;
   let refused = 0;
   const server = createServer((client) => {
     if (isCut) {
@@ -20,8 +25,12 @@ export async function openProxy(url: string) {
       [postgres, client],
     ] as const) {
       open.add(from);
-      from.on("error", () => {}).on("close", () => (open.delete(from), to.destroy()));
-      from.pipe(to);
+      from.on("error", () => {}).on("close", () => (open.delete(from), isSilent || to.destroy()));
+      from.on("data", (bytes) => {
+        if (isSilent) return;
+        to.write(bytes);
+        isSilent = silentAfter !== null && bytes.includes(silentAfter);
+      });
     }
   });
   const cut = () => {
@@ -36,6 +45,8 @@ export async function openProxy(url: string) {
     cut,
     mend: () => (isCut = false),
     refused: () => refused,
+    silence: (text: string) => (silentAfter = text),
+    isSilent: () => isSilent,
     async [Symbol.asyncDispose]() {
       cut();
       await new Promise((resolve) => server.close(resolve));
