@@ -29,16 +29,16 @@ export async function readQuarantine(
 
 /**
  * Posts the event of a line and removes the line from the quarantine, in one statement. An event that has
- * already counted does not count again. Returns false, having changed nothing, if its id belongs to another
- * event. `event` is the identity of an event whose id is to be claimed. A line of a removed segment becomes
+ * already counted does not count again. Changes nothing if its id belongs to another event (`disputed`), or the
+ * line is not in the quarantine any more (`gone`). `event` is the identity of an event whose id is to be claimed. A line of a removed segment becomes
  * part of that journal's snapshot.
  */
 export async function release(
   sql: Statements,
   { key, position }: QuarantinedLine,
   { userId, sign, amount, id = "", event }: Change & { event: string | null },
-): Promise<boolean> {
-  const [row] = await sql<{ disputed: boolean }[]>`
+): Promise<"posted" | "disputed" | "gone"> {
+  const [row] = await sql<{ disputed: boolean; released: boolean }[]>`
     with line as (
       select from quarantine where source = ${key} and position = ${position} for update
     ), claimed as (
@@ -70,6 +70,7 @@ export async function release(
       on conflict (source, user_id) do update set revenue = snapshot.revenue + excluded.revenue
     )
     select exists (select from claimed where is_other) as disputed,
+      exists (select from released) as released,
       daybook_require_balances(${LEDGER_VERSION})`;
-  return !row?.disputed;
+  return row?.disputed ? "disputed" : row?.released ? "posted" : "gone";
 }

@@ -56,8 +56,8 @@ export async function retryQuarantine(run: Reconciliation): Promise<number> {
     });
     for (const { row, line } of found) {
       const why = await retry(run, row, line);
-      if (why === null) posted++;
-      else {
+      if (why === "posted") posted++;
+      else if (why !== "gone") {
         remaining++;
         print(`${row.key} at ${row.position} remains: ${why}`);
       }
@@ -117,12 +117,12 @@ async function readLines(
   return lines;
 }
 
-/** Posts a line and returns `null`, or returns why it remains. */
+/** Posts a line and returns "posted", or "gone" if somebody else has, or returns why it remains. */
 async function retry(
   { database, say }: Reconciliation,
   row: QuarantinedLine,
   line?: Uint8Array,
-): Promise<string | null> {
+): Promise<string> {
   if (!line) return `${row.reason}, and only the beginning of the line was kept`;
   const isJournaled = parseKey(row.key).generation === null;
   const change = decodeEvent(line, isJournaled ? MAX_JOURNALED_BYTES : MAX_EVENT_BYTES);
@@ -132,8 +132,8 @@ async function retry(
   const posting = (tx: Transaction) => release(tx, row, { ...change, event });
   try {
     // "Read committed", because others may post to the same user meanwhile.
-    const isPosted = await withRecountLock(database, say, posting, "read committed");
-    return isPosted ? null : OTHER_EVENT;
+    const outcome = await withRecountLock(database, say, posting, "read committed");
+    return outcome === "disputed" ? OTHER_EVENT : outcome;
   } catch (error) {
     if (error instanceof RowRefused) return error.reason;
     throw error;
