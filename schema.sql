@@ -54,7 +54,8 @@ begin
         source text collate "C" primary key,
         position bigint not null,
         digest text,
-        moved_at timestamptz not null default now()
+        moved_at timestamptz not null default now(),
+        points_from bigint not null default 0
       );
     end if;
 
@@ -127,6 +128,21 @@ begin
       );
     end if;
 
+    if to_regclass('points') is null then
+      -- Revenue over time: the events of each name and their amount, signed as it was added to the balances,
+      -- by the minute in which the server stored them (or in which a file was posted). Each checkpoint has
+      -- rows of its own, so that no processor waits for another's; readers sum over them.
+      create table points (
+        source text collate "C" not null,
+        step text not null,
+        at timestamptz not null,
+        name text collate "C" not null,
+        events bigint not null,
+        amount numeric not null,
+        primary key (source, step, at, name)
+      );
+    end if;
+
     if to_regclass('quarantine') is null then
       -- Lines that did not count. Only `--quarantine=retry` may delete a row: if it is deleted by hand,
       -- and its line has become valid, `--rebuild` counts it.
@@ -154,6 +170,15 @@ begin
       where attrelid = to_regclass('checkpoints') and attname = 'posted_at'
     loop
       execute format('alter table %s rename column posted_at to moved_at', legacy.name);
+    end loop;
+    -- To 2: what was posted before has no points of revenue over time.
+    for legacy in
+      select attrelid::regclass as name from pg_attribute as place
+      where attrelid = to_regclass('checkpoints') and attname = 'position' and not exists (
+        select from pg_attribute where attrelid = place.attrelid and attname = 'points_from')
+    loop
+      execute format('alter table %s add column points_from bigint not null default 0', legacy.name);
+      execute format('update %s set points_from = position', legacy.name);
     end loop;
     -- To 2: the order of "C" never changes. That of a language changes with the system's library, and
     -- then an index no longer finds its rows: for a journal it would seem as if nothing was posted. (Only
@@ -377,12 +402,14 @@ begin
       select problem into fault
       from (values
         ('users_revenue', '{user_id,revenue}'::text[], '{text,numeric}'::text[], '{user_id}'::text[]),
-        ('checkpoints', '{source,position,digest}', '{text,bigint,text}', '{source}'),
+        ('checkpoints', '{source,position,digest,points_from}', '{text,bigint,text,bigint}', '{source}'),
         ('event_types', '{name,sign}', '{text,smallint}', '{name,sign}'),
         ('event_ids', '{id,event,claimed_on}', '{text,text,date}', '{id}'),
         ('uncounted', '{source,from_position,to_position,why}', '{text,bigint,bigint,text}',
           '{from_position,source,to_position}'),
         ('removed', '{source,position}', '{text,bigint}', '{source}'),
+        ('points', '{source,step,at,name,events,amount}', '{text,text,timestamptz,text,bigint,numeric}',
+          '{at,name,source,step}'),
         ('boundary', '{day,singleton}', '{date,boolean}', '{singleton}'),
         ('segments', '{source,base,posted_on}', '{text,bigint,date}', '{base,source}'),
         ('snapshots', '{source,user_id,revenue}', '{text,text,numeric}', '{source,user_id}'),
@@ -514,7 +541,7 @@ begin
     for legacy in
       select format('grant %s on %s to %s', privilege_type, added,
         case when grantee = 0 then 'public' else grantee::regrole::text end) as statement
-      from pg_class, aclexplode(relacl), unnest(array['ledger_version', 'boundary', 'segments']) as added
+      from pg_class, aclexplode(relacl), unnest(array['ledger_version', 'boundary', 'segments', 'points']) as added
       where oid = 'checkpoints'::regclass and grantee <> relowner
     loop
       execute legacy.statement;

@@ -49,6 +49,8 @@ export interface ParsedFrame {
   toIndex: number;
   header: string;
   payload: Buffer;
+  /** When it was written, in milliseconds since 1970. */
+  atMs: number;
 }
 
 /** Acknowledged bytes cannot be read. The message says where, and what a person can do. */
@@ -113,11 +115,6 @@ export function encodeFrame(payloads: Uint8Array[], payloadBytes: number, atMs: 
   return Buffer.concat([Buffer.from(header), ...payloads], header.length + payloadBytes);
 }
 
-/** When the frame with this header line was written, in milliseconds since 1970. */
-export function frameTime(header: string): number {
-  return Number(FRAME.exec(header)?.[3]);
-}
-
 /** What follows the whole frames at the start of a buffer. */
 type Rest =
   | "nothing"
@@ -142,7 +139,7 @@ function parseFrame(bytes: Buffer, fromIndex: number): ParsedFrame | Rest {
   if (fromIndex === bytes.length) return "nothing";
   const line = firstLine(bytes, fromIndex);
   if (line === null && bytes.length - fromIndex < MAX_HEADER_BYTES) return "short";
-  const [header, digits, sum = ""] = FRAME.exec(line ?? "") ?? [];
+  const [header, digits, sum = "", at] = FRAME.exec(line ?? "") ?? [];
   const payloadBytes = Number(digits);
   if (header === undefined || payloadBytes > MAX_FRAME_BYTES)
     return { fault: "no frame begins here", hasMore: hasFrameAfter(bytes, fromIndex) };
@@ -154,7 +151,7 @@ function parseFrame(bytes: Buffer, fromIndex: number): ParsedFrame | Rest {
       : "short";
   const payload = bytes.subarray(payloadIndex, toIndex);
   const found = crc32(payload);
-  if (found === parseInt(sum, 16)) return { fromIndex, toIndex, header, payload };
+  if (found === parseInt(sum, 16)) return { fromIndex, toIndex, header, payload, atMs: Number(at) };
   return {
     fault: `the checksum of a frame is ${hex(found)}, not ${sum}`,
     // With a wrong digit in its length it may extend to the end, across all frames behind it.

@@ -36,6 +36,8 @@ export interface Frame {
   to: number;
   header: string;
   payload: Buffer;
+  /** When it was written, in milliseconds since 1970. */
+  atMs: number;
 }
 
 export interface JournalReader {
@@ -207,9 +209,9 @@ async function readFrames(file: ReadableFile, segment: Segment, position: number
     const bytes = await file.read(from, from + block);
     const { frames, endIndex, rest } = parseFrames(bytes);
     if (frames.length > 0)
-      return frames.map(({ fromIndex, toIndex, header, payload }): Frame => {
+      return frames.map(({ fromIndex, toIndex, ...frame }): Frame => {
         const begin = base + from;
-        return { from: begin + fromIndex, to: begin + toIndex, header, payload };
+        return { from: begin + fromIndex, to: begin + toIndex, ...frame };
       });
     if (rest !== "nothing" && bytes.length === block && block < MAX_BLOCK_BYTES) continue;
     const { fault, hasMore } =

@@ -23,6 +23,7 @@ import {
   type Transaction,
 } from "./database.ts";
 import postSql from "./post.sql" with { type: "text" };
+import type { Points } from "../event/points.ts";
 import type { Sums } from "../event/sums.ts";
 
 /** How much later than Postgres the driver gives up on a posting. */
@@ -50,8 +51,10 @@ export interface Move {
 export interface Batch extends Move {
   /** By how much each user's balance changes. */
   changes: Sums;
-  /** Events that count only if their id is free, by id. */
-  claims: ReadonlyMap<string, Claim>;
+  /** The same by minute and name, with the claims as if all of them counted. */
+  points: Points;
+  /** Events that count only if their id is free, by id; each with the index of its point. */
+  claims: ReadonlyMap<string, Claim & { point: number }>;
   /** Other events under the ids of `claims`. */
   conflicts: readonly Claim[];
   quarantined: readonly Quarantined[];
@@ -169,13 +172,14 @@ async function move(tx: Transaction, batch: Batch) {
       ...columns([batch, ...batch.sources.values()], "key", "from", "to", "digest"),
       batch.changes.userArray(),
       batch.changes.amountArray(),
-      ...columns(claims, "id", "event", "userId", "amount", "from", "to", "run"),
+      ...columns(claims, "id", "event", "userId", "amount", "from", "to", "run", "point"),
       ...columns(batch.conflicts, "id", "event", "from", "to", "run"),
       ...columns(batch.quarantined, "position", "reason", "line"),
       OTHER_EVENT,
       ...columns(batch.uncounted, "from", "to", "why"),
       SAME_ID,
       LEDGER_VERSION,
+      ...columns(batch.points.rows(), "at", "name", "events", "amount"),
     ],
     { prepare: true },
   );

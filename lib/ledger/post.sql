@@ -1,4 +1,5 @@
--- Posts one batch: checkpoints, balances, ids, quarantine and what does not count, wholly or not at all.
+-- Posts one batch: checkpoints, balances, points of revenue over time, ids, quarantine and what does not
+-- count, wholly or not at all.
 --
 -- It is ONE statement because the driver, after a lost connection, can run a statement outside its
 -- transaction. So it checks by itself that each checkpoint is where the batch begins. If one is not,
@@ -11,7 +12,8 @@
 --     claim ─────> claimed ────────┤          an id counts for the event that claims it first;
 --                                  v          what comes later under it does not count:
 --     conflict ────────────────> late ──┬──>  left_out   (uncounted) if it is the same event
---                                       └──>  set_aside  (quarantine) if it is another one
+--                                  │    └──>  set_aside  (quarantine) if it is another one
+--     point ───────────────────> charted      revenue over time, without what came later
 --     lines that are not events ───────────>  set_aside
 --     ranges that do not count ────────────>  left_out
 --
@@ -19,7 +21,7 @@
 -- 23, which say that Postgres refuses what a row contains.
 --
 -- `daybook_require_balances` raises an error if `users_revenue` has been altered so that it is not exact any
--- more, or the ledger has another version than $28. It sees what the statement sees, under its locks.
+-- more, or the ledger has another version than $29. It sees what the statement sees, under its locks.
 --
 -- Rows are locked in one order, in every processor, so that no two wait for each other in a circle:
 --
@@ -56,8 +58,8 @@ with move as (
 ), claim as (
   select * from unnest(
     $8::text::text[], $9::text::text[], $10::text::text[], $11::text::numeric[],
-    $12::text::bigint[], $13::text::bigint[], $14::text::bigint[]
-  ) as claim (id, event, user_id, amount, begins, ends, run)
+    $12::text::bigint[], $13::text::bigint[], $14::text::bigint[], $15::text::int[]
+  ) as claim (id, event, user_id, amount, begins, ends, run, point)
 ), claimed as (
   insert into event_ids as known (id, event, claimed_on)
   select id, event, greatest((now() at time zone 'UTC')::date, (select day from boundary))
@@ -66,29 +68,44 @@ with move as (
   returning id, event, xmax = 0 as fresh
 ), conflict as (
   select * from unnest(
-    $15::text::text[], $16::text::text[], $17::text::bigint[], $18::text::bigint[], $19::text::bigint[]
+    $16::text::text[], $17::text::text[], $18::text::bigint[], $19::text::bigint[], $20::text::bigint[]
   ) as conflict (id, event, begins, ends, run)
 ), late as (
-  select claim.event, begins, ends, run, claim.event = claimed.event as is_same
+  select claim.event, begins, ends, run, claim.event = claimed.event as is_same, point, amount
   from claim join claimed using (id) where not fresh union all
-  select conflict.event, begins, ends, run, conflict.event = claimed.event
+  select conflict.event, begins, ends, run, conflict.event = claimed.event, null, null
   from conflict join claimed using (id)
 ), set_aside as (
   insert into quarantine (source, position, reason, line)
-  select $1, line.* from unnest($20::text::bigint[], $21::text::text[], $22::text::text[]) as line
+  select $1, line.* from unnest($21::text::bigint[], $22::text::text[], $23::text::text[]) as line
   union all
-  select $1, begins, $23, event from late where not is_same
+  select $1, begins, $24, event from late where not is_same
   on conflict do nothing
 ), left_out as (
   insert into uncounted (source, from_position, to_position, why)
-  select $1, range.* from unnest($24::text::bigint[], $25::text::bigint[], $26::text::text[]) as range
+  select $1, range.* from unnest($25::text::bigint[], $26::text::bigint[], $27::text::text[]) as range
   union all
-  select $1, min(begins), max(ends), $27
+  select $1, min(begins), max(ends), $28
   from (
     select *, run - row_number() over (order by run) as island from late where is_same
   ) as late
   group by island
   on conflict do nothing
+), point as (
+  select * from unnest(
+    $30::text::bigint[], $31::text::text[], $32::text::bigint[], $33::text::numeric[]
+  ) with ordinality as point (at, name, events, amount, point)
+), charted as (
+  insert into points as known (source, step, at, name, events, amount)
+  select
+    $1, 'minute', to_timestamp(coalesce(at, floor(extract(epoch from now()) / 60) * 60)), name,
+    point.events - coalesce(lost.events, 0), point.amount - coalesce(lost.amount, 0)
+  from point left join (
+    select point, count(*) as events, sum(amount) as amount from late group by point
+  ) as lost using (point)
+  where point.events > coalesce(lost.events, 0)
+  on conflict (source, step, at, name) do update set
+    events = known.events + excluded.events, amount = known.amount + excluded.amount
 ), posted as (
   insert into users_revenue as balance (user_id, revenue)
   select * from (
@@ -106,7 +123,7 @@ select
   holds,
   (select count(*)::int from late where not is_same) as disputed,
   (select count(*)::int from late where is_same) as repeated,
-  daybook_require_balances($28)
+  daybook_require_balances($29)
 from fence
 -- A call, for psql of any version, from the folder of schema.sql, on a database that has it applied:
 -- begin;
@@ -116,9 +133,10 @@ from fence
 -- execute post('file:a.jsonl#1',
 --   '{file:a.jsonl#1}', '{0}', '{200}', '{null}',
 --   '{ann,ben}', '{10.5,-2}',
---   '{id1}', '{an event}', '{ann}', '{7}', '{120}', '{160}', '{3}',
+--   '{id1}', '{an event}', '{ann}', '{7}', '{120}', '{160}', '{3}', '{1}',
 --   '{id1}', '{another event}', '{170}', '{200}', '{4}',
 --   '{100}', '{not JSON}', '{nonsense}', 'its id belongs to another event, which came first',
---   '{}', '{}', '{}', 'the same event came before', 2);
+--   '{}', '{}', '{}', 'the same event came before', 2,
+--   '{1795651200}', '{add_revenue}', '{4}', '{15.5}');
 -- select * from users_revenue;
 -- rollback;

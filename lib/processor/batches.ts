@@ -86,8 +86,8 @@ export async function openJournalBatches(
       let digest = "";
       while (!fold.isFull && position - start < MAX_BATCH_BYTES) {
         const frames = await journal.read(position).catch((error) => unlessPosted(error, start));
-        for (const { from, to, header, payload } of frames) {
-          fold.addFrame(payload, to - payload.length);
+        for (const { from, to, header, payload, atMs } of frames) {
+          fold.addFrame(payload, to - payload.length, atMs);
           digest = frameDigest(from, header);
           position = to;
           if (fold.isFull) break;

@@ -13,6 +13,7 @@ import {
   scannedChange,
 } from "../event/event.ts";
 import { eachEvent, SHOWN_BYTES } from "../event/lines.ts";
+import { Points } from "../event/points.ts";
 import { Sums } from "../event/sums.ts";
 import { parseSourceMark, type SourceMark } from "../journal/source-mark.ts";
 import { sentKey } from "../ledger/checkpoints.ts";
@@ -72,8 +73,10 @@ interface MarkedEvents {
 export class Fold {
   /** By how much each user's balance changes. */
   readonly changes = new Sums();
+  /** The same by minute and name, with the claims as if all of them counted. */
+  readonly points = new Points();
   /** Events with an id; the ledger decides whether they count. */
-  readonly claims = new Map<string, Claim>();
+  readonly claims = new Map<string, Claim & { point: number }>();
   /** Other events under these ids: one of them may be the one that was posted before. */
   readonly conflicts: Claim[] = [];
   readonly quarantined: Quarantined[] = [];
@@ -113,12 +116,14 @@ export class Fold {
       this.claims.size >= maxClaims ||
       this.sources.size >= maxClaims ||
       this.uncounted.length >= maxClaims ||
+      this.points.size >= maxClaims ||
       this.quarantined.length + this.conflicts.length >= MAX_QUARANTINED
     );
   }
 
-  /** Adds the lines of a frame, the first byte of which is at `position` of the journal. */
-  addFrame(payload: Uint8Array, position: number): void {
+  /** Adds the lines of a frame that was written at `atMs`; its first byte is at `position` of the journal. */
+  addFrame(payload: Uint8Array, position: number, atMs: number): void {
+    this.points.setTime(atMs);
     let marked: MarkedEvents | null = null;
     const counts = (index: number, bytes: number) =>
       !marked || this.counts(marked, position + index, bytes);
@@ -151,10 +156,11 @@ export class Fold {
   add(line: Uint8Array, position: number, maxBytes = MAX_EVENT_BYTES): void {
     const decoded = decodeEvent(line, maxBytes);
     if (decoded instanceof InvalidEvent) return this.quarantine(line, position, decoded.reason);
-    const { userId, sign, amount, id } = decoded;
+    const { userId, name, sign, amount, id } = decoded;
     if (id !== undefined && sign !== 0) return this.claim(line, position, { ...decoded, id });
     if (this.isRefused(line, position)) return;
     if (sign !== 0) this.changes.addTo(userId, amount);
+    this.points.addAmount(name, amount);
     if (sign !== 0) this.counted?.(position, decoded);
     this.events++;
   }
@@ -180,7 +186,7 @@ export class Fold {
 
   /** Adds the event that the scanner found at `index` of `bytes`, which begin at `position`. */
   private addScanned(bytes: Uint8Array, index: number, position: number): void {
-    const { userFrom, userTo, hash, idTo, sign, whole, billionths, end } = this.scanner;
+    const { userFrom, userTo, hash, idTo, name, sign, whole, billionths, end } = this.scanner;
     if (idTo > 0 && sign !== 0) {
       const change = scannedChange(this.scanner, bytes);
       const line = bytes.subarray(index, end);
@@ -190,6 +196,7 @@ export class Fold {
       return;
     if (sign !== 0)
       this.changes.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
+    this.points.add(name, sign * whole, sign * billionths);
     if (sign !== 0) this.counted?.(position + index, scannedChange(this.scanner, bytes));
     this.events++;
   }
@@ -239,7 +246,8 @@ export class Fold {
     const first = this.claims.get(id);
     this.events++;
     if (!first) {
-      this.claims.set(id, claim);
+      const point = this.points.addAmount(change.name, change.amount);
+      this.claims.set(id, { ...claim, point });
       this.counted?.(from, change);
     } else if (first.event !== event) this.conflicts.push(claim);
     else {

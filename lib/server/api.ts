@@ -30,6 +30,7 @@ import {
   requireSourceName,
   sourceHeaders,
 } from "./sources.ts";
+import { readRevenue } from "./revenue.ts";
 import type { Scope } from "./token.ts";
 
 /** `?after=` waits this long. */
@@ -59,6 +60,9 @@ const UsersQuery = t.Object(
   },
   openObject,
 );
+interface ResponseHeaders {
+  headers: Record<string, string | number | undefined>;
+}
 const Readiness = t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() });
 
 /** What the routes that receive lines have in common; `readLines` reads their bodies. */
@@ -199,6 +203,39 @@ export function createApi(parts: Parts) {
       response: { 200: Balance },
       detail: { summary: "The balance of a user; with `after`, once that position is posted" },
     })
+    .get("/revenue", ({ query, set }) => listRevenue(query, set), {
+      grants: "balances:read",
+      query: t.Object(
+        {
+          step: t.Optional(
+            t.Union([t.Literal("minute"), t.Literal("hour"), t.Literal("day")], {
+              description:
+                "`hour` unless it is given; minutes are kept for a day, hours for 90 days",
+            }),
+          ),
+          from: t.Optional(t.String({ description: "a time of ISO 8601" })),
+          to: t.Optional(t.String({ description: "exclusive; now unless it is given" })),
+        },
+        openObject,
+      ),
+      response: {
+        200: t.Object({
+          points: t.Array(
+            t.Object({
+              at: t.String(),
+              step: t.String(),
+              name: t.String(),
+              events: t.Integer(),
+              amount: t.String(),
+            }),
+          ),
+        }),
+      },
+      detail: {
+        summary:
+          "Revenue over time: events and amounts by name and the time they were stored (UTC)",
+      },
+    })
     .get("/openapi", describeApi, { detail: { hide: true } })
     .get("/healthz", () => ({ status: "ok" }), {
       detail: { summary: "200 while the process serves" },
@@ -302,7 +339,7 @@ export function createApi(parts: Parts) {
   async function listUsers(
     { url, headers }: Request,
     query: typeof UsersQuery.static,
-    set: { headers: Record<string, string | number | undefined> },
+    set: ResponseHeaders,
   ) {
     set.headers["cache-control"] = "no-store";
     const { user_id: userId, limit = 100, cursor, order } = query;
@@ -324,6 +361,11 @@ export function createApi(parts: Parts) {
       );
     // As `never`, it does not change what typed clients expect.
     return queried(balances.stream(format) as Promise<never>);
+  }
+
+  function listRevenue(query: Parameters<typeof readRevenue>[1], set: ResponseHeaders) {
+    set.headers["cache-control"] = "no-store";
+    return queried(readRevenue(database, query));
   }
 
   function invalidQuery(name: string, message: string): Problem {

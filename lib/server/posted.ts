@@ -5,7 +5,7 @@
  * It polls only while somebody waits or something is unposted. So the lag holds whichever process
  * posts, and keeps growing while the database is down.
  */
-import { JournalBehind, frameTime } from "../journal/format.ts";
+import { JournalBehind } from "../journal/format.ts";
 import { openJournalReader } from "../journal/reader.ts";
 import type { Journal } from "../journal/writer.ts";
 import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
@@ -163,5 +163,5 @@ function nextAnswer() {
 /** When the frame that begins at `position` was written. */
 async function writtenAt(path: string, position: number): Promise<number | null> {
   const [frame] = (await (await openJournalReader(path))?.read(position)) ?? [];
-  return frame ? frameTime(frame.header) : null;
+  return frame?.atMs ?? null;
 }

@@ -68,7 +68,13 @@ test("a ledger of 0.1.0 is upgraded by several at once, keeps its balances, and 
   const names = await old.sql`
     select attname as name, attcollation::regcollation::text as collation from pg_attribute
     where attrelid = 'checkpoints'::regclass and attnum > 0 order by attnum`;
-  expect([...names].map(({ name }) => name)).toEqual(["source", "position", "digest", "moved_at"]);
+  expect([...names].map(({ name }) => name)).toEqual([
+    "source",
+    "position",
+    "digest",
+    "moved_at",
+    "points_from",
+  ]);
   // The order of "C" never changes, so no library can hide the row of a journal.
   expect(names[0]?.["collation"]).toBe('"C"');
 });

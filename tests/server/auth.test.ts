@@ -123,6 +123,7 @@ const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => str
     [{}, () => "/userEvents?user_id=ben", 200],
     [{}, () => "/userEvents", 200],
     [{ headers: { accept: "text/csv" } }, () => "/userEvents", 200],
+    [{}, () => "/revenue", 200],
     [{}, () => "/metrics", 200],
     [{}, () => "/metrics?user_id=ann", 200],
   ],
@@ -137,7 +138,7 @@ const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => str
 
 test("/openapi/json says which routes need a credential", async () => {
   const writes = ["/liveEvent", "/liveEvents", "/sources/{source}"];
-  const reads = ["/metrics", "/userEvents", "/userEvents/{userid}"];
+  const reads = ["/metrics", "/revenue", "/userEvents", "/userEvents/{userid}"];
   const secured = async ({ url }: App) => {
     const { paths } = (await (await fetch(`${url}/openapi/json`)).json()) as {
       paths: Record<string, Record<string, { security?: unknown }>>;

@@ -816,7 +816,7 @@ test("a batch moves a bounded number of sources (500,000 of one event each took 
   let sources = 0;
   while (!fold.isFull && sources < 1_000) {
     const mark = { name: `device${sources++}`, from: 0, to: 50, digest: "0".repeat(64), events: 1 };
-    fold.addFrame(Buffer.concat([encodeSourceMark(mark), Buffer.from(line("ann"))]), 0);
+    fold.addFrame(Buffer.concat([encodeSourceMark(mark), Buffer.from(line("ann"))]), 0, 0);
   }
   expect(sources).toBe(100);
 });

@@ -1,0 +1,50 @@
+/** Revenue over time: what `GET /revenue` reads from its query, and answers. */
+import type { Database } from "../ledger/database.ts";
+import { readPoints, type Step } from "../ledger/points.ts";
+import { Problem } from "./problem.ts";
+
+const MAX_POINTS = 10_000;
+const MINUTE_MS = 60_000;
+const HOUR_MS = 60 * MINUTE_MS;
+const DAY_MS = 24 * HOUR_MS;
+
+/** The length of a step, and how much is answered unless the query says otherwise. */
+const STEPS: Record<Step, { ms: number; defaultMs: number }> = {
+  minute: { ms: MINUTE_MS, defaultMs: HOUR_MS },
+  hour: { ms: HOUR_MS, defaultMs: DAY_MS },
+  day: { ms: DAY_MS, defaultMs: 90 * DAY_MS },
+};
+
+const TIME = /^\d{4}-\d\d-\d\d(T\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d)?)?$/i;
+
+/** The points of a query. Throws Unavailable, and the 422 for a time that is none and for too many points. */
+export async function readRevenue(
+  database: Database,
+  query: { step?: Step | undefined; from?: string | undefined; to?: string | undefined },
+) {
+  const { step = "hour" } = query;
+  const { ms, defaultMs } = STEPS[step];
+  const roundDown = (timeMs: number) => Math.floor(timeMs / ms) * ms;
+  const toMs = roundDown(query.to === undefined ? Date.now() : parseTime("to", query.to));
+  const fromMs =
+    query.from === undefined ? toMs - defaultMs : roundDown(parseTime("from", query.from));
+  if (fromMs > toMs) throw invalid("from", "must not be after `to`");
+  const range = { step, from: new Date(fromMs), to: new Date(toMs), limit: MAX_POINTS + 1 };
+  const points = await readPoints(database, range);
+  if (points.length > MAX_POINTS)
+    throw invalid("from", `this is more than ${MAX_POINTS} points: ask for less, or a longer step`);
+  return { points: points.map(({ at, ...point }) => ({ at: at.toISOString(), ...point })) };
+}
+
+/** A time of ISO 8601 in milliseconds since 1970; UTC where it names no zone. */
+function parseTime(name: string, text: string): number {
+  const time = text.replace(" ", "+"); // a plus that was not escaped
+  const hasZone = time.length <= 10 || /(Z|[+-]\d\d:?\d\d)$/i.test(time.slice(10));
+  const ms = TIME.test(time) ? Date.parse(hasZone ? time : `${time}Z`) : Number.NaN;
+  if (Number.isNaN(ms)) throw invalid(name, "must be a time like 2026-11-26 or 2026-11-26T15:04Z");
+  return ms;
+}
+
+function invalid(name: string, message: string): Problem {
+  return new Problem(422, "the query is invalid", { errors: [{ path: `/${name}`, message }] });
+}
