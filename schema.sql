@@ -279,8 +279,13 @@ begin
           and not attisdropped
       loop
         if place.attnum is null then
-          return format('%s has no column %I, and so is not the table that is needed. '
-            'Run: alter table %s rename to %s_old', table_name, place.name, relation, table_name);
+          return format('%s has no column %I. If another column holds that, rename the column; else '
+            'rename the table. Run: alter table %s rename to %s_old', table_name, place.name, relation,
+            table_name);
+        end if;
+        if place.attgenerated = 'v' then -- virtual: holds nothing
+          return format('%s.%I is generated. Run: alter table %s rename to %1$s_old',
+            table_name, place.name, relation);
         end if;
         found_type := place.atttypid;
         modifier := place.atttypmod;

@@ -583,6 +583,12 @@ export const BREAKS: readonly Break[] = [
     "ledger/inexact",
   ),
   without(
+    "that a posting sees what was committed before its last statement",
+    '"isolation level read committed"',
+    '""',
+    "ledger/inexact",
+  ),
+  without(
     "the refusal of a type that limits",
     "if modifier >= 0 or found_type",
     "if found_type",

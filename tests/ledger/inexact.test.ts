@@ -319,26 +319,37 @@ test.each([
   expect(await ledger.quarantine()).toEqual([]);
 });
 
-test("a posting that waits for an alteration to commit sees it", async () => {
-  await using ledger = await openLedger();
-  await using app = await ledger.start();
-  await app.post(event("ann", 1));
-  await untilBalance(app, "ann", "1");
-  await using sql = connectTest(ledger.url);
-  await sql.begin(async (tx) => {
-    await tx.unsafe(TO_INTEGER);
-    await app.post(event("ann", 1.5));
-    await until(async () => {
-      const [row] = await ledger.select<{ waiting: string }>(
-        "select count(*) as waiting from pg_locks where relation = 'users_revenue'::regclass and not granted",
+test.each(["read committed", "repeatable read"])(
+  "a posting that waits for an alteration to commit sees it, also where %s is the default",
+  async (isolation) => {
+    await using ledger = await openLedger();
+    const { pathname } = new URL(ledger.url);
+    const setDefault = (level: string) =>
+      ledger.select(
+        `alter database ${pathname.slice(1)} set default_transaction_isolation = '${level}'`,
       );
-      return row?.waiting !== "0";
+    await using stack = new AsyncDisposableStack(); // other tests use the database again
+    stack.defer(() => setDefault("read committed").then(() => {}));
+    await setDefault(isolation);
+    await using app = await ledger.start();
+    await app.post(event("ann", 1));
+    await untilBalance(app, "ann", "1");
+    await using sql = connectTest(ledger.url);
+    await sql.begin(async (tx) => {
+      await tx.unsafe(TO_INTEGER);
+      await app.post(event("ben", 1.5));
+      await until(async () => {
+        const [row] = await ledger.select<{ waiting: string }>(
+          "select count(*) as waiting from pg_locks where relation = 'users_revenue'::regclass and not granted",
+        );
+        return row?.waiting !== "0";
+      });
     });
-  });
-  await until(() => app.stderr.text().includes("revenue is integer instead of numeric"));
-  await ledger.select(TO_NUMERIC);
-  await untilBalance(app, "ann", "2.5");
-});
+    await until(() => app.stderr.text().includes("revenue is integer instead of numeric"));
+    await ledger.select(TO_NUMERIC);
+    await untilBalance(app, "ben", "1.5");
+  },
+);
 
 test("a ledger that turns out to be inexact after a start without a database pauses posting only", async () => {
   await using ledger = await openLedger();

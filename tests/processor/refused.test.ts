@@ -146,9 +146,15 @@ test("posting pauses while the table refuses every change, quarantines nothing, 
   await app.post(event("ann", 2).trim());
   await until(() => app.stderr.text().includes("posting pauses"));
   expect(app.stderr.text()).toContain("closed");
+  const isPaused = async (paused: boolean) =>
+    (await (await fetch(`${app.url}/metrics`)).text()).includes(
+      `daybook_posting_paused ${Number(paused)}\n`,
+    );
+  await until(() => isPaused(true));
   expect(await ledger.quarantine()).toEqual([]);
   await ledger.select("drop trigger raising on users_revenue");
   expect(await until(() => app.balance("ann"))).toBe("2");
+  await until(() => isPaused(false));
   expect(await ledger.quarantine()).toEqual([]);
 });
 
