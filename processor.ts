@@ -60,7 +60,7 @@ async function main(): Promise<number> {
 const COMMAND = {
   program: "processor",
   usage:
-    "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry]] [FILE…]",
+    "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry|dismiss]] [FILE…]",
   about:
     "Follows the journal in DATA_DIR and posts its events to the ledger, until stopped. With FILEs\n" +
     "(event files, also gzip or zstd, or journals), posts each of them once, however often it is run, and exits.\n" +
@@ -76,7 +76,8 @@ const COMMAND = {
     quarantine: {
       type: "string",
       bare: "list",
-      meaning: "list the quarantined lines; --quarantine=retry posts those that are valid by now",
+      meaning:
+        "list the quarantined lines; =retry posts those that are valid by now; =dismiss [SOURCE[@POSITION]…] removes them for good",
     },
   },
   maxFiles: Number.POSITIVE_INFINITY,
@@ -103,13 +104,15 @@ function toolOf({ verify, rebuild, check, repair, yes, quarantine }: Options): T
   if (verify) return "verify";
   if (rebuild) return "rebuild";
   if (check) return repair ? "repair" : "check";
-  if (quarantine === undefined || quarantine === "list" || quarantine === "retry")
-    return quarantine ?? null;
-  const known = "use --quarantine or --quarantine=retry";
+  if (quarantine === undefined) return null;
+  if (quarantine === "list" || quarantine === "retry" || quarantine === "dismiss")
+    return quarantine;
+  const known = "use --quarantine, --quarantine=retry or --quarantine=dismiss";
   throw new InvalidUse(`--quarantine=${quarantine} is unknown: ${known}`);
 }
 
 async function whyUnreadable(file: string, tool: ToolName | null): Promise<string | null> {
+  if (tool === "dismiss") return null; // a place in the quarantine
   const stat = statSync(file, { throwIfNoEntry: false });
   if (stat?.isFile()) {
     if (tool) return null; // what has been posted by an earlier version is still recounted

@@ -144,8 +144,8 @@ begin
     end if;
 
     if to_regclass('quarantine') is null then
-      -- Lines that did not count. Only `--quarantine=retry` may delete a row: if it is deleted by hand,
-      -- and its line has become valid, `--rebuild` counts it.
+      -- Lines that did not count. Only `--quarantine=retry` and `=dismiss` may delete a row: if it is deleted
+      -- by hand, and its line has become valid, `--rebuild` counts it.
       create table quarantine (
         source text collate "C" not null,
         position bigint not null,
@@ -179,6 +179,14 @@ begin
     loop
       execute format('alter table %s add column points_from bigint not null default 0', legacy.name);
       execute format('update %s set points_from = position', legacy.name);
+    end loop;
+    -- To 2: an event that belongs to the id of another one is quarantined once, however often it is sent.
+    for legacy in
+      select attrelid::regclass as name from pg_attribute
+      where attrelid = to_regclass('quarantine') and attname = 'line' and atttypid = 'text'::regtype
+        and to_regclass('quarantine_lines') is null
+    loop
+      execute format('create index quarantine_lines on %s using hash (line)', legacy.name);
     end loop;
     -- To 2: the order of "C" never changes. That of a language changes with the system's library, and
     -- then an index no longer finds its rows: for a journal it would seem as if nothing was posted. (Only

@@ -16,6 +16,11 @@ export function percent(bytes: number, totalBytes: number): number {
   return Math.floor((100 * bytes) / Math.max(1, totalBytes, bytes));
 }
 
+/** `1 event`, `2 events` */
+export function counted(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}
+
 /** Writes a line to stderr. */
 export function say(line: string): void {
   process.stderr.write(`${line}\n`);

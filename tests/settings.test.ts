@@ -68,7 +68,8 @@ test("--quarantine= with an empty value is rejected instead of following the jou
   const { code, stderr } = await run("processor.ts", { args: ["--quarantine="], env });
   expect({ code, stderr }).toEqual({
     code: 2,
-    stderr: "--quarantine= is unknown: use --quarantine or --quarantine=retry\n",
+    stderr:
+      "--quarantine= is unknown: use --quarantine, --quarantine=retry or --quarantine=dismiss\n",
   });
 });
 

@@ -55,16 +55,18 @@ export interface Batch extends Move {
   points: Points;
   /** Events that count only if their id is free, by id; each with the index of its point. */
   claims: ReadonlyMap<string, Claim & { point: number }>;
-  /** Other events under the ids of `claims`. */
-  conflicts: readonly Claim[];
+  /** Other events under the ids of `claims`, by identity. */
+  conflicts: ReadonlyMap<string, Claim>;
   quarantined: readonly Quarantined[];
   /** What does not count, whether or not its ids are free. */
   uncounted: readonly Uncounted[];
   /** The sources in the journal that move with the batch, by the keys of their checkpoints. */
   sources: ReadonlyMap<string, Move>;
-  /** How many events it stands for. */
+  /** How many of `quarantined` Postgres refuses. */
+  refusals: number;
+  /** How many events count, as far as is known without the ledger. */
   events: number;
-  /** Events that do not count because they came before, as far as is known without the ledger. */
+  /** How many do not count because they came before, as far as is known without the ledger. */
   duplicates: number;
 }
 
@@ -103,10 +105,20 @@ export interface Quarantined {
  * row would contain (see refusals.ts). All three changed nothing.
  */
 export type Outcome =
-  | { state: "posted"; quarantined: number; duplicates: number }
+  | ({ state: "posted" } & Counts)
   | { state: "elsewhere" }
   | { state: "ahead"; posted: Map<string, number> }
   | { state: "refused"; batch: Batch; reason: string };
+
+/** What became of the lines of a batch. */
+export interface Counts {
+  /** How many events have changed a balance, or are of a type that does not. */
+  events: number;
+  /** How many are in quarantine because their ids belong to other events. */
+  conflicts: number;
+  /** How many did not count because they came before. */
+  duplicates: number;
+}
 
 /** Notes how events of each name count from now on. Throws Unavailable. */
 export async function noteEventTypes(database: Database, types: ReadonlyMap<string, number>) {
@@ -130,9 +142,9 @@ export function post(database: Database, batch: Batch, timeoutMs: number): Promi
     if (checkpoint?.position !== batch.from) return { state: "elsewhere" };
     const posted = await lockSources(tx, batch.sources);
     if (posted) return { state: "ahead", posted };
-    const { disputed, repeated } = await move(tx, batch);
-    const quarantined = batch.quarantined.length + disputed;
-    return { state: "posted", quarantined, duplicates: batch.duplicates + repeated };
+    const { late, disputed, repeated } = await move(tx, batch);
+    const duplicates = batch.duplicates + repeated;
+    return { state: "posted", events: batch.events - late, conflicts: disputed, duplicates };
   };
   const outcome = database.use((sql) => transact(sql, timeoutMs, posting), timeoutMs + GRACE_MS);
   return outcome.catch((error: Error) => {
@@ -162,10 +174,10 @@ async function lockSources(
   return null;
 }
 
-/** Runs `post.sql`. Returns how many events have ids of other events, and how many came before. */
+/** Runs `post.sql`. Returns how many claims came late, and how many events are in dispute or repeated. */
 async function move(tx: Transaction, batch: Batch) {
   const claims = [...batch.claims.values()];
-  const [row] = await tx.unsafe<{ disputed: number; repeated: number }[]>(
+  const [row] = await tx.unsafe<{ late: number; disputed: number; repeated: number }[]>(
     STATEMENT,
     [
       batch.key,
@@ -173,7 +185,7 @@ async function move(tx: Transaction, batch: Batch) {
       batch.changes.userArray(),
       batch.changes.amountArray(),
       ...columns(claims, "id", "event", "userId", "amount", "from", "to", "run", "point"),
-      ...columns(batch.conflicts, "id", "event", "from", "to", "run"),
+      ...columns([...batch.conflicts.values()], "id", "event", "from", "to", "run"),
       ...columns(batch.quarantined, "position", "reason", "line"),
       OTHER_EVENT,
       ...columns(batch.uncounted, "from", "to", "why"),
@@ -183,7 +195,7 @@ async function move(tx: Transaction, batch: Batch) {
     ],
     { prepare: true },
   );
-  return row as { disputed: number; repeated: number };
+  return row as { late: number; disputed: number; repeated: number };
 }
 
 /** How many lines of the bytes of a batch are in quarantine. Throws Unavailable. */

@@ -12,7 +12,7 @@
 --     claim ─────> claimed ────────┤          an id counts for the event that claims it first;
 --                                  v          what comes later under it does not count:
 --     conflict ────────────────> late ──┬──>  left_out   (uncounted) if it is the same event
---                                  │    └──>  set_aside  (quarantine) if it is another one
+--                                  │    └──>  set_aside  (quarantine) if it is another one, each once
 --     point ───────────────────> charted      revenue over time, without what came later
 --     lines that are not events ───────────>  set_aside
 --     ranges that do not count ────────────>  left_out
@@ -75,11 +75,16 @@ with move as (
   from claim join claimed using (id) where not fresh union all
   select conflict.event, begins, ends, run, conflict.event = claimed.event, null, null
   from conflict join claimed using (id)
+), judged as (
+  select *, is_same or exists (
+    select from quarantine where reason = $24 and line = late.event
+  ) as is_known
+  from late
 ), set_aside as (
   insert into quarantine (source, position, reason, line)
   select $1, line.* from unnest($21::text::bigint[], $22::text::text[], $23::text::text[]) as line
   union all
-  select $1, begins, $24, event from late where not is_same
+  select $1, begins, $24, event from judged where not is_known
   on conflict do nothing
 ), left_out as (
   insert into uncounted (source, from_position, to_position, why)
@@ -87,7 +92,7 @@ with move as (
   union all
   select $1, min(begins), max(ends), $28
   from (
-    select *, run - row_number() over (order by run) as island from late where is_same
+    select *, run - row_number() over (order by run) as island from judged where is_known
   ) as late
   group by island
   on conflict do nothing
@@ -121,8 +126,9 @@ with move as (
 )
 select
   holds,
-  (select count(*)::int from late where not is_same) as disputed,
-  (select count(*)::int from late where is_same) as repeated,
+  (select count(*)::int from claimed where not fresh) as late,
+  (select count(*)::int from judged where not is_known) as disputed,
+  (select count(*)::int from judged where is_known) as repeated,
   daybook_require_balances($29)
 from fence
 -- A call, for psql of any version, from the folder of schema.sql, on a database that has it applied:

@@ -5,10 +5,11 @@
  */
 import { formatAmount } from "../event/amount.ts";
 import type { Change } from "../event/event.ts";
-import { LEDGER_VERSION, type Statements } from "./database.ts";
+import { type Database, LEDGER_VERSION, type Statements } from "./database.ts";
 import { type Quarantined, SAME_ID } from "./ledger.ts";
 
 const ROWS_PER_PAGE = 500;
+const MAX_DISMISSED = 10_000;
 
 /** `key` is the checkpoint key of the line's source; `line` may be cut. */
 export interface QuarantinedLine extends Quarantined {
@@ -73,4 +74,42 @@ export async function release(
       exists (select from released) as released,
       daybook_require_balances(${LEDGER_VERSION})`;
   return row?.disputed ? "disputed" : row?.released ? "posted" : "gone";
+}
+
+/** Lines in the quarantine: of one source, or one of its lines. */
+export interface Place {
+  key: string;
+  position: number | null;
+}
+
+/**
+ * Takes lines out of the quarantine for good: no recount counts them. `null` stands for all. Returns how
+ * many there were. Throws Unavailable; what was dismissed until then stays so.
+ */
+export async function dismiss(database: Database, place: Place | null): Promise<number> {
+  let total = 0;
+  for (;;) {
+    const [row] = await database.use(
+      (sql) => sql<{ count: number }[]>`
+        with dismissed as (
+          delete from quarantine where (source, position) in (
+            select source, position from quarantine
+            where source = coalesce(${place?.key ?? null}, source)
+              and position = coalesce(${place?.position ?? null}::bigint, position)
+            limit ${MAX_DISMISSED} for update skip locked
+          )
+          returning source, position, reason
+        ), left_out as (
+          insert into uncounted (source, from_position, to_position, why)
+          select source, position, position + 1, 'dismissed: ' || reason from dismissed
+          where not exists (
+            select from removed
+            where removed.source = dismissed.source and removed.position > dismissed.position)
+          on conflict do nothing
+        )
+        select count(*)::int as count from dismissed`,
+    );
+    total += row?.count ?? 0;
+    if ((row?.count ?? 0) < MAX_DISMISSED) return total;
+  }
 }

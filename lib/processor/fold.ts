@@ -77,18 +77,19 @@ export class Fold {
   readonly points = new Points();
   /** Events with an id; the ledger decides whether they count. */
   readonly claims = new Map<string, Claim & { point: number }>();
-  /** Other events under these ids: one of them may be the one that was posted before. */
-  readonly conflicts: Claim[] = [];
+  /** Other events under these ids, by identity: one of them may be the one that was posted before. */
+  readonly conflicts = new Map<string, Claim>();
   readonly quarantined: Quarantined[] = [];
   /** What does not count, whatever the ledger says; neighbours share a range. */
   readonly uncounted: Uncounted[] = [];
   /** The sources that move, by their checkpoint keys. */
   readonly sources = new Map<string, Move>();
+  /** Events that count, as far as the fold can tell. */
   events = 0;
-  /** Events that were posted before, as far as the fold can tell. */
+  /** Events that came before, as far as the fold can tell. */
   duplicates = 0;
-  /** How many of them repeat an event of the same batch. */
-  private repeated = 0;
+  /** How many lines are quarantined because Postgres refuses them. */
+  refusals = 0;
   /** The `run` in which the last of `uncounted` was added. */
   private uncountedRun = -1;
   private readonly scanner = openScanner();
@@ -117,7 +118,7 @@ export class Fold {
       this.sources.size >= maxClaims ||
       this.uncounted.length >= maxClaims ||
       this.points.size >= maxClaims ||
-      this.quarantined.length + this.conflicts.length >= MAX_QUARANTINED
+      this.quarantined.length + this.conflicts.size >= MAX_QUARANTINED
     );
   }
 
@@ -205,8 +206,13 @@ export class Fold {
   private isRefused(line: Uint8Array, position: number): boolean {
     const reason = this.refused.get(position);
     if (reason === undefined) return false;
-    this.quarantine(line, position, reason);
+    this.quarantineRefused(line, position, reason);
     return true;
+  }
+
+  private quarantineRefused(line: Uint8Array, position: number, reason: string): void {
+    this.refusals++;
+    this.quarantine(line, position, reason);
   }
 
   /** Whether the next of the marked events counts: not if another server has stored its bytes. */
@@ -239,19 +245,19 @@ export class Fold {
     const reason = this.refused.get(from) ?? this.refusedEvents.get(event);
     if (reason !== undefined) {
       this.refusedEvents.set(event, reason);
-      return this.quarantine(line, from, reason);
+      return this.quarantineRefused(line, from, reason);
     }
     const amount = formatAmount(change.amount);
     const claim = { id, userId, amount, event, from, to, run: this.run };
     const first = this.claims.get(id);
-    this.events++;
     if (!first) {
+      this.events++;
       const point = this.points.addAmount(change.name, change.amount);
       this.claims.set(id, { ...claim, point });
       this.counted?.(from, change);
-    } else if (first.event !== event) this.conflicts.push(claim);
+    } else if (first.event !== event && !this.conflicts.has(event))
+      this.conflicts.set(event, claim);
     else {
-      this.repeated++;
       this.duplicates++;
       this.leaveOut(from, to, SAME_ID);
     }
@@ -262,7 +268,7 @@ export class Fold {
    * out during one run can share a range.
    */
   private get run(): number {
-    return this.events - this.repeated + this.quarantined.length;
+    return this.events + this.conflicts.size + this.quarantined.length;
   }
 }
 

@@ -19,10 +19,12 @@ import { type Database, Unavailable } from "../ledger/database.ts";
 import {
   type Batch,
   countQuarantined,
+  type Counts,
   noteEventTypes,
   type Outcome,
   post,
 } from "../ledger/ledger.ts";
+import { counted } from "../progress.ts";
 import { watchDirectory } from "../watch.ts";
 import {
   type BatchReader,
@@ -33,7 +35,7 @@ import {
 import { openAging } from "./aging.ts";
 import { BatchLimit } from "./fold.ts";
 import { findRefusedOf, requireWritableBalances } from "./refusals.ts";
-import type { Report } from "./supervisor.ts";
+import { QUARANTINE_REASONS, type Quarantined, type Report } from "./supervisor.ts";
 
 /** A file fails when the database has been unavailable for this long; the journal waits for ever. */
 const FILE_PATIENCE_MS = 60_000;
@@ -43,6 +45,12 @@ const FILE_PATIENCE_MS = 60_000;
  */
 const GARBAGE_BYTES = 16 * 1024 * 1024;
 const AGE_EVERY_MS = 60_000;
+const NOTICE_EVERY_MS = 60_000;
+const QUARANTINED_AS = {
+  invalid: "(not an event)",
+  refused: "(refused by Postgres)",
+  conflict: "(its id belongs to another event)",
+};
 /** Others may post meanwhile, so that more lines are refused each time. */
 const MAX_SEARCHES = 10;
 const FIRST_PAUSE_MS = 100;
@@ -99,6 +107,9 @@ export async function follow(
   let trouble = "";
   let paused: string | null | undefined;
   const age = openAging(database);
+  const noteQuarantined = openQuarantineNotice((line) =>
+    report({ type: "say", level: "warn", line }),
+  );
   let agingDueMs = 0;
   const posting: Posting = {
     ...context,
@@ -109,11 +120,13 @@ export async function follow(
       return journal && openJournalBatches({ path, ...posting, counted }, journal);
     },
     posted(posted) {
+      noteQuarantined(posted.quarantined);
       works();
       report(posted);
     },
     /** Deletes old ids, some at a time, so that no posting waits for long. */
     async between() {
+      noteQuarantined();
       if (performance.now() < agingDueMs) return;
       await age();
       agingDueMs = performance.now() + ((await pruneIds(database, ID_DAYS)) ? 0 : AGE_EVERY_MS);
@@ -208,6 +221,26 @@ export async function postFile(path: string, context: Context): Promise<boolean>
   }
 }
 
+/**
+ * Returns a function that says what was quarantined: at once, then at most once a minute, however many
+ * lines a sender causes to be quarantined.
+ */
+function openQuarantineNotice(say: (line: string) => void) {
+  const unsaid: Quarantined = { invalid: 0, refused: 0, conflict: 0 };
+  let dueMs = 0;
+  return (quarantined?: Quarantined): void => {
+    for (const reason of QUARANTINE_REASONS) unsaid[reason] += quarantined?.[reason] ?? 0;
+    const parts = QUARANTINE_REASONS.filter((reason) => unsaid[reason] > 0);
+    if (parts.length === 0 || performance.now() < dueMs) return;
+    dueMs = performance.now() + NOTICE_EVERY_MS;
+    const counts = parts.map(
+      (reason) => `${counted(unsaid[reason], "line")} ${QUARANTINED_AS[reason]}`,
+    );
+    say(`processor: quarantined ${counts.join(", ")}; see bun run processor.ts --quarantine`);
+    for (const reason of parts) unsaid[reason] = 0;
+  };
+}
+
 function startOfPosting() {
   return {
     limit: new BatchLimit(),
@@ -230,8 +263,8 @@ async function attempt(posting: Posting): Promise<Attempt> {
     const { sent } = posting;
     // The answer to its COMMIT was lost, but not the COMMIT.
     if (sent && batches.from === sent.to) {
-      const quarantined = await countQuarantined(posting.database, sent);
-      posting.posted(reportOf(sent, { ...sent, quarantined }, 0));
+      const conflicts = (await countQuarantined(posting.database, sent)) - sent.quarantined.length;
+      posting.posted(reportOf(sent, { ...sent, conflicts }, 0));
     }
     posting.sent = null;
     posting.opened?.(batches);
@@ -310,10 +343,12 @@ async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
 }
 
 function reportOf(
-  { events, from, to, changes, claims }: Batch,
-  { quarantined, duplicates }: { quarantined: number; duplicates: number },
+  { from, to, changes, claims, quarantined, refusals }: Batch,
+  { events, conflicts, duplicates }: Counts,
   ms: number,
 ): Posted {
   const users = changes.size + new Set(claims.values().map(({ userId }) => userId)).size;
-  return { type: "posted", events, quarantined, duplicates, bytes: to - from, users, ms };
+  const invalid = quarantined.length - refusals;
+  const byReason = { invalid, refused: refusals, conflict: conflicts };
+  return { type: "posted", events, quarantined: byReason, duplicates, bytes: to - from, users, ms };
 }

@@ -1,6 +1,7 @@
 /**
- * `processor.ts --quarantine`: lists the lines in quarantine, or retries them. A line that is valid by
- * now (its id is free, or the rules have changed) is posted.
+ * `processor.ts --quarantine`: lists the lines in quarantine, retries or dismisses them. A line that is
+ * valid by now (its id is free, or the rules have changed) is posted by a retry. What is dismissed never
+ * counts.
  */
 import {
   decodeEvent,
@@ -12,9 +13,15 @@ import {
 import { eachLine, SHOWN_BYTES } from "../event/lines.ts";
 import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
 import { journalKey, parseKey } from "../ledger/checkpoints.ts";
-import { RowRefused, type Transaction } from "../ledger/database.ts";
+import { CannotProceed, RowRefused, type Transaction } from "../ledger/database.ts";
 import { noteEventTypes, OTHER_EVENT } from "../ledger/ledger.ts";
-import { type QuarantinedLine, readQuarantine, release } from "../ledger/quarantine.ts";
+import {
+  dismiss,
+  type Place,
+  type QuarantinedLine,
+  readQuarantine,
+  release,
+} from "../ledger/quarantine.ts";
 import { readSnapshotEnd, withRecountLock } from "../ledger/reconcile.ts";
 import { identityOf, lineOf } from "./fold.ts";
 import type { Reconciliation } from "./recount.ts";
@@ -30,13 +37,34 @@ export async function listQuarantine({ database, print }: Reconciliation): Promi
     for (const { key, position, reason, line, at } of rows) {
       const isLong = line.length > MAX_PRINTED_CHARS;
       const shown = JSON.stringify(isLong ? `${line.slice(0, MAX_PRINTED_CHARS)}…` : line);
-      print(`${key} at ${position}, ${at.toISOString()}: ${reason}: ${shown}`);
+      print(`${key}@${position}, ${at.toISOString()}: ${reason}: ${shown}`);
     }
     count += rows.length;
     last = rows.at(-1);
   } while (last);
   print(`lines in quarantine: ${count}`);
   return count;
+}
+
+/**
+ * Dismisses the lines at `places`, written as the list shows them (`SOURCE`, or `SOURCE@POSITION`), or all.
+ * Throws CannotProceed for a place that has none; what stands before it is dismissed.
+ */
+export async function dismissQuarantine({ database, print }: Reconciliation, places: string[]) {
+  let dismissed = 0;
+  for (const text of places.length > 0 ? places : [null]) {
+    const count = await dismiss(database, text === null ? null : parsePlace(text));
+    if (count === 0 && text !== null)
+      throw new CannotProceed(`${text}: no such line is in quarantine; --quarantine lists them`);
+    dismissed += count;
+  }
+  print(`lines dismissed: ${dismissed}`);
+  return 0;
+}
+
+function parsePlace(text: string): Place {
+  const [, key = text, position] = /^(.+)@(\d{1,15})$/s.exec(text) ?? [];
+  return { key, position: position === undefined ? null : Number(position) };
 }
 
 /** Posts the lines that are valid by now; returns how many remain. `paths` are journals. */
@@ -59,7 +87,7 @@ export async function retryQuarantine(run: Reconciliation): Promise<number> {
       if (why === "posted") posted++;
       else if (why !== "gone") {
         remaining++;
-        print(`${row.key} at ${row.position} remains: ${why}`);
+        print(`${row.key}@${row.position} remains: ${why}`);
       }
     }
     last = found.at(-1)?.row;

@@ -1,8 +1,8 @@
 /** A run of the processor as a command sees it: its signals, progress, summary and exit code. */
 import { basename } from "node:path";
 
-import { percent, print, type Progress, showProgress, STOPPED } from "../progress.ts";
-import { acquireProcessorLock, type Job, supervise } from "./supervisor.ts";
+import { counted, percent, print, type Progress, showProgress, STOPPED } from "../progress.ts";
+import { acquireProcessorLock, type Job, QUARANTINE_REASONS, supervise } from "./supervisor.ts";
 
 /** Tells the person who waits, or the log. */
 export type Tell = (line: string, level?: "info" | "warn" | "error") => void;
@@ -14,7 +14,7 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
   if (isFollowing && !(await acquireProcessorLock(dataDir, stop, tell))) return 0;
 
   const startedMs = performance.now();
-  const total = { events: 0, quarantined: 0, bytes: 0 };
+  const total = { events: 0, quarantined: 0, duplicates: 0, bytes: 0 };
   let progress: Progress | undefined;
   let current = { file: job.files[0] ?? "", bytes: 0, offset: 0 };
   let isDone = false;
@@ -32,7 +32,8 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
     }
     if (report.type === "posted") {
       total.events += report.events;
-      total.quarantined += report.quarantined;
+      for (const reason of QUARANTINE_REASONS) total.quarantined += report.quarantined[reason];
+      total.duplicates += report.duplicates;
       total.bytes += report.bytes;
       current.offset = report.fileOffset ?? current.offset + report.bytes;
       progress?.update(current.offset, total.events - eventsBefore);
@@ -66,12 +67,14 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
 
 function printSummary(
   files: number,
-  { events, quarantined, bytes }: { events: number; quarantined: number; bytes: number },
+  total: { events: number; quarantined: number; duplicates: number; bytes: number },
   ms: number,
 ): void {
+  const { events, quarantined, duplicates, bytes } = total;
+  const repeated = duplicates > 0 ? `, ${counted(duplicates, "event")} had come before` : "";
   print(
-    `posted ${events} events (${quarantined} lines quarantined) from ` +
-      `${files} ${files === 1 ? "file" : "files"}: ${bytes} bytes in ` +
+    `posted ${counted(events, "event")} (${counted(quarantined, "line")} quarantined${repeated}) from ` +
+      `${counted(files, "file")}: ${counted(bytes, "byte")} in ` +
       `${(ms / 1000).toFixed(1)} s, ${Math.round((1000 * events) / ms)} events/s`,
   );
 }

@@ -23,15 +23,19 @@ export interface Job {
   waitsForLedger?: boolean;
 }
 
+/** Why lines are quarantined: no event, refused by Postgres, or under the id of another event. */
+export const QUARANTINE_REASONS = ["invalid", "refused", "conflict"] as const;
+export type Quarantined = Record<(typeof QUARANTINE_REASONS)[number], number>;
+
 /** What the processor reports. `done`, `stopped` and `failed` are final. */
 export type Report =
   | { type: "say"; line: string; level?: "warn" | "error" }
   | { type: "opened"; file: string; bytes: number; from: number }
   | {
       type: "posted";
+      /** Events that count. Those that came before are beside them. */
       events: number;
-      quarantined: number;
-      /** Events among them that had been posted before. */
+      quarantined: Quarantined;
       duplicates: number;
       bytes: number;
       /** How far the file is posted, in bytes of the file as it is on the disk. */

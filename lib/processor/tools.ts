@@ -11,15 +11,16 @@ import { CannotProceed, LedgerRefused, openDatabase } from "../ledger/database.t
 import { ledgerUrl } from "../postgres/cluster.ts";
 import { print, say } from "../progress.ts";
 import { check, repair } from "./check.ts";
-import { listQuarantine, retryQuarantine } from "./quarantine.ts";
+import { dismissQuarantine, listQuarantine, retryQuarantine } from "./quarantine.ts";
 import type { Reconciliation } from "./recount.ts";
 import { rebuild, verify } from "./verify.ts";
 
-export type ToolName = "verify" | "rebuild" | "check" | "repair" | "list" | "retry";
+export type ToolName = "verify" | "rebuild" | "check" | "repair" | "list" | "retry" | "dismiss";
 
 /** `paths` are the FILEs and the journal in DATA_DIR. */
 interface ToolRun extends Reconciliation {
-  /** The FILEs, or if there are none the journal in DATA_DIR. */
+  /** The FILEs, and the same, or if there are none the journal in DATA_DIR. */
+  files: string[];
   journals: string[];
   /** --yes */
   yes: boolean;
@@ -40,6 +41,7 @@ const TOOLS: Record<ToolName, (run: ToolRun) => Promise<number>> = {
   },
   list: listQuarantine,
   retry: retryQuarantine,
+  dismiss: (run) => dismissQuarantine(run, run.files),
 };
 
 /** Runs a tool and returns the exit code: 0, 1 if it found something, 2 (with a message) if it refuses. */
@@ -54,7 +56,7 @@ export async function runTool(
   const database = openDatabase(ledgerUrl(settings), "processor", 2);
   try {
     const paths = [journal, ...files];
-    return (await TOOLS[name]({ database, paths, journals, yes, print, say })) > 0 ? 1 : 0;
+    return (await TOOLS[name]({ database, paths, files, journals, yes, print, say })) > 0 ? 1 : 0;
   } catch (error) {
     if (!(error instanceof CannotProceed || error instanceof LedgerRefused)) throw error;
     say(error.message);

@@ -26,7 +26,10 @@ const BUCKETS = {
 };
 
 /** A batch that this process has posted; its transaction took `ms`. */
-type Posting = Record<"events" | "quarantined" | "duplicates" | "users" | "ms", number>;
+type Posting = Record<"events" | "duplicates" | "users" | "ms", number> & {
+  /** By reason. */
+  quarantined: Record<string, number>;
+};
 
 export type Metrics = ReturnType<typeof openMetrics>;
 
@@ -44,9 +47,15 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
     new Histogram({ name: `daybook_${name}`, help, buckets: BUCKETS[name], registers });
 
   const accepted = counter("events_accepted", "Events synced to disk and acknowledged.");
-  const quarantined = counter("events_quarantined", "Lines quarantined by this process.");
-  const duplicates = counter("events_duplicate", "Events not counted: posted before.");
-  const postedEvents = counter("events_posted", "Events posted by this process, with duplicates.");
+  const quarantined = new Counter({
+    name: "daybook_events_quarantined_total",
+    help: "Lines quarantined by this process, by reason.",
+    labelNames: ["reason"],
+    registers,
+  });
+  for (const reason of ["invalid", "refused", "conflict"]) quarantined.inc({ reason }, 0);
+  const duplicates = counter("events_duplicate", "Events not counted: they came before.");
+  const postedEvents = counter("events_posted", "Events posted by this process.");
   const users = counter("posting_users", "Balances changed by postings of this process.");
   const postingSeconds = histogram("posting_duration_seconds", "Duration of a posting.");
   const syncSeconds = histogram("journal_sync_duration_seconds", "Duration of a journal sync.");
@@ -89,7 +98,8 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
     },
     posted(posting: Posting) {
       postedEvents.inc(posting.events);
-      quarantined.inc(posting.quarantined);
+      for (const [reason, lines] of Object.entries(posting.quarantined))
+        quarantined.inc({ reason }, lines);
       duplicates.inc(posting.duplicates);
       users.inc(posting.users);
       postingSeconds.observe(posting.ms / 1000);

@@ -216,7 +216,7 @@ test("SIGTERM stops the embedded Postgres, a start after kill -9 resumes, and pr
   const file = folder.file("a.jsonl");
   writeFileSync(file, line("ben", 2));
   for (const [args, said] of [
-    [[file], "posted 1 events"],
+    [[file], "posted 1 event ("],
     [["--verify", file], "2 balances match their sources"],
   ] as const) {
     const { code, stdout } = await run("processor.ts", {

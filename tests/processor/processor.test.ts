@@ -90,7 +90,7 @@ test("a last line without newline that is a whole event is posted once", async (
   const file = ledger.write("a.jsonl", line("ann", 1) + line("ben", 2).trimEnd());
   expect((await ledger.post(file)).stdout).toStartWith("posted 2 events");
   appendFileSync(file, `\n${line("ann", 4)}`);
-  expect((await ledger.post(file)).stdout).toStartWith("posted 1 events");
+  expect((await ledger.post(file)).stdout).toStartWith("posted 1 event (");
   expect(await ledger.balances()).toEqual({ ann: "5", ben: "2" });
 });
 
@@ -126,7 +126,7 @@ test("lines of 100 KB and 5 MB are quarantined, cut to 4 KiB, and the lines afte
     quarantined({ position: before.length + 100_001, line: endless.slice(0, 4096) }),
   ]);
   appendFileSync(file, line("cid", 3)); // the checkpoint includes the long lines
-  expect((await ledger.post(file)).stdout).toStartWith("posted 1 events (0 lines quarantined)");
+  expect((await ledger.post(file)).stdout).toStartWith("posted 1 event (0 lines quarantined)");
 });
 
 test("5 MB without a newline are quarantined once, and the lines after them are posted", async () => {
