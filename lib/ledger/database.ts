@@ -155,8 +155,9 @@ export async function setLimits(tx: Transaction, statementMs: number, idleMs: nu
 
 /**
  * Prepares no statements where a pooler is between: the next transaction may run on another connection,
- * which does not know them. Elsewhere they are worth it: a read takes 49 µs, and 118 without. A pooler
- * shows in that the connection's process id, which it makes up, is not that of the backend.
+ * which does not know them. Elsewhere they are worth it: posting a few users takes 1.3 ms, and 3.4 without;
+ * a read 27 µs, and 43. A pooler shows in that the connection's process id, which it makes up, is not that
+ * of the backend.
  */
 async function prepareFor(sql: Sql): Promise<void> {
   const rows = await sql.unsafe<{ pid: number }[]>("select pg_backend_pid() as pid");

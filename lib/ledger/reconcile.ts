@@ -236,12 +236,19 @@ export async function findDifferences(sql: Transaction, tally: Tally) {
 }
 
 /** The differences found, in the order of users, a page at a time. */
-export function readDifferences(sql: Transaction): AsyncIterable<Difference[]> {
-  return sql<Difference[]>`
+export async function* readDifferences(sql: Transaction): AsyncGenerator<Difference[]> {
+  await sql`
+    declare found no scroll cursor for
     select user_id as "userId", trim_scale(expected)::text as expected,
       trim_scale(balance)::text as balance,
       trim_scale(coalesce(balance, 0) - coalesce(expected, 0))::text as excess
-    from differences order by user_id collate "C"`.cursor(DIFFERENCES_PER_PAGE);
+    from differences order by user_id collate "C"`;
+  for (;;) {
+    const page = await sql<Difference[]>`fetch ${sql.unsafe(`${DIFFERENCES_PER_PAGE}`)} from found`;
+    if (page.length === 0) break;
+    yield page;
+  }
+  await sql`close found`;
 }
 
 /**

@@ -303,6 +303,24 @@ export const BREAKS: readonly Break[] = [
     "faults/postgres",
   ),
   without(
+    "the new connection after one that can only be read",
+    "if (!(unavailable instanceof RowRefused)) forget(tried);",
+    'if (!unavailable.message.includes("read-only")) forget(tried);',
+    "ledger/connection",
+  ),
+  without(
+    "the limits of a transaction whose client has gone",
+    "await setLimits(tx, timeoutMs, IDLE_MS);",
+    "",
+    "ledger/connection",
+  ),
+  without(
+    "the end of a read that nobody waits for",
+    "pending?.cancel?.();",
+    "",
+    "ledger/connection",
+  ),
+  without(
     "the errors that pass by themselves",
     "(08|25|40|53|55|57|58)|^XX000$",
     "(08|57)",

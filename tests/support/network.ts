@@ -7,7 +7,7 @@ import { connect, createServer, type Socket } from "node:net";
  * has sent the text that `silence` was given, the proxy passes nothing on any more, and closes nothing.
  */
 export async function openProxy(url: string) {
-  const target = new URL(url);
+  let target = new URL(url);
   const open = new Set<Socket>();
   let isCut = false;
   let silentAfter: string | null = null;
@@ -45,6 +45,8 @@ export async function openProxy(url: string) {
     cut,
     mend: () => (isCut = false),
     refused: () => refused,
+    /** Where new connections lead. */
+    lead: (url: string) => (target = new URL(url)),
     silence: (text: string) => (silentAfter = text),
     isSilent: () => isSilent,
     async [Symbol.asyncDispose]() {
