@@ -4,7 +4,8 @@
  *
  * | the server                     | so                                                          |
  * | ------------------------------ | ----------------------------------------------------------- |
- * | does not answer, 408, 425      | retry: the offset tells whether the chunk was stored        |
+ * | does not answer, 425           | retry: the offset tells whether the chunk was stored        |
+ * | 408, or takes over a minute    | the same; a chunk becomes smaller                           |
  * | 409                            | it says where the source stands: the caller decides         |
  * | 429, 5xx                       | retry, after `Retry-After` where it is given                |
  * | 401, 403                       | stop: wrong secret or token                                 |
@@ -16,6 +17,10 @@ import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import { type Chunk, digestAt } from "./chunks.ts";
 
 const ANSWER_TIMEOUT_MS = 60_000;
+/** An attempt that fails after this long has failed by time, whatever it ended with. */
+const SLOW_MS = 10_000;
+/** At 1 kB/s, below which the server gives up. Smaller chunks than this are not made. */
+const MIN_CHUNK_MS = 64_000;
 const MIN_PAUSE_MS = 100;
 const MAX_PAUSE_MS = 5_000;
 /** A pause this long is worth a message. */
@@ -70,6 +75,7 @@ interface ApiOptions {
   stop: AbortSignal;
   /** Waits before a retry, until `stop` at most. */
   sleep?(ms: number, stop: AbortSignal): Promise<void>;
+  timeoutMs?: number;
 }
 
 const sleepUntilStopped = (ms: number, signal: AbortSignal) =>
@@ -85,6 +91,7 @@ interface Answer {
 /** Every call throws UploadFailed when it fails for good. */
 export function openApi(options: ApiOptions) {
   const { serverUrl, credential, retryMs, say, stop, sleep = sleepUntilStopped } = options;
+  const { timeoutMs = ANSWER_TIMEOUT_MS } = options;
   const baseUrl = serverUrl.replace(/\/+$/, "");
   const shownUrl = baseUrl.replace(/\/\/[^/@]*@/, "//"); // it may hold a password
   return { state, send, waitUntilPosted };
@@ -95,8 +102,15 @@ export function openApi(options: ApiOptions) {
     return answer.status === 404 ? null : stateIn(answer);
   }
 
-  /** Sends a chunk. Returns Stored once it is on the server's disk, or the state of a source that is elsewhere. */
-  async function send(source: string, chunk: Chunk): Promise<Stored | SourceState> {
+  /**
+   * Sends a chunk. Returns Stored once it is on the server's disk, or the state of a source that is
+   * elsewhere. If it `canShrink`, returns "slow" when it failed by time: it may be stored or not.
+   */
+  async function send(
+    source: string,
+    chunk: Chunk,
+    canShrink: boolean,
+  ): Promise<Stored | SourceState | "slow"> {
     const path = `/sources/${encodeURIComponent(source)}?errors=${MAX_LISTED_ERRORS}`;
     const headers = {
       "content-type": "application/x-ndjson",
@@ -104,7 +118,8 @@ export function openApi(options: ApiOptions) {
       "source-digest": digestAt(chunk.end),
     };
     const body = chunk.bytes as Uint8Array<ArrayBuffer>;
-    const answer = await request(path, { method: "PATCH", headers, body });
+    const answer = await request(path, { method: "PATCH", headers, body }, canShrink);
+    if (answer === "slow") return answer;
     if (answer.status === 409) return stateIn(answer);
     if (answer.status !== 200) throw failure(answer);
     const stored = answer.body as Partial<Stored> | null;
@@ -120,11 +135,17 @@ export function openApi(options: ApiOptions) {
     if (answer.status !== 200 && answer.status !== 404) throw failure(answer);
   }
 
-  async function request(path: string, init: RequestInit): Promise<Answer> {
+  function request(path: string, init: RequestInit): Promise<Answer>;
+  function request(path: string, init: RequestInit, canShrink: boolean): Promise<Answer | "slow">;
+  async function request(path: string, init: RequestInit, canShrink = false) {
     const deadlineMs = performance.now() + retryMs;
+    // A small chunk has as much time as the server gives it.
+    const limitMs = init.body && !canShrink ? timeoutMs + MIN_CHUNK_MS : timeoutMs;
     for (let pauseMs = MIN_PAUSE_MS, isNoted = false; ; pauseMs *= 2) {
-      const { answer, reason, retryAfterMs } = await attempt(path, init);
+      const startedMs = performance.now();
+      const { answer, reason, retryAfterMs, isLate } = await attempt(path, init, limitMs);
       if (answer) return answer;
+      if (canShrink && (isLate || performance.now() - startedMs > SLOW_MS)) return "slow";
       // Half of the pause is random, so that many clients do not return at the same moment.
       const waitMs = retryAfterMs + Math.min(pauseMs, MAX_PAUSE_MS) * (0.5 + Math.random() / 2);
       if (stop.aborted || performance.now() + waitMs > deadlineMs) throw new UploadFailed(reason);
@@ -138,23 +159,24 @@ export function openApi(options: ApiOptions) {
   }
 
   /** An answer, or why there is none that counts and how long the server asks to wait. */
-  async function attempt(path: string, init: RequestInit) {
+  async function attempt(path: string, init: RequestInit, limitMs: number) {
     try {
       const response = await fetch(baseUrl + path, {
         ...init,
         headers: { ...init.headers, authorization: `Bearer ${credential}` },
-        signal: AbortSignal.timeout(ANSWER_TIMEOUT_MS),
+        signal: AbortSignal.timeout(limitMs),
         redirect: "manual",
       });
       const { status, headers } = response;
       // An answer that is cut off does not count, whatever it begins with.
       const answer: Answer = { status, headers, body: parse(await response.text()) };
-      if (!TRANSIENT.has(status)) return { answer, reason: "", retryAfterMs: 0 };
+      if (!TRANSIENT.has(status)) return { answer, reason: "", retryAfterMs: 0, isLate: false };
       const retryAfterMs = Number(headers.get("retry-after")) * 1000 || 0;
-      return { answer: null, reason: describe(answer), retryAfterMs };
+      return { answer: null, reason: describe(answer), retryAfterMs, isLate: status === 408 };
     } catch (error) {
-      const reason = `${shownUrl} does not answer: ${(error as Error).message}`;
-      return { answer: null, reason, retryAfterMs: 0 };
+      const { name, message } = error as Error;
+      const reason = `${shownUrl} does not answer: ${message}`;
+      return { answer: null, reason, retryAfterMs: 0, isLate: name === "TimeoutError" };
     }
   }
 

@@ -86,6 +86,20 @@ export async function* readChunks(
   }
 }
 
+/** The first lines of a chunk, at most `maxBytes` of them but at least one, and the rest. */
+export function splitChunk(chunk: Chunk, maxBytes: number): [Chunk, Chunk | null] {
+  const { bytes, start, end, tooLong } = chunk;
+  if (tooLong || bytes.length <= maxBytes) return [chunk, null];
+  const index = bytes.lastIndexOf(LF, maxBytes - 1) + 1 || nextLine(bytes, 0);
+  if (index === bytes.length) return [chunk, null];
+  const first = bytes.subarray(0, index);
+  const middle = advance(start, first);
+  return [
+    { bytes: first, start, end: middle, tooLong },
+    { bytes: bytes.subarray(index), start: middle, end, tooLong },
+  ];
+}
+
 /** The index behind the next `lines` lines of `bytes`. */
 function skipLines(bytes: Uint8Array, from: number, lines: number): number {
   let index = from;

@@ -20,7 +20,7 @@ import { basename, dirname, join } from "node:path";
 
 import { isText, MAX_SOURCE_BYTES } from "../event/event.ts";
 import { foreignFormat, HEAD_BYTES } from "../event/formats.ts";
-import { matchGenerations } from "../event/generations.ts";
+import { explainOther, matchGenerations, REWRITTEN } from "../event/generations.ts";
 import {
   DamagedInput,
   explainForeign,
@@ -36,14 +36,23 @@ import { type DirectoryWatch, watchDirectory } from "../watch.ts";
 import { type Api, type SourceState, type Stored, UploadFailed } from "./api.ts";
 import {
   type Chunk,
+  CHUNK_BYTES,
   countLines,
   digestAt,
   lastChunk,
   type Place,
   readChunks,
+  splitChunk,
   startOfSource,
 } from "./chunks.ts";
 import { openRejected, type Rejected } from "./rejected.ts";
+
+/** On a slow link chunks become smaller, down to this. */
+const MIN_CHUNK_BYTES = 64 * 1024;
+/** A chunk that took less may be followed by a larger one. */
+const FAST_MS = 5_000;
+/** How much of what was sent last is compared with the file before more is sent. */
+const TAIL_BYTES = 4096;
 
 export interface SendOptions {
   api: Api;
@@ -106,6 +115,7 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
   const watch = follow ? watchDirectory(dirname(path)) : null;
   stop.addEventListener("abort", () => watch?.close());
   try {
+    let isRotated = false;
     for (let { again } = options; ; again = false) {
       // A rotation leaves no file of this name for a moment.
       while (watch && !stop.aborted && !existsSync(path)) await watch.next();
@@ -113,10 +123,10 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
         throw new UploadFailed(`cannot read ${path}: ${error.message}`);
       });
       const isOwner = lock !== null;
-      const rejected = await sendOpened(file, { ...options, path, again, watch, isOwner }).catch(
-        unreadable(path),
-      );
-      if (rejected) return rejected;
+      const fileOptions: FileOptions = { ...options, path, again, watch, isOwner, isRotated };
+      const sent = await sendOpened(file, fileOptions).catch(unreadable(path));
+      if (typeof sent === "object") return sent;
+      isRotated = sent === "rotated";
     }
   } finally {
     if (lock) rmSync(lockPath, { force: true });
@@ -142,7 +152,7 @@ export async function sendStream(path: string | null, options: SendOptions): Pro
     throw new ForeignInput(`${shown}: ${explainForeign(foreign, { path: null, compression })}`);
   const rejectedPath = `${path === null ? "stdin" : basename(path)}.rejected.jsonl`;
   const rejected = await openRejected(rejectedPath, { offset: 0, isOwner: true, say });
-  const upload = { ...options, source: name, read, rejected, progress: null };
+  const upload = { ...options, source: name, read, rejected, progress: null, ...startOfUpload() };
   const leftOver = (line: number) => {
     total.hasLeftOver = true;
     say(`${shown}: line ${line} has no newline and is not a complete event: not sent`);
@@ -152,6 +162,10 @@ export async function sendStream(path: string | null, options: SendOptions): Pro
   if (conflict) throw new UploadFailed(`another client sends the source ${name}`);
   total.isStopped = options.stop.aborted;
   return rejected;
+}
+
+function startOfUpload(): Pick<Upload, "maxBytes" | "tail"> {
+  return { maxBytes: CHUNK_BYTES, tail: new Uint8Array() };
 }
 
 const NOTHING = { compression: null, read: async () => new Uint8Array() };
@@ -178,6 +192,8 @@ interface FileOptions extends SendOptions {
   watch: DirectoryWatch | null;
   /** Whether this client writes the rejected lines. */
   isOwner: boolean;
+  /** Whether this file has just taken the name of one that was sent to its end. */
+  isRotated: boolean;
 }
 
 /** A source that is being sent. */
@@ -192,24 +208,31 @@ interface Upload {
   input?: Input;
   size?: number;
   stop: AbortSignal;
+  /** The size of the next chunk at most. */
+  maxBytes: number;
+  /** The end of what is stored, as it was read. */
+  tail: Uint8Array;
 }
 
 /**
- * Sends the opened file to its end, even if another file has its name by then. Returns `null` when the
- * caller has to open the path again: the file was replaced or truncated, or its source has other bytes.
+ * Sends the opened file to its end, even if another file has its name by then. The caller has to open the
+ * path again when the file was "rotated" away, or has "changed", or its source has other bytes.
  */
-async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejected | null> {
+async function sendOpened(
+  file: FileHandle,
+  options: FileOptions,
+): Promise<Rejected | "rotated" | "changed"> {
   const { path, follow, stop, watch, isOwner, total } = options;
-  const { size } = await file.stat();
+  const { size, mtimeMs } = await file.stat();
   const input = await openInput(readHandle(file), size);
   const { read, readAll } = input;
   const { source, state } = await findSource(options, input);
   const { chunk, end: start } = await lastChunk(readAll, state?.offset ?? 0);
-  if (state && start.offset < state.offset) return null;
+  if (state && start.offset < state.offset) return "changed";
   const rejectedPath = `${path}.rejected.jsonl`;
   const rejected = await openRejected(rejectedPath, { offset: start.offset, isOwner, say });
   const progress = showProgress(basename(path), size, input.fileOffset(start.offset));
-  const upload = { ...options, source, read, rejected, progress, input, size };
+  const upload = { ...options, source, read, rejected, progress, input, size, ...startOfUpload() };
   try {
     // The client that sent it may have died before it noted what was rejected: only the server knows.
     if (chunk) await recoverRejected(upload, chunk);
@@ -219,7 +242,8 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
     for (let place = start; ;) {
       // Checked before sending: a file that was replaced by now is sent to its end.
       const isReplaced = await hasOtherFile(path, file);
-      if (!input.compression && (await file.stat()).size < place.offset) return null;
+      // Rewritten in place: it does not begin with what is stored, and so is another file.
+      if (!input.compression && !(await endsWith(upload, place))) return "changed";
       const isFinal = !follow || isReplaced;
       const leftOver = (line: number) => {
         if (!isFinal) return;
@@ -230,18 +254,20 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
       const { end, conflict } = await sendChunks(upload, place, { isFinal, leftOver });
       if (conflict) {
         const behind = await skipStored(upload, end, conflict);
-        if (!behind) return null;
+        if (!behind) return "changed";
         total.skip(end, behind);
         total.position = conflict.position;
         place = behind;
         continue;
       }
       if (isFinal && !total.isStopped) await checkNuls(file, end, { path, input, total });
+      if (!follow && !total.isStopped && (await file.stat()).mtimeMs !== mtimeMs)
+        await checkRewritten(upload, end, path);
       if (!total.isStopped && isNoted(path, source)) rmSync(`${path}.again`);
       if (!follow || stop.aborted) return rejected;
       if (isReplaced) {
         if (rejected.count() > 0 && isOwner) setAside(rejectedPath);
-        return null;
+        return "rotated";
       } else {
         place = end;
         await watch?.next();
@@ -257,10 +283,11 @@ async function sendOpened(file: FileHandle, options: FileOptions): Promise<Rejec
  * another client sends it too and it is elsewhere.
  */
 async function sendChunks(
-  { api, source, read, rejected, total, progress, input, size = 0, stop }: Upload,
+  upload: Upload,
   start: Place,
   options: Parameters<typeof readChunks>[2],
 ): Promise<{ end: Place; conflict: SourceState | null }> {
+  const { read, rejected, total, progress, input, size = 0, stop } = upload;
   const chunks = readChunks(read, start, options);
   let end = start;
   let next = chunks.next();
@@ -270,21 +297,73 @@ async function sendChunks(
     if (!chunk || stop.aborted) return { end, conflict: null };
     next = chunks.next();
     next.catch(() => {}); // awaited in the next turn
-    let answer = await api.send(source, chunk);
-    if (!("accepted" in answer)) {
-      const { offset, digest, position, lines } = answer;
-      const isStored = offset === chunk.end.offset && digest === digestAt(chunk.end);
-      if (!isStored) return { end, conflict: answer };
-      // The chunk had been stored before; only the answer was lost.
-      answer = { accepted: 0, rejected: 0, errors: [], ...lines, position };
+    for await (const { piece, answer: given } of sendPieces(upload, chunk)) {
+      let answer = given;
+      if (!("accepted" in answer)) {
+        const { offset, digest, position, lines } = answer;
+        const isStored = offset === piece.end.offset && digest === digestAt(piece.end);
+        if (!isStored) return { end, conflict: answer };
+        // The piece had been stored before; only the answer was lost.
+        answer = { accepted: 0, rejected: 0, errors: [], ...lines, position };
+      }
+      rejected.add(piece, answer.errors);
+      total.add(piece, answer);
+      const fileOffset = input?.fileOffset(piece.end.offset) ?? 0;
+      total.percent = percent(fileOffset, size);
+      progress?.update(fileOffset, total.accepted);
+      upload.tail = tailOf(piece);
+      end = piece.end;
     }
-    rejected.add(chunk, answer.errors);
-    total.add(chunk, answer);
-    const fileOffset = input?.fileOffset(chunk.end.offset) ?? 0;
-    total.percent = percent(fileOffset, size);
-    progress?.update(fileOffset, total.accepted);
-    end = chunk.end;
   }
+}
+
+/**
+ * Sends a chunk in as many pieces as the link requires: one that fails by time is halved, and after one
+ * that is quick the next may be twice as large. On a link of 28 kB/s, 1 MiB takes 37 s.
+ */
+async function* sendPieces(upload: Upload, chunk: Chunk) {
+  const { api, source } = upload;
+  for (let rest: Chunk | null = chunk; rest;) {
+    const [piece, next]: [Chunk, Chunk | null] = splitChunk(rest, upload.maxBytes);
+    const startedMs = performance.now();
+    const canShrink = piece.tooLong === null && piece.bytes.length > MIN_CHUNK_BYTES;
+    const answer = await api.send(source, piece, canShrink);
+    if (answer === "slow") {
+      upload.maxBytes = Math.max(MIN_CHUNK_BYTES, Math.floor(piece.bytes.length / 2));
+      continue;
+    }
+    yield { piece, answer };
+    rest = next;
+    if (performance.now() - startedMs < FAST_MS)
+      upload.maxBytes = Math.min(CHUNK_BYTES, 2 * upload.maxBytes);
+  }
+}
+
+function tailOf({ bytes }: Chunk): Uint8Array {
+  return bytes.slice(-TAIL_BYTES);
+}
+
+/** Whether the file still ends before `offset` with what was sent from there. */
+async function endsWith({ read, tail }: Upload, { offset }: Place): Promise<boolean> {
+  const found = await read(offset - tail.length, offset);
+  return Buffer.compare(found, tail) === 0;
+}
+
+/** Reports a file that was changed in what had been sent of it already. */
+async function checkRewritten({ input, total }: Upload, end: Place, path: string): Promise<void> {
+  if (!input || input.compression) return;
+  const sent = { offset: end.offset, digest: digestAt(end) };
+  if ((await matchGenerations(input.readAll, Infinity, [sent])).length > 0) return;
+  total.hasLeftOver = true;
+  say(`${path} ${REWRITTEN}`);
+}
+
+/** The state of one generation of a file. */
+interface SourceStateOf {
+  source: string;
+  state: SourceState;
+  offset: number;
+  digest: string;
 }
 
 /**
@@ -292,8 +371,9 @@ async function sendChunks(
  * begins with. If there is none, the first that does not exist; so with `again`, unless a copy was begun
  * and interrupted: that one is continued.
  */
-async function findSource({ api, name, again, path, isOwner }: FileOptions, input: Input) {
-  const known: { source: string; state: SourceState; offset: number; digest: string }[] = [];
+async function findSource(options: FileOptions, input: Input) {
+  const { api, name, again, path, isOwner, isRotated } = options;
+  const known: SourceStateOf[] = [];
   let source = name;
   for (let generation = 2; ; generation++) {
     const state = await api.state(source);
@@ -305,6 +385,7 @@ async function findSource({ api, name, again, path, isOwner }: FileOptions, inpu
   const matches = await matchGenerations(input.readAll, input.bytes, known);
   const matching = new Set(matches.map(({ generation }) => generation));
   const last = known.findLast((each) => matching.has(each));
+  if (!again && !last && !isRotated) sayOther(path, known, source);
   if (!again) return last ?? { source, state: null };
   // A note says that it was begun, or less of it is stored than of the file before it.
   const noted = known.find((each) => matching.has(each) && isNoted(path, each.source));
@@ -317,6 +398,13 @@ async function findSource({ api, name, again, path, isOwner }: FileOptions, inpu
   }
   if (isOwner) noteCopy(path, source);
   return { source, state: null };
+}
+
+/** Says that a file is another one than those that its name has stood for. */
+function sayOther(path: string, known: SourceStateOf[], source: string): void {
+  const stored = known.at(-1);
+  if (stored && stored.offset > 0)
+    say(`${path} ${explainOther(stored.offset, stored.source, source)}`);
 }
 
 /**
@@ -366,10 +454,12 @@ async function skipStored(upload: Upload, from: Place, state: SourceState): Prom
 }
 
 /** Sends a stored chunk again, to learn from the 409 which of its lines were rejected. */
-async function recoverRejected({ api, source, rejected }: Upload, chunk: Chunk): Promise<void> {
-  const answer = await api.send(source, chunk);
-  const lines = "accepted" in answer ? answer : answer.lines;
-  rejected.add(chunk, lines?.errors ?? []);
+async function recoverRejected(upload: Upload, chunk: Chunk): Promise<void> {
+  for await (const { piece, answer } of sendPieces(upload, chunk)) {
+    const lines = "accepted" in answer ? answer : answer.lines;
+    upload.rejected.add(piece, lines?.errors ?? []);
+  }
+  upload.tail = tailOf(chunk);
 }
 
 /** Whether another file has the name of the opened one. */

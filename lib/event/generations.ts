@@ -16,6 +16,19 @@ export interface Generation {
   digest: string | null;
 }
 
+/** That a file is another one than those its name has stood for, the last of them as `stored`. */
+export function explainOther(bytes: number, stored: string, source: string): string {
+  return (
+    `does not begin with the ${bytes} bytes that count as ${stored}: it counts whole, as another file, ` +
+    source
+  );
+}
+
+/** Follows the path of a file in which something changed that had been read already. */
+export const REWRITTEN =
+  "was rewritten while it was read: it no longer holds what counted; run it again to count it as it is now, " +
+  "and have its writer write a new file and rename it";
+
 /**
  * Returns those of `generations` that the file of `size` bytes begins with, shortest first, each with
  * the hash of its bytes. Reads the file once, however many generations there are.

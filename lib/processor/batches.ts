@@ -9,7 +9,7 @@
 import { open } from "node:fs/promises";
 
 import type { Change } from "../event/event.ts";
-import { matchGenerations } from "../event/generations.ts";
+import { explainOther, matchGenerations, REWRITTEN } from "../event/generations.ts";
 import { DamagedInput, explainNuls, type Input, openInput, sourceName } from "../event/input.ts";
 import { type Block, isComplete, readBlocks, readHandle, withoutBom } from "../event/lines.ts";
 import { encodeJournalHeader, JournalBehind, JournalDamage } from "../journal/format.ts";
@@ -162,23 +162,24 @@ async function checkCheckpoint(
 
 /**
  * Batches of the file at `path` from its checkpoint on. The file stays the one that was opened, even if
- * another one takes its name. `leftOver` is told what of its end is no event yet.
- * Throws Unavailable.
+ * another one takes its name. `leftOver` is told what of its end is no event yet, and that it was rewritten
+ * meanwhile; `note` that it is another file than before. Throws Unavailable.
  */
 export async function openFileBatches(
   { database, path, limit, refused, counted }: BatchSource,
-  leftOver: (what: string) => void,
+  { leftOver, note }: { leftOver(what: string): void; note(line: string): void },
 ): Promise<BatchReader> {
   await using opening = new AsyncDisposableStack();
   const handle = opening.use(await open(path));
-  const { size } = await handle.stat();
+  const { size, mtimeMs } = await handle.stat();
   const input = await openInput(readHandle(handle), size);
   const name = sourceName(path, input.compression);
-  const { key, from, hash } = await findGeneration(database, input, name).catch(named);
+  const { key, from, hash, other } = await findGeneration(database, input, name).catch(named);
+  if (other) note(`${path} ${other}`);
   const blocks = readBlocks(input.read, from, BLOCK_BYTES);
   const opened = opening.move();
   let offset = from;
-  let hasCheckedNuls = false;
+  let hasCheckedEnd = false;
 
   return {
     from,
@@ -190,7 +191,7 @@ export async function openFileBatches(
       while (!fold.isFull && offset - start < MAX_BATCH_BYTES) {
         const { value: block } = await blocks.next().catch(named);
         if (!block) {
-          await checkNuls();
+          await checkEnd();
           break;
         }
         if (!block.whole && !isComplete(block.bytes)) {
@@ -209,10 +210,16 @@ export async function openFileBatches(
     [Symbol.asyncDispose]: () => opened.disposeAsync(),
   };
 
-  async function checkNuls(): Promise<void> {
-    const count = hasCheckedNuls ? 0 : await input.countNuls(offset, (await handle.stat()).size);
-    hasCheckedNuls = true;
+  async function checkEnd(): Promise<void> {
+    if (hasCheckedEnd) return;
+    hasCheckedEnd = true;
+    const now = await handle.stat();
+    const count = await input.countNuls(offset, now.size);
     if (count > 0) leftOver(` ${explainNuls(path, count)}`);
+    if (input.compression || now.mtimeMs === mtimeMs) return;
+    const posted = { offset, digest: hash.copy().digest("hex") };
+    if ((await matchGenerations(input.readAll, Infinity, [posted])).length === 0)
+      leftOver(` ${REWRITTEN}`);
   }
 
   function named(error: unknown): never {
@@ -242,7 +249,7 @@ async function findGeneration(
   database: Database,
   input: Input,
   name: string,
-): Promise<{ key: string; from: number; hash: Bun.CryptoHasher }> {
+): Promise<{ key: string; from: number; hash: Bun.CryptoHasher; other?: string | undefined }> {
   const known = await listFileCheckpoints(database, name);
   const generations = known.map((each) => ({ ...each, offset: each.position }));
   const match = (await matchGenerations(input.readAll, input.bytes, generations)).at(-1);
@@ -252,5 +259,7 @@ async function findGeneration(
   const hash = new Bun.CryptoHasher("sha256");
   const { position } = await openCheckpoint(database, key, hash.copy().digest("hex"));
   // If another process has opened this generation and posted some of it, its bytes are compared.
-  return position > 0 ? findGeneration(database, input, name) : { key, from: 0, hash };
+  if (position > 0) return findGeneration(database, input, name);
+  const stored = known.findLast((each) => each.position > 0);
+  return { key, from: 0, hash, other: stored && explainOther(stored.position, stored.key, key) };
 }

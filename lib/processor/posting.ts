@@ -180,7 +180,7 @@ export async function postFile(path: string, context: Context): Promise<boolean>
       const journal = await openNamedJournal(path);
       const batches = journal
         ? await openJournalBatches({ path, ...posting, counted }, journal, leftOver)
-        : await openFileBatches({ path, ...posting, counted }, leftOver);
+        : await openFileBatches({ path, ...posting, counted }, { leftOver, note });
       // A large file that is posted in part is hashed up to there: that uses up no patience.
       deadlineMs += performance.now() - openedMs;
       return batches;
@@ -213,6 +213,10 @@ export async function postFile(path: string, context: Context): Promise<boolean>
     pauseMs = Math.min(pauseMs * 2, MAX_PAUSE_MS);
   }
   return false;
+
+  function note(line: string) {
+    report({ type: "say", line });
+  }
 
   function leftOver(what: string) {
     if (hasLeftOver) return; // another attempt finds it again

@@ -12,6 +12,7 @@ import {
   openScanner,
 } from "../event/event.ts";
 import { eachEvent, withoutBom } from "../event/lines.ts";
+import { watchArrivals } from "./arrivals.ts";
 import type { EventSchema } from "./event-schema.ts";
 import type { Reservation } from "./memory.ts";
 import { Problem } from "./problem.ts";
@@ -23,8 +24,6 @@ export const MAX_EVENTS_BYTES = 16 * 1024 * 1024;
 const MAX_SMALL_BYTES = 64 * 1024;
 /** Compression makes incompressible bytes slightly larger. */
 const COMPRESSION_OVERHEAD_BYTES = 64 * 1024;
-/** However slow a sender is, its body has arrived by then, or is rejected. */
-const MAX_BODY_MS = 30_000;
 
 const LF = 10;
 const CR = 13;
@@ -35,6 +34,8 @@ const CLOSING_BRACE = 0x7d;
 const QUOTED_KEY = /^"((?:[ !#-[\]-~]|\\["\\])*)"$/;
 /** Bun joins the values of repeated headers with `, `. */
 const JOINED = /,[ \t]/;
+
+const arrivals = watchArrivals();
 
 type Decompress = (bytes: Uint8Array, limit: { maxOutputLength: number }) => Promise<Buffer>;
 const DECOMPRESS = new Map<string, Decompress>([
@@ -238,20 +239,14 @@ async function readBytes(
 ): Promise<Uint8Array> {
   const announced = Number(request.headers.get("content-length") ?? Number.NaN);
   if (announced > limit) throw tooLarge(limit);
-  let timer: Timer | undefined;
-  const timeout = new Promise<never>((_, reject) => {
-    const late = () => reject(new Problem(408, `the body took over ${MAX_BODY_MS / 1000} s`));
-    timer = setTimeout(late, MAX_BODY_MS);
-  });
+  const isSmall = announced <= MAX_SMALL_BYTES;
+  using arrival = arrivals.expect({ isSmall });
   try {
-    const isSmall = announced <= MAX_SMALL_BYTES;
     if (isSmall) reservation.reserve(announced);
-    return await Promise.race([isSmall ? request.bytes() : readChunks(), timeout]);
+    return await Promise.race([isSmall ? request.bytes() : readChunks(), arrival.tooSlow]);
   } catch (error) {
     // The sender is gone, so nobody reads this; but it is not our fault either.
     throw error instanceof Problem ? error : new Problem(400, "the body ended too early");
-  } finally {
-    clearTimeout(timer);
   }
 
   /** Reserves what has arrived, not what is announced: slow senders hold little. */
@@ -260,6 +255,7 @@ async function readBytes(
     let bytes = 0;
     for await (const chunk of request.body ?? []) {
       bytes += chunk.length;
+      arrival.arrived(chunk.length);
       if (bytes > limit) throw tooLarge(limit);
       reservation.reserveLarge(chunk.length);
       chunks.push(chunk);

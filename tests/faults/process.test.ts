@@ -170,12 +170,12 @@ test(
 
 const CLIENT_POINTS: Record<string, Alteration> = {
   "before a chunk is sent": {
-    find: "let answer = await api.send(source, chunk);",
-    put: `${DIE} let answer = await api.send(source, chunk);`,
+    find: "const answer = await api.send(source, piece, canShrink);",
+    put: `${DIE} const answer = await api.send(source, piece, canShrink);`,
   },
   "before the rejected lines are written": {
-    find: "rejected.add(chunk, answer.errors);",
-    put: `${DIE} rejected.add(chunk, answer.errors);`,
+    find: "rejected.add(piece, answer.errors);",
+    put: `${DIE} rejected.add(piece, answer.errors);`,
   },
   "half-way through writing them": {
     find: "if (text && isKept) appendFileSync(path, text);",
