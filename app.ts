@@ -17,6 +17,7 @@ import { setEventTypes } from "./lib/event/event.ts";
 import { disk, leavingRoom } from "./lib/journal/disk.ts";
 import { type Journal, openJournal } from "./lib/journal/writer.ts";
 import { LedgerRefused, openDatabase, requireLedger } from "./lib/ledger/database.ts";
+import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { type Log, openLog, watchHealth } from "./lib/log.ts";
 import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
@@ -48,6 +49,8 @@ async function main(): Promise<number> {
   const access = openAccess(settings, log);
   const schema = await openSchema(settings);
   const isHttps = readCertificate(settings) !== null; // throws before anything is created
+  const { note = null } = databaseUrl ? parseDatabaseUrl(databaseUrl) : {};
+  if (note) log.info(note);
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
 
@@ -104,6 +107,7 @@ const COMMAND = {
     expires: { type: "string", meaning: "with --token: how long it is valid, like 12h or 30d" },
     sub: { type: "string", meaning: "with --token: the user whose own balance it may read" },
   },
+  check: checkDatabaseUrl,
   maxFiles: 0,
   exits: {
     0: "stopped by SIGTERM or SIGINT; everything acknowledged is on disk",

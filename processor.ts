@@ -16,6 +16,7 @@ import { inspectFile } from "./lib/event/input.ts";
 import { disk } from "./lib/journal/disk.ts";
 import { explainPiece, openJournalReader } from "./lib/journal/reader.ts";
 import { activeOf } from "./lib/journal/segments.ts";
+import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { openCluster } from "./lib/postgres/cluster.ts";
 import { runJob, type Tell } from "./lib/processor/run.ts";
 import type { ToolName } from "./lib/processor/tools.ts";
@@ -36,11 +37,13 @@ async function main(): Promise<number> {
     for (const signal of ["SIGTERM", "SIGINT"] as const)
       process.on(signal, () => stop.abort(signal));
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl } = settings;
+  const { note = null } = databaseUrl ? parseDatabaseUrl(databaseUrl) : {};
   mkdirSync(dataDir, { recursive: true });
   // A program that keeps running has a log; to a person who waits, it speaks plainly.
   const isFollowing = !tool && files.length === 0;
   const log = isFollowing ? (await import("./lib/log.ts")).openLog(settings.LOG_LEVEL) : null;
   const tell: Tell = log ? (line, level = "info") => log[level](line) : say;
+  if (note) tell(note);
   const needsCluster = !databaseUrl && tool !== "check";
   const cluster = needsCluster ? await openCluster(join(dataDir, "postgres"), tell) : null;
   try {
@@ -80,6 +83,7 @@ const COMMAND = {
         "list the quarantined lines; =retry posts those that are valid by now; =dismiss [SOURCE[@POSITION]…] removes them for good",
     },
   },
+  check: checkDatabaseUrl,
   maxFiles: Number.POSITIVE_INFINITY,
   exits: {
     0: "done, or stopped; nothing differs, is damaged or is in quarantine",

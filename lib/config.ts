@@ -34,7 +34,6 @@ const SECRET_LIST: Kind<string[]> = {
   parse: (text) => (/^[!-+\--~]+(,[!-+\--~]+)*$/.test(text) ? text.split(",") : undefined),
 };
 const ANY_TEXT = /^[^\0]+$/;
-const PROTOCOLS = { http: ["http:", "https:"], postgres: ["postgres:", "postgresql:"] };
 
 export const SETTINGS = {
   PORT: {
@@ -68,7 +67,7 @@ export const SETTINGS = {
   JWKS_URL: {
     programs: ["app"],
     meaning: "accept tokens signed with one of the keys at this URL: RS256, ES256 or EdDSA",
-    kind: secret(url("http", "http://… or https://…")), // its user or query may be one
+    kind: secret(url("http://… or https://…")), // its user or query may be one
   },
   JWT_ISSUER: {
     programs: ["app"],
@@ -98,8 +97,10 @@ export const SETTINGS = {
   },
   DATABASE_URL: {
     programs: ["app", "processor"],
-    meaning: "a Postgres 13 or later; unset: an embedded Postgres under `DATA_DIR/postgres`",
-    kind: secret(url("postgres", "postgres://USER:PASSWORD@HOST:PORT/DATABASE")),
+    meaning:
+      "a Postgres 13 or later, also behind a pooler; unset: an embedded Postgres under `DATA_DIR/postgres`",
+    // lib/ledger/url.ts has the rest: it may name several hosts, and parameters.
+    kind: secret(textLike(/^postgres(ql)?:\/\//, "postgres://USER:PASSWORD@HOST:PORT/DATABASE")),
   },
   JOURNAL_SEGMENT_BYTES: {
     programs: ["app"],
@@ -154,7 +155,7 @@ export const SETTINGS = {
     programs: ["client"],
     default: "http://127.0.0.1:8000",
     meaning: "where the client sends",
-    kind: url("http", "http://HOST:PORT or https://HOST:PORT"),
+    kind: url("http://HOST:PORT or https://HOST:PORT"),
   },
   AUTH_TOKEN: {
     programs: ["client"],
@@ -249,6 +250,8 @@ export interface Command<P extends Program> {
   /** How many arguments may follow the options. */
   maxFiles: number;
   exits: Record<number, string>;
+  /** What else is wrong with the settings: a line each, as those of `readSettings`. */
+  check?(settings: SettingsOf<P>): string[];
 }
 
 /** The options of a command line: strings for options with a value. */
@@ -260,6 +263,7 @@ export type Options = Record<string, string | boolean | undefined>;
  */
 export function readCommand<P extends Program>(command: Command<P>) {
   const { settings, invalid } = readSettings(settingsOf(command), process.env);
+  invalid.push(...(command.check?.(settings as SettingsOf<P>) ?? []));
   const { options, files, misuse } = readArguments(command);
   if (options["help"]) {
     process.stdout.write(help(command));
@@ -334,9 +338,9 @@ function textLike(pattern: RegExp, requires: string): Kind<string> {
   return { requires, parse: (text) => (pattern.test(text) ? text : undefined) };
 }
 
-function url(protocol: keyof typeof PROTOCOLS, requires: string): Kind<string> {
+function url(requires: string): Kind<string> {
   const isValid = (text: string) =>
-    URL.canParse(text) && PROTOCOLS[protocol].includes(new URL(text).protocol);
+    URL.canParse(text) && ["http:", "https:"].includes(new URL(text).protocol);
   return { requires, parse: (text) => (isValid(text) ? text : undefined) };
 }
 

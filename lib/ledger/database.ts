@@ -6,6 +6,8 @@ import { join } from "node:path";
 
 import postgres from "postgres";
 
+import { type DriverOptions, parseDatabaseUrl, type Session } from "./url.ts";
+
 export type Sql = postgres.Sql;
 export type Transaction = postgres.TransactionSql;
 /** Either of the two. */
@@ -64,13 +66,22 @@ export class CannotProceed extends Error {}
 
 export type Database = ReturnType<typeof openDatabase>;
 
+/** Connections to one of the hosts. `sql` are those that are used, or tried, until it is given up. */
+interface Pool {
+  sql: Sql | null;
+  isReady: boolean;
+  isGivenUp: boolean;
+  ready: Promise<Sql>;
+}
+
 /**
  * Opens up to `max` connections to a database. `url` is called for each new pool, because an embedded
  * Postgres may have moved. `pg_stat_activity` shows the connections as `daybook NAME`.
  */
 export function openDatabase(url: () => string, name: string, max: number) {
-  let sql: Sql | null = null;
-  let applied: Promise<unknown> | null = null;
+  let pool: Pool | null = null;
+  /** The number of the host that is tried next: the one after that which failed. */
+  let next = 0;
 
   return {
     /**
@@ -80,10 +91,8 @@ export function openDatabase(url: () => string, name: string, max: number) {
      */
     async use<T>(work: (sql: Sql) => PromiseLike<T>, deadlineMs = DEADLINE_MS): Promise<T> {
       let timer: Timer | undefined;
-      let tried: Sql | null = null;
+      const used = (pool ??= openPool());
       try {
-        const used = (tried = sql ??= connect(url(), name, max));
-        applied ??= prepareFor(used).then(() => applySchema(used));
         let pending: PromiseLike<T> & { cancel?(): void };
         const deadline = new Promise<never>((_, reject) => {
           timer = setTimeout(() => {
@@ -91,7 +100,7 @@ export function openDatabase(url: () => string, name: string, max: number) {
             reject(new Error(`no answer within ${deadlineMs / 1000} s`));
           }, deadlineMs);
         });
-        const result = applied.then(() => (pending = work(used)));
+        const result = used.ready.then((sql) => (pending = work(sql)));
         result.catch(() => {}); // nobody awaits it after the deadline
         return await Promise.race([result, deadline]);
       } catch (error) {
@@ -99,22 +108,53 @@ export function openDatabase(url: () => string, name: string, max: number) {
         const unavailable = describe(error);
         // Only the refusal of a row shows that the connection works. After anything else it is replaced:
         // it may lead to a server that has become a standby, or have settings that have changed since.
-        if (!(unavailable instanceof RowRefused)) forget(tried);
+        if (!(unavailable instanceof RowRefused && used.isReady)) forget(used);
         throw unavailable;
       } finally {
         clearTimeout(timer);
       }
     },
     async close(): Promise<void> {
-      await sql?.end({ timeout: 1 }).catch(() => {});
-      sql = null;
+      await pool?.sql?.end({ timeout: END_S }).catch(() => {});
+      pool = null;
     },
   };
 
+  function openPool(): Pool {
+    const opened: Pool = { sql: null, isReady: false, isGivenUp: false, ready: null! };
+    opened.ready = tryHosts(opened);
+    opened.ready.catch(() => {});
+    return opened;
+  }
+
+  /**
+   * Connects to the first of the hosts that can be used. Not the driver: while none of several answers, it
+   * tries them for ever, even after its end.
+   */
+  async function tryHosts(opened: Pool): Promise<Sql> {
+    const { hosts, session } = parseDatabaseUrl(url());
+    for (let tries = 1; ; tries++) {
+      const sql = (opened.sql = connect(hosts[next % hosts.length]!, name, max));
+      try {
+        await prepareFor(sql, session);
+        await applySchema(sql);
+        opened.isReady = true;
+        return sql;
+      } catch (error) {
+        if (tries === hosts.length || opened.isGivenUp) throw error;
+        sql.end({ timeout: 0 }).catch(() => {});
+        next++;
+      }
+    }
+  }
+
   /** Drops the pool that failed, and no other: a newer one may work already. */
-  function forget(failed: Sql | null) {
-    failed?.end({ timeout: END_S }).catch(() => {});
-    if (sql === failed) sql = applied = null;
+  function forget(failed: Pool) {
+    if (failed.isGivenUp) return;
+    failed.isGivenUp = true;
+    failed.sql?.end({ timeout: END_S }).catch(() => {});
+    next++;
+    if (pool === failed) pool = null;
   }
 }
 
@@ -157,11 +197,21 @@ export async function setLimits(tx: Transaction, statementMs: number, idleMs: nu
  * Prepares no statements where a pooler is between: the next transaction may run on another connection,
  * which does not know them. Elsewhere they are worth it: posting a few users takes 1.3 ms, and 3.4 without;
  * a read 27 µs, and 43. A pooler shows in that the connection's process id, which it makes up, is not that
- * of the backend.
+ * of the backend. Throws Unavailable if the server is not what `session` asks for.
  */
-async function prepareFor(sql: Sql): Promise<void> {
-  const rows = await sql.unsafe<{ pid: number }[]>("select pg_backend_pid() as pid");
-  if (rows[0]?.pid !== rows.state.pid) sql.options.prepare = false;
+async function prepareFor(sql: Sql, session: Session): Promise<void> {
+  const rows = await sql.unsafe<{ pid: number; read_only: string; is_standby: boolean }[]>(`
+    select pg_backend_pid() as pid, pg_is_in_recovery() as is_standby,
+      current_setting('transaction_read_only') as read_only`);
+  const [found] = rows;
+  if (found?.pid !== rows.state.pid) sql.options.prepare = false;
+  if (session === "primary" && found?.is_standby)
+    throw new Unavailable("the server is a standby, and a primary is required", true);
+  if (session === "read-write" && found?.read_only === "on")
+    throw new Unavailable(
+      "the server can only be read, and one that can be written is required",
+      true,
+    );
 }
 
 /** Creates or upgrades the ledger, and checks it. */
@@ -178,10 +228,10 @@ async function applySchema(sql: Sql): Promise<void> {
   });
 }
 
-function connect(url: string, name: string, max: number): Sql {
-  return postgres(url, {
+function connect(host: DriverOptions, name: string, max: number): Sql {
+  return postgres({
+    ...host,
     max,
-    connect_timeout: 5,
     idle_timeout: 60,
     max_lifetime: null,
     backoff: () => 0.1,
@@ -190,8 +240,8 @@ function connect(url: string, name: string, max: number): Sql {
     fetch_types: false,
     onnotice: () => {},
     // Nothing else: a pooler refuses parameters that it does not know.
-    connection: { application_name: `daybook ${name}` },
-  });
+    connection: { application_name: `daybook ${name}`, ...host.connection },
+  } as postgres.Options<Record<string, postgres.PostgresType>>);
 }
 
 /**

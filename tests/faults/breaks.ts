@@ -304,8 +304,8 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the new connection after one that can only be read",
-    "if (!(unavailable instanceof RowRefused)) forget(tried);",
-    'if (!unavailable.message.includes("read-only")) forget(tried);',
+    "if (!(unavailable instanceof RowRefused && used.isReady)) forget(used);",
+    'if (!unavailable.message.includes("read-only")) forget(used);',
     "ledger/connection",
   ),
   without(
@@ -425,6 +425,24 @@ export const BREAKS: readonly Break[] = [
     "await tx`lock table event_types in share update exclusive mode nowait`;",
     "",
     "processor/rebuild",
+  ),
+  without(
+    "the certificate's authority (sslrootcert)",
+    'ca: readPem("sslrootcert", root)',
+    "",
+    "ledger/tls",
+  ),
+  without(
+    "the refusal of a password that ends the URL too early",
+    'if ((path + query).includes("@"))',
+    "if (false)",
+    "unit/url",
+  ),
+  without(
+    "the check that a server can be written",
+    'if (session === "read-write" && found?.read_only === "on")',
+    "if (false)",
+    "ledger/failover",
   ),
   without(
     "the unprepared statements behind a pooler",

@@ -1,11 +1,12 @@
 /** Connections that are of no use any more: the other side only reads, has gone silent, or takes too long. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 
-import { event } from "../support/events.ts";
+import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
 import { openProxy } from "../support/network.ts";
+import { freePort } from "../support/pgbouncer.ts";
 import { connectTest } from "../support/postgres.ts";
-import { until, untilBalance } from "../support/programs.ts";
+import { run, until, untilBalance } from "../support/programs.ts";
 
 setDefaultTimeout(120_000);
 
@@ -60,6 +61,36 @@ for (const [where, text] of [
     await untilBalance(server, "zoe", "2");
     expect(next.stderr.text()).not.toContain("waiting");
   });
+
+test("of several hosts, one that is silent and one that is closed are passed over", async () => {
+  await using ledger = await openLedger();
+  await using proxy = await openProxy(ledger.url);
+  proxy.silence("daybook"); // the name of the user, with which a connection begins
+  const port = await freePort();
+  const { host } = new URL(ledger.url);
+  const DATABASE_URL = ledger.url.replace(
+    host,
+    `${new URL(proxy.url).host},127.0.0.1:${port},${host}`,
+  );
+  await using server = await ledger.start({ DATABASE_URL });
+  await server.post(event("ann"));
+  await untilBalance(server, "ann", "1", 30_000);
+});
+
+test("a program that cannot use its DATABASE_URL says so without a piece of the password", async () => {
+  for (const program of ["app.ts", "processor.ts"]) {
+    const DATABASE_URL = "postgres://ann:se@cr/et@127.0.0.1:1/app?sslmode=require";
+    const { code, stdout, stderr } = await run(program, { env: { DATABASE_URL, PORT: "x" } });
+    expect(code).toBe(2);
+    expect(stdout + stderr).toMatch(/^(PORT is .*\n)?DATABASE_URL is invalid: write @ as %40.*\n$/);
+  }
+  await using ledger = await openLedger();
+  const DATABASE_URL = "postgres://ann:se@cr:et@127.0.0.1:1/app?connect_timeout=1";
+  const path = ledger.write("a.jsonl", line("ann"));
+  await using processor = ledger.process([path], { DATABASE_URL });
+  await until(() => processor.stderr.text().includes("ECONNREFUSED"));
+  expect(processor.stderr.text()).not.toMatch(/se@|cr:et/);
+});
 
 test("a read that nobody waits for any more does not stay in Postgres", async () => {
   await using ledger = await openLedger();

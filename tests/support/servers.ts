@@ -56,15 +56,18 @@ export async function createServer(primary?: { url: string }) {
       writeFileSync(join(data, "standby.signal"), "");
       await this.start(`primary_conninfo=host=127.0.0.1 port=${primary.port} user=daybook`);
     },
-    async [Symbol.asyncDispose]() {
+    async close() {
       await this.stop("SIGQUIT");
       rmSync(folder, { recursive: true, force: true });
+    },
+    async [Symbol.asyncDispose]() {
+      await this.close();
     },
   };
 }
 
-const isDone = () => true;
-const isNotYet = () => false;
+export const isDone = () => true;
+export const isNotYet = () => false;
 
 function postgresUser() {
   const id = (option: string) =>

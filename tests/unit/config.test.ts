@@ -29,7 +29,7 @@ const INVALID: [name: SettingName, found: string][] = [
   ["JWKS_URL", `ftp://user:${SECRET}@127.0.0.1/keys`],
   ["DATABASE_URL", SECRET],
   ["DATABASE_URL", `mysql://daybook:${SECRET}@127.0.0.1/daybook`],
-  ["DATABASE_URL", `postgres://daybook:${SECRET}@127.0.0.1:port/daybook`],
+  ["DATABASE_URL", `http://daybook:${SECRET}@127.0.0.1/daybook`],
 ];
 for (const [name, found] of INVALID)
   test(`${name}=${JSON.stringify(found)} is invalid: one line has its name, what was found and what is required`, () => {
