@@ -309,6 +309,12 @@ export const BREAKS: readonly Break[] = [
     "ledger/connection",
   ),
   without(
+    "the limits of a transaction where the role has others",
+    "then set_config('transaction_timeout', '0', true) end",
+    "then '' end",
+    "ledger/rights",
+  ),
+  without(
     "the limits of a transaction whose client has gone",
     "await setLimits(tx, timeoutMs, IDLE_MS);",
     "",
