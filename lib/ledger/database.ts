@@ -233,7 +233,7 @@ function connect(host: DriverOptions, name: string, max: number): Sql {
     ...host,
     max,
     idle_timeout: 60,
-    max_lifetime: null,
+    max_lifetime: 600, // an address may lead elsewhere by then: reads would stay at what is a standby now
     backoff: () => 0.1,
     // Without it each new connection first reads the types, which takes a quarter of its set-up. Arrays
     // are passed as text.

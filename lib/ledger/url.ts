@@ -14,40 +14,44 @@ const SSL_MODES = ["disable", "allow", "prefer", "require", "verify-ca", "verify
 type SslMode = (typeof SSL_MODES)[number];
 
 /** What is accepted: the values, and what is required otherwise. */
-const PARAMETERS: Record<string, [values: RegExp, requires: string]> = {
-  host: [ANY, ""],
-  port: [/^\d{1,5}(,\d{1,5})*$/, "a number"],
-  dbname: [ANY, ""],
-  user: [ANY, ""],
-  password: [ANY, ""],
-  sslmode: [new RegExp(`^(${SSL_MODES.join("|")})$`), SSL_MODES.join(", ")],
-  ssl: [/^true$/, "true, which is sslmode=require"],
-  sslrootcert: [/./, "a file, or system"],
-  sslcert: [/./, "a file"],
-  sslkey: [/./, "a file"],
-  sslnegotiation: [/^postgres$/, "postgres"],
-  channel_binding: [/^(disable|prefer|require)$/, "disable, prefer or require"],
-  gssencmode: [/^(disable|prefer)$/, "disable or prefer"],
-  connect_timeout: [/^\d{1,6}$/, "a number of seconds"],
-  keepalives: [/^[01]$/, "0 or 1"],
-  keepalives_idle: [/^\d{1,6}$/, "a number of seconds"],
-  application_name: [ANY, ""],
-  options: [ANY, ""],
-  client_encoding: [/^(utf-?8|auto)$/i, "UTF8"],
-  target_session_attrs: [/^(any|read-write|primary)$/, "any, read-write or primary"],
-  load_balance_hosts: [/^disable$/, "disable"],
-  // Not libpq's. `pgbouncer` is Prisma's, `supa` a mark in Supabase's URLs, `uselibpqcompat` node-postgres'.
-  pgbouncer: [/^(true|false)$/, "true or false"],
-  supa: [ANY, ""],
-  uselibpqcompat: [/^true$/, "true"],
-};
+const PARAMETERS = new Map<string, [values: RegExp, requires: string]>(
+  Object.entries({
+    host: [ANY, ""],
+    port: [/^\d{1,5}(,\d{1,5})*$/, "a number"],
+    dbname: [ANY, ""],
+    user: [ANY, ""],
+    password: [ANY, ""],
+    sslmode: [new RegExp(`^(${SSL_MODES.join("|")})$`), SSL_MODES.join(", ")],
+    ssl: [/^true$/, "true, which is sslmode=require"],
+    sslrootcert: [/./, "a file, or system"],
+    sslcert: [/./, "a file"],
+    sslkey: [/./, "a file"],
+    sslnegotiation: [/^postgres$/, "postgres"],
+    channel_binding: [/^(disable|prefer|require)$/, "disable, prefer or require"],
+    gssencmode: [/^(disable|prefer)$/, "disable or prefer"],
+    connect_timeout: [/^\d{1,6}$/, "a number of seconds"],
+    keepalives: [/^[01]$/, "0 or 1"],
+    keepalives_idle: [/^\d{1,6}$/, "a number of seconds"],
+    application_name: [ANY, ""],
+    options: [ANY, ""],
+    client_encoding: [/^(utf-?8|auto)$/i, "UTF8"],
+    target_session_attrs: [/^(any|read-write|primary)$/, "any, read-write or primary"],
+    load_balance_hosts: [/^disable$/, "disable"],
+    // Not libpq's. `pgbouncer` is Prisma's, `supa` a mark in Supabase's URLs, `uselibpqcompat` node-postgres'.
+    pgbouncer: [/^(true|false)$/, "true or false"],
+    supa: [ANY, ""],
+    uselibpqcompat: [/^true$/, "true"],
+  }),
+);
 
 /** What to do instead of a parameter that is refused. */
-const REMEDIES: Record<string, string> = {
-  search_path: "use options=-csearch_path%3DNAME",
-  schema: "use options=-csearch_path%3DNAME",
-  statement_timeout: "remove it; each transaction has its limits",
-};
+const REMEDIES = new Map(
+  Object.entries({
+    search_path: "use options=-csearch_path%3DNAME",
+    schema: "use options=-csearch_path%3DNAME",
+    statement_timeout: "remove it; each transaction has its limits",
+  }),
+);
 
 export type DriverOptions = Record<string, unknown> & { connection: Record<string, string> };
 /** What a server must be (target_session_attrs). */
@@ -115,13 +119,13 @@ function split(url: string) {
     refuse(
       "is invalid: write @ as %40, / as %2F and ? as %3F in its user, password and parameters",
     );
-  const parameters: Record<string, string> = {};
+  const parameters: Record<string, string> = Object.create(null);
   for (const part of query.split("&").filter(Boolean)) {
     const [name = "", value = ""] = part.split(/=(.*)/s).map(decode);
     if (name in parameters) refuse(`has ${name} twice: give it once`);
     const [values, requires] =
-      PARAMETERS[name] ??
-      refuse(`has ${name}, which is not supported: ${REMEDIES[name] ?? "remove it"}`);
+      PARAMETERS.get(name) ??
+      refuse(`has ${name}, which is not supported: ${REMEDIES.get(name) ?? "remove it"}`);
     if (!values.test(value)) refuse(`has ${name}=${value}: use ${requires}`);
     parameters[name] = value;
   }
@@ -155,10 +159,11 @@ function findHosts(authority: string, parameters: Record<string, string>) {
     refuse(
       `has ${names.length} hosts and ${ports.length} ports: give each host a port, or one to all`,
     );
-  return names.map((name, index) => ({
-    host: name,
-    port: Number(ports[index] ?? ports[0]),
-  }));
+  return names.map((host, index) => {
+    const number = Number(ports[index] ?? ports[0]);
+    if (number < 1 || number > 65_535) refuse("has a port that is none: use 1 to 65535");
+    return { host, port: number };
+  });
 }
 
 /** How the connection is encrypted and the server verified: as libpq does, `prefer` if nothing is said. */

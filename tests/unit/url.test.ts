@@ -70,6 +70,11 @@ test("a host or port that is none is refused, and not shown", () => {
   }
 });
 
+test("a port is 1 to 65535", () => {
+  for (const port of ["0", "65536", "99999"])
+    expect(refusal(`postgres://ann@h:${port}/app`)).toContain("use 1 to 65535");
+});
+
 test("Unix sockets", () => {
   for (const url of [
     "postgres:///app?host=/run/postgresql",
@@ -158,6 +163,8 @@ test("what cannot work is refused by its name", () => {
     ["connection_limit=1", "connection_limit, which is not supported"],
     ["search_path=x", "search_path, which is not supported: use options="],
     ["host=b", "host twice"],
+    ["constructor=1", "constructor, which is not supported"],
+    ["__proto__=1", "__proto__, which is not supported"],
   ])
     expect(refusal(`${base}?${query}`)).toContain(message!);
 });
