@@ -45,12 +45,12 @@ const POINTS: Record<string, Alteration> = {
     `${DIE} header = begun;`,
   ),
   "after the statement is sent": inLedger(
-    "const { disputed, repeated } = await move(tx, batch);",
-    `const moving = move(tx, batch); setTimeout(() => { ${DIE} }, 1); const { disputed, repeated } = await moving;`,
+    "const { late, disputed, repeated } = await move(tx, batch);",
+    `const moving = move(tx, batch); setTimeout(() => { ${DIE} }, 1); const { late, disputed, repeated } = await moving;`,
   ),
   "after the statement, before COMMIT": inLedger(
-    'return { state: "posted", quarantined,',
-    `${DIE} return { state: "posted", quarantined,`,
+    'return { state: "posted", events:',
+    `${DIE} return { state: "posted", events:`,
   ),
   "before a segment is deleted whose snapshot is stored": {
     file: "lib/processor/retention.ts",
