@@ -1,4 +1,4 @@
-/** A real Postgres with a certificate of a test's own: what each sslmode requires of it. */
+/** A real Postgres with a certificate of a test's own: what each sslmode requires of it. And its socket. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { chmodSync, chownSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -87,4 +87,15 @@ test.if(hasPostgres)("sslmode: who is connected to, and how", async () => {
   await server.start("ssl=off");
   expect(await at("localhost", "sslmode=prefer")).toBe("plain");
   expect(await at("localhost", "sslmode=require")).toMatch(/TLS|SSL/);
+});
+
+test.if(hasPostgres)("a Unix socket, which has no TLS whatever sslmode says", async () => {
+  await using server = await createServer();
+  await server.start(`unix_socket_directories=${server.data}`);
+  const { data, port } = server;
+  for (const url of [
+    `postgres:///postgres?host=${data}&port=${port}&user=daybook`,
+    `postgres://daybook@${encodeURIComponent(data)}:${port}/postgres?sslmode=verify-full`,
+  ])
+    expect(await connectBy(url)).toBe("plain");
 });
