@@ -49,7 +49,8 @@ async function main(): Promise<number> {
   try {
     if (tool) {
       const { runTool } = await import("./lib/processor/tools.ts");
-      return await runTool(tool, { files, yes: options["yes"] === true, settings });
+      const source = String(options["retire"] ?? "");
+      return await runTool(tool, { files, yes: options["yes"] === true, source, settings });
     }
     log?.info({ settings: maskSettings(settings) }, "started");
     const code = await runJob({ settings, files }, stop.signal, tell);
@@ -63,7 +64,7 @@ async function main(): Promise<number> {
 const COMMAND = {
   program: "processor",
   usage:
-    "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry|dismiss]] [FILE…]",
+    "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry|dismiss] | --retire SOURCE [--yes]] [FILE…]",
   about:
     "Follows the journal in DATA_DIR and posts its events to the ledger, until stopped. With FILEs\n" +
     "(event files, also gzip or zstd, or journals), posts each of them once, however often it is run, and exits.\n" +
@@ -73,7 +74,11 @@ const COMMAND = {
   options: {
     verify: { type: "boolean", meaning: "recount all sources and name each user that differs" },
     rebuild: { type: "boolean", meaning: "the same, and correct the balances in one transaction" },
-    yes: { type: "boolean", meaning: "with --rebuild: even where lines count differently now" },
+    retire: { type: "string", meaning: "keep what a SOURCE that is gone has added, as a snapshot" },
+    yes: {
+      type: "boolean",
+      meaning: "with --rebuild: even where lines count differently now; with --retire: do it",
+    },
     check: { type: "boolean", meaning: "check the journal, or the journals FILE…, for damage" },
     repair: { type: "boolean", meaning: "with --check: move damage aside, keep intact frames" },
     quarantine: {
@@ -99,12 +104,15 @@ const COMMAND = {
 class InvalidUse extends Error {}
 
 /** The tool that the options ask for, `null` for none. Throws InvalidUse. */
-function toolOf({ verify, rebuild, check, repair, yes, quarantine }: Options): ToolName | null {
-  const chosen = [verify, rebuild, check, quarantine !== undefined].filter(Boolean).length;
-  if (chosen > 1)
-    throw new InvalidUse("use only one of --verify, --rebuild, --check, --quarantine");
+function toolOf(options: Options): ToolName | null {
+  const { verify, rebuild, check, repair, yes, quarantine, retire } = options;
+  const chosen = [verify, rebuild, check, quarantine !== undefined, retire !== undefined];
+  if (chosen.filter(Boolean).length > 1)
+    throw new InvalidUse("use only one of --verify, --rebuild, --check, --quarantine, --retire");
   if (repair && !check) throw new InvalidUse("--repair requires --check");
-  if (yes && !rebuild) throw new InvalidUse("--yes requires --rebuild");
+  if (yes && !rebuild && retire === undefined)
+    throw new InvalidUse("--yes requires --rebuild or --retire");
+  if (retire !== undefined) return "retire";
   if (verify) return "verify";
   if (rebuild) return "rebuild";
   if (check) return repair ? "repair" : "check";

@@ -10,6 +10,7 @@ import type { Sums } from "../event/sums.ts";
 import type { Checkpoint } from "./checkpoints.ts";
 import {
   arrayLiteral,
+  CannotProceed,
   columns,
   type Database,
   LEDGER_VERSION,
@@ -115,12 +116,18 @@ export async function openTally(sql: Transaction, maxRows = MAX_ROWS) {
   }
 }
 
+/** A checkpoint, and the position before which its source is kept only as a snapshot. */
+export type Recountable = Checkpoint & { removedTo: number };
+
 /** The checkpoints that a recount needs: journals and files. Sources sent over HTTP are in the journals. */
-export async function listRecountable(sql: Statements): Promise<Checkpoint[]> {
-  return sql<Checkpoint[]>`
-    select source as key, position::float8, digest from checkpoints
-    where position > 0 and (starts_with(source, 'journal:') or starts_with(source, 'file:'))
-    order by source`;
+export async function listRecountable(sql: Statements): Promise<Recountable[]> {
+  return sql<Recountable[]>`
+    select checkpoints.source as key, checkpoints.position::float8, digest,
+      coalesce(removed.position, 0)::float8 as "removedTo"
+    from checkpoints left join removed using (source)
+    where checkpoints.position > 0
+      and (starts_with(checkpoints.source, 'journal:') or starts_with(checkpoints.source, 'file:'))
+    order by checkpoints.source`;
 }
 
 /** The position before which the journal `key` is kept only as a snapshot; 0 if there is none. */
@@ -140,6 +147,11 @@ export async function extendSnapshot(
     insert into snapshots as snapshot (source, user_id, revenue)
     select ${key}, sums.* from (${tally.sums()}) as sums order by user_id
     on conflict (source, user_id) do update set revenue = snapshot.revenue + excluded.revenue`;
+  await noteRemoved(sql, { key, position });
+}
+
+/** From now on the snapshot of the source `key` stands for all of it before `position`. */
+async function noteRemoved(sql: Statements, { key, position }: { key: string; position: number }) {
   // A range that extends beyond the position keeps its second part.
   await sql`
     insert into uncounted (source, from_position, to_position, why)
@@ -151,6 +163,34 @@ export async function extendSnapshot(
   await sql`
     insert into removed (source, position) values (${key}, ${position})
     on conflict (source) do update set position = excluded.position`;
+}
+
+/**
+ * Finds what a source has added to each user, as what the balances hold beyond `tally`, which is all
+ * others'. Returns for how many users, and their sum. `retireSource` can then keep it.
+ */
+export async function findRest(sql: Transaction, tally: Tally) {
+  await sql`
+    create temp table rest on commit drop as
+    select user_id, coalesce(balance.revenue, 0) - coalesce(tally.revenue, 0) as revenue
+    from (${tally.sums()}) as tally full join users_revenue as balance using (user_id)
+    where tally.revenue is distinct from balance.revenue`;
+  const [row] = await sql<{ users: number; revenue: string }[]>`
+    select count(*)::float8 as users, trim_scale(coalesce(sum(revenue), 0))::text as revenue from rest`;
+  return row as { users: number; revenue: string };
+}
+
+/** Makes what `findRest` has found the snapshot of the source `key`, up to `position`, where posting goes on. */
+export async function retireSource(
+  sql: Transaction,
+  { key, position }: { key: string; position: number },
+): Promise<void> {
+  await sql`delete from snapshots where source = ${key}`;
+  await sql`insert into snapshots (source, user_id, revenue) select ${key}, rest.* from rest`;
+  await noteRemoved(sql, { key, position });
+  await sql`
+    update checkpoints set position = ${position}, digest = null
+    where source = ${key} and position < ${position}`;
 }
 
 /** Event types that were posted with another sign than `types` gives them, as `name:sign`. */
@@ -255,7 +295,7 @@ export async function* readDifferences(sql: Transaction): AsyncGenerator<Differe
  * Corrects the differences that the transaction `found` has found, by adding, because posting continues
  * meanwhile, and in the order in which posting locks users. It does so in a transaction of its own, on
  * another connection: in `found`, a user that was posted to meanwhile could not be changed (40001). From
- * now on events count by `types`.
+ * now on events count by `types`, and the sources `behind` their snapshots go on behind them.
  *
  * While `found` holds its lock, no other recount begins. If its connection dies, one may begin, but not
  * before this transaction has ended. If it died before this transaction had its own lock, nothing is
@@ -267,9 +307,16 @@ export async function* readDifferences(sql: Transaction): AsyncGenerator<Differe
 export function correctDifferences(
   database: Database,
   found: Transaction,
-  types: ReadonlyMap<string, number>,
+  { types, behind }: { types: ReadonlyMap<string, number>; behind: readonly Recountable[] },
 ): Promise<void> {
   const correct = async (tx: Transaction) => {
+    for (const { key, position, removedTo } of behind) {
+      const { count } = await tx`
+        update checkpoints set position = ${removedTo}, digest = null
+        where source = ${key} and position = ${position}`;
+      if (count === 0)
+        throw new CannotProceed(`${key} was posted meanwhile; nothing was changed: run it again`);
+    }
     await tx`lock table event_types in share update exclusive mode`;
     for await (const differences of readDifferences(found)) await correctPage(tx, differences);
     await replaceEventTypes(tx, types);

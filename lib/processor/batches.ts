@@ -12,7 +12,7 @@ import type { Change } from "../event/event.ts";
 import { explainOther, matchGenerations, REWRITTEN } from "../event/generations.ts";
 import { DamagedInput, explainNuls, type Input, openInput, sourceName } from "../event/input.ts";
 import { type Block, isComplete, readBlocks, readHandle, withoutBom } from "../event/lines.ts";
-import { encodeJournalHeader, JournalBehind, JournalDamage } from "../journal/format.ts";
+import { encodeJournalHeader, JournalBehind } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import {
   type Checkpoint,
@@ -26,6 +26,7 @@ import {
 } from "../ledger/checkpoints.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
 import type { Batch } from "../ledger/ledger.ts";
+import { readSnapshotEnd } from "../ledger/reconcile.ts";
 import { type BatchLimit, Fold, MAX_BATCH_BYTES } from "./fold.ts";
 
 /** While a posting is in progress, the journal is polled this often for more. */
@@ -69,7 +70,7 @@ export async function openJournalBatches(
 ): Promise<BatchReader> {
   const key = journalKey(journal.id);
   const checkpoint = await openCheckpoint(database, key, null);
-  await checkCheckpoint(checkpoint, path, journal);
+  await checkCheckpoint(checkpoint, path, { journal, database });
   const posted = new Map(ahead);
   const { position: from } = checkpoint;
   let position = from;
@@ -134,18 +135,38 @@ export async function openJournalBatches(
   }
 }
 
+/** The ledger is older than the segments that were removed: an older dump of it was restored. */
+class JournalIncomplete extends Error {
+  constructor(
+    path: string,
+    at: { key: string; position: number; start: number; snapshotTo: number },
+  ) {
+    const { key, position, start, snapshotTo } = at;
+    const way =
+      snapshotTo >= start
+        ? "The snapshot in the ledger holds what they added: run bun run processor.ts --rebuild"
+        : "Put them back from a backup of DATA_DIR. If there is none, bun run processor.ts --retire " +
+          `${key} --yes goes on behind them, without their events`;
+    super(
+      `the ledger has posted ${path} up to position ${position}, but its oldest segment begins at ${start}: the ` +
+        `segments in between were removed. ${way}`,
+    );
+  }
+}
+
 /** Throws where the journal does not hold what the ledger has posted of it. */
 async function checkCheckpoint(
   { position, digest }: Checkpoint,
   path: string,
-  journal: JournalReader,
+  { journal, database }: { journal: JournalReader; database: Database },
 ): Promise<void> {
   const end = await journal.end();
   const posted = `the ledger has posted it up to position ${position}`;
   if (position > end) throw new JournalBehind(path, `${posted}, but it ends at ${end}`);
   if (position < journal.start) {
-    const what = `${posted}, but its oldest segment begins at ${journal.start}`;
-    throw new JournalDamage(path, 0, `${what}; restore the segments in between`);
+    const key = journalKey(journal.id);
+    const snapshotTo = await database.use((sql) => readSnapshotEnd(sql, key));
+    throw new JournalIncomplete(path, { key, position, start: journal.start, snapshotTo });
   }
   const last = parseFrameDigest(digest);
   if (!last) return;

@@ -26,10 +26,10 @@ import {
   extendSnapshot,
   listLineEnds,
   listOtherTypes,
-  listRecountable,
   openExclusions,
   openTally,
   readSnapshotEnd,
+  type Recountable,
   type Tally,
   withRecountLock,
 } from "../ledger/reconcile.ts";
@@ -50,7 +50,7 @@ export interface Reconciliation {
 }
 
 /** A source of the ledger that can be read again, up to its checkpoint. */
-type Source = { checkpoint: Checkpoint } & ({ journal: JournalReader } | { file: Read });
+type Source = { checkpoint: Recountable } & ({ journal: JournalReader } | { file: Read });
 
 /** The part of a source that is recounted: positions of a journal, or offsets in a file. */
 interface Range {
@@ -63,24 +63,29 @@ interface Range {
 type Lines = Pick<Block, "bytes" | "from" | "to">;
 
 /**
- * Recounts the sources of the ledger, up to their checkpoints as `sql` sees them, and shows the progress.
- * Throws CannotProceed, with a line for each source that is not whole among `paths`.
+ * Recounts `recountable` sources of the ledger, up to their checkpoints, and shows the progress. Throws
+ * CannotProceed, with a line for each source that is not whole among `paths`.
  */
-export async function recount(sql: Transaction, paths: string[]): Promise<Recount> {
-  const sources = await locateSources(await listRecountable(sql), paths);
+export async function recount(
+  sql: Transaction,
+  recountable: Recountable[],
+  paths: string[],
+): Promise<Recount> {
+  const isRead = ({ position, removedTo }: Recountable) => removedTo < position;
+  const sources = await locateSources(recountable.filter(isRead), paths);
   const totalBytes = sources.reduce((sum, { checkpoint }) => sum + checkpoint.position, 0);
   const progress = showProgress("recounting", totalBytes, 0);
   const found = new Recount(sql, await openTally(sql));
+  for (const { key } of recountable) await found.tally.addSnapshot(key);
   let doneBytes = 0;
   try {
     for (const source of sources) {
-      const { key, position: to } = source.checkpoint;
-      const range = { key, from: await readSnapshotEnd(sql, key), to };
-      await found.tally.addSnapshot(key);
+      const { key, position: to, removedTo: from } = source.checkpoint;
+      const range = { key, from, to };
       const lines =
         "journal" in source
           ? readJournal(source.journal, range)
-          : readPostedFile(source.file, [...(await listLineEnds(sql, key)), to]);
+          : readPostedFile(source.file, from, [...(await listLineEnds(sql, key)), to]);
       await found.add(range, lines, (readTo) => progress.update(doneBytes + readTo, found.events));
       doneBytes += to;
     }
@@ -125,7 +130,7 @@ function refuse(reason: string): never {
 }
 
 /** Finds the source of each checkpoint among `paths`. Throws CannotProceed for those that are missing. */
-async function locateSources(checkpoints: Checkpoint[], paths: string[]): Promise<Source[]> {
+async function locateSources(checkpoints: Recountable[], paths: string[]): Promise<Source[]> {
   const found = new Map<string, Source>();
   for (const path of paths) {
     const journal = await openNamedJournal(path);
@@ -142,13 +147,14 @@ async function locateSources(checkpoints: Checkpoint[], paths: string[]): Promis
 
 function describeMissing({ key, position }: Checkpoint): string {
   const { name, generation } = parseKey(key);
+  const gone = `; if it is gone for good, --retire ${key} keeps what it has added`;
   return generation === null
-    ? `missing: journal ${name}, which has been posted; add the path of its eventsPost.jsonl`
-    : `missing: the first ${position} bytes of file ${name}, which have been posted; add its path`;
+    ? `missing: journal ${name}, which has been posted; add the path of its eventsPost.jsonl${gone}`
+    : `missing: the first ${position} bytes of file ${name}, which have been posted; add its path${gone}`;
 }
 
 /** The checkpoints of files of this name whose posted bytes are those that the file at `path` begins with. */
-async function matchFile(path: string, checkpoints: Checkpoint[]): Promise<Source[]> {
+async function matchFile(path: string, checkpoints: Recountable[]): Promise<Source[]> {
   const file = Bun.file(path);
   if (!(await file.exists())) return [];
   const { compression, readAll, bytes } = await openInput(readFile(file), file.size);
@@ -252,10 +258,11 @@ async function* readJournal(journal: JournalReader, { from, to }: Range): AsyncG
   }
 }
 
-/** The lines of a file, a block at a time. Each of `ends` also ends a line: it was the end when it was posted. */
-async function* readPostedFile(file: Read, ends: number[]): AsyncGenerator<Lines[]> {
-  let offset = 0;
+/** The lines of a file behind `from`, a block at a time. Each of `ends` also ends a line: it was the end when it was posted. */
+async function* readPostedFile(file: Read, from: number, ends: number[]): AsyncGenerator<Lines[]> {
+  let offset = from;
   for (const end of ends) {
+    if (end <= from) continue;
     const read: Read = (from, to) => file(from, Math.min(to, end));
     for await (const block of readBlocks(read, offset, BLOCK_BYTES))
       yield [{ ...linesOf(block), to: block.to }];

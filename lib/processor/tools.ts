@@ -13,9 +13,11 @@ import { print, say } from "../progress.ts";
 import { check, repair } from "./check.ts";
 import { dismissQuarantine, listQuarantine, retryQuarantine } from "./quarantine.ts";
 import type { Reconciliation } from "./recount.ts";
+import { retire } from "./retire.ts";
 import { rebuild, verify } from "./verify.ts";
 
-export type ToolName = "verify" | "rebuild" | "check" | "repair" | "list" | "retry" | "dismiss";
+export type ToolName =
+  "verify" | "rebuild" | "check" | "repair" | "list" | "retry" | "dismiss" | "retire";
 
 /** `paths` are the FILEs and the journal in DATA_DIR. */
 interface ToolRun extends Reconciliation {
@@ -24,6 +26,8 @@ interface ToolRun extends Reconciliation {
   journals: string[];
   /** --yes */
   yes: boolean;
+  /** --retire SOURCE */
+  source: string;
 }
 
 /** Each returns how many differences, damaged ranges or quarantined lines there are. */
@@ -41,13 +45,18 @@ const TOOLS: Record<ToolName, (run: ToolRun) => Promise<number>> = {
   },
   list: listQuarantine,
   retry: retryQuarantine,
+  retire: async (run) => (await retire(run), 0),
   dismiss: (run) => dismissQuarantine(run, run.files),
 };
 
 /** Runs a tool and returns the exit code: 0, 1 if it found something, 2 (with a message) if it refuses. */
 export async function runTool(
   name: ToolName,
-  { files, yes, settings }: { files: string[]; yes: boolean; settings: SettingsOf<"processor"> },
+  {
+    files,
+    settings,
+    ...options
+  }: { files: string[]; yes: boolean; source: string; settings: SettingsOf<"processor"> },
 ): Promise<number> {
   setEventTypes(settings.EVENT_TYPES);
   const journal = join(settings.DATA_DIR, JOURNAL_FILE);
@@ -56,7 +65,9 @@ export async function runTool(
   const database = openDatabase(ledgerUrl(settings), "processor", 2);
   try {
     const paths = [journal, ...files];
-    return (await TOOLS[name]({ database, paths, files, journals, yes, print, say })) > 0 ? 1 : 0;
+    return (await TOOLS[name]({ database, paths, files, journals, ...options, print, say })) > 0
+      ? 1
+      : 0;
   } catch (error) {
     if (!(error instanceof CannotProceed || error instanceof LedgerRefused)) throw error;
     say(error.message);

@@ -9,6 +9,7 @@ import {
   correctDifferences,
   findDifferences,
   listOtherTypes,
+  listRecountable,
   readDifferences,
   withRecountLock,
 } from "../ledger/reconcile.ts";
@@ -17,7 +18,10 @@ import { recount, type Reconciliation } from "./recount.ts";
 /** Returns how many balances differ from what the sources at `paths` hold. */
 export async function verify(run: Reconciliation): Promise<number> {
   const { database, say } = run;
-  return withRecountLock(database, say, async (tx) => (await compare(tx, run)).differing);
+  return withRecountLock(database, say, async (tx) => {
+    const { differing, behind } = await compare(tx, run);
+    return differing + behind.length;
+  });
 }
 
 /**
@@ -36,7 +40,8 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
       throw new CannotProceed(
         "nothing was changed: add --yes to make every line count as it does today",
       );
-    correcting = correctDifferences(database, found, getEventTypes());
+    const { behind } = compared;
+    correcting = correctDifferences(database, found, { types: getEventTypes(), behind });
     await correcting;
   });
   await rebuilding.catch(async (error) => {
@@ -51,7 +56,9 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
  * today as it did when it was posted.
  */
 async function compare(tx: Transaction, { paths, print }: Reconciliation) {
-  const { tally, lost, invalid, firstInvalid } = await recount(tx, paths);
+  const recountable = await listRecountable(tx);
+  const behind = recountable.filter(({ position, removedTo }) => position < removedTo);
+  const { tally, lost, invalid, firstInvalid } = await recount(tx, recountable, paths);
   const others = await listOtherTypes(tx, getEventTypes());
   const { users, differing } = await findDifferences(tx, tally);
   for await (const differences of readDifferences(tx))
@@ -63,6 +70,11 @@ async function compare(tx: Transaction, { paths, print }: Reconciliation) {
     differing > 0
       ? `${differing} of ${users} balances differ from their sources`
       : `${users} balances match their sources`,
+    ...behind.map(
+      ({ key, position, removedTo }) =>
+        `${key} has been posted up to ${position}, and its snapshot ends at ${removedTo}: --rebuild adds the ` +
+        "snapshot, and posting goes on behind it",
+    ),
     lost > 0 &&
       `ranges of a journal marked as lost by --repair: ${lost}; what had been posted of them is not expected here`,
     firstInvalid &&
@@ -71,5 +83,5 @@ async function compare(tx: Transaction, { paths, print }: Reconciliation) {
       `EVENT_TYPES differs from what events were posted as (${others.join(", ")}), which may explain differences`,
   ];
   for (const finding of findings) if (finding) print(finding);
-  return { differing, isCertain: lost + invalid + others.length === 0 };
+  return { differing, behind, isCertain: lost + invalid + others.length === 0 };
 }

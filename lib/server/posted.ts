@@ -28,6 +28,8 @@ export function watchPosted(journal: Journal, database: Database) {
   /** The oldest frame that is not posted, or one near it: it is read again at most once a second. */
   let oldest: { position: number; atMs: number } | null = null;
   let readMs = Number.NEGATIVE_INFINITY;
+  /** When the ledger has moved, or had nothing left to post. */
+  let movedMs = performance.now();
   let isAnswering = true;
   let hasAnswered = false;
   let isClosed = false;
@@ -93,8 +95,10 @@ export function watchPosted(journal: Journal, database: Database) {
 
   function lag() {
     const bytes = Math.max(0, journal.end() - posted);
-    const seconds = bytes > 0 && oldest ? Math.max(0, Date.now() - oldest.atMs) / 1000 : 0;
-    return { bytes, seconds };
+    if (bytes === 0) return { bytes, seconds: 0 };
+    // A frame may be unreadable, or dated in the future: as long as nothing is posted, the lag grows.
+    const ageMs = oldest ? Date.now() - oldest.atMs : 0;
+    return { bytes, seconds: Math.max(ageMs, performance.now() - movedMs, 1) / 1000 };
   }
 
   async function poll() {
@@ -117,7 +121,9 @@ export function watchPosted(journal: Journal, database: Database) {
       const keys = new Set([ownKey, ...[...waiting].map(({ key }) => key)]);
       const rows = await readCheckpoints(database, [...keys]);
       const positions = new Map(rows.map(({ key, position }) => [key, position]));
-      posted = positions.get(ownKey) ?? 0;
+      const position = positions.get(ownKey) ?? 0;
+      if (position !== posted || position >= journal.end()) movedMs = performance.now();
+      posted = position;
       isAnswering = true;
       next.resolve(positions);
     } catch (error) {

@@ -1,0 +1,69 @@
+/**
+ * `processor.ts --retire SOURCE`: keeps what a source that is gone has added to the balances, as the
+ * snapshot of removed segments does, so that the ledger can be recounted without it. What it has added is
+ * what the balances hold beyond all other sources, which therefore have to be here.
+ */
+import { openNamedJournal } from "../journal/reader.ts";
+import { journalKey } from "../ledger/checkpoints.ts";
+import { CannotProceed } from "../ledger/database.ts";
+import {
+  findRest,
+  listRecountable,
+  type Recountable,
+  retireSource,
+  withRecountLock,
+} from "../ledger/reconcile.ts";
+import { recount, type Reconciliation } from "./recount.ts";
+
+/**
+ * Retires `source`, a key as `--verify` names it. Throws CannotProceed if it is unknown, or here and whole,
+ * if another source is missing, and without `yes`, having said what it would keep.
+ */
+export async function retire(
+  run: Reconciliation & { source: string; yes: boolean },
+): Promise<void> {
+  const { database, say, print, paths, source, yes } = run;
+  await withRecountLock(database, say, async (tx) => {
+    const all = await listRecountable(tx);
+    const retired = find(all, source);
+    const { key, position } = retired;
+    const start = await findStart(retired, paths);
+    const { tally } = await recount(
+      tx,
+      all.filter((each) => each !== retired),
+      paths,
+    );
+    const { users, revenue } = await findRest(tx, tally);
+    const lostBytes = Math.max(0, start - position);
+    print(`${key}: posted up to ${position}; it has added ${revenue} to ${users} balances`);
+    if (lostBytes > 0)
+      print(`${key}: ${lostBytes} bytes behind that are gone, and are not in the balances`);
+    if (!yes)
+      throw new CannotProceed(
+        `nothing was changed: add --yes to keep that as the snapshot of ${key}, if it is gone for good`,
+      );
+    await retireSource(tx, { key, position: position + lostBytes });
+    print(`${key}: retired`);
+  });
+}
+
+function find(all: Recountable[], source: string): Recountable {
+  const found = all.find(({ key }) => key === source || key === `journal:${source}`);
+  if (found) return found;
+  const known = all.map(({ key, position }) => `  ${key} (posted up to ${position})`);
+  const reason = source.startsWith("sent:")
+    ? "what is sent over HTTP is in the journals"
+    : "the ledger knows no such source";
+  throw new CannotProceed([`${source}: ${reason}. It knows:`, ...known].join("\n"));
+}
+
+/** Where a journal that is here, but lacks its older segments, begins; 0 for a source that is not here. */
+async function findStart(retired: Recountable, paths: string[]): Promise<number> {
+  for (const path of paths) {
+    const journal = await openNamedJournal(path);
+    if (!journal || journalKey(journal.id) !== retired.key) continue;
+    if (journal.start > retired.removedTo) return journal.start;
+    throw new CannotProceed(`${retired.key} is here, in ${path}: only what is gone can be retired`);
+  }
+  return 0;
+}
