@@ -95,6 +95,20 @@ begin
       );
     end if;
 
+    if to_regclass('packed_uncounted') is null then
+      -- The same, where a batch has many ranges: duplicates that alternate with fresh events would
+      -- otherwise add a row each, as many as a sender likes. `starts` and `ends`, ascending, count from
+      -- `from_position`, where the batch begins: 8 bytes a range.
+      create table packed_uncounted (
+        source text collate "C" not null,
+        from_position bigint not null,
+        why text not null,
+        starts int[] not null,
+        ends int[] not null,
+        primary key (source, from_position, why)
+      );
+    end if;
+
     if to_regclass('removed') is null then
       -- Up to which position a journal's old segments are no longer needed, and what they added to each
       -- user: from there on the journal is enough to recompute the ledger.
@@ -420,6 +434,8 @@ begin
         ('event_ids', '{id,event,claimed_on}', '{text,text,date}', '{id}'),
         ('uncounted', '{source,from_position,to_position,why}', '{text,bigint,bigint,text}',
           '{from_position,source,to_position}'),
+        ('packed_uncounted', '{source,from_position,why,starts,ends}', '{text,bigint,text,int[],int[]}',
+          '{from_position,source,why}'),
         ('removed', '{source,position}', '{text,bigint}', '{source}'),
         ('points', '{source,step,at,name,events,amount}', '{text,text,timestamptz,text,bigint,numeric}',
           '{at,name,source,step}'),
@@ -554,7 +570,8 @@ begin
     for legacy in
       select format('grant %s on %s to %s', privilege_type, added,
         case when grantee = 0 then 'public' else grantee::regrole::text end) as statement
-      from pg_class, aclexplode(relacl), unnest(array['ledger_version', 'boundary', 'segments', 'points']) as added
+      from pg_class, aclexplode(relacl), unnest(array[
+        'ledger_version', 'boundary', 'segments', 'points', 'packed_uncounted']) as added
       where oid = 'checkpoints'::regclass and grantee <> relowner
     loop
       execute legacy.statement;

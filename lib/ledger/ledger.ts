@@ -192,6 +192,7 @@ async function move(tx: Transaction, batch: Batch) {
       SAME_ID,
       LEDGER_VERSION,
       ...columns(batch.points.rows(), "at", "name", "events", "amount"),
+      batch.from,
     ],
     { prepare: true },
   );

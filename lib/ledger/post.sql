@@ -15,7 +15,7 @@
 --                                  │    └──>  set_aside  (quarantine) if it is another one, each once
 --     point ───────────────────> charted      revenue over time, without what came later
 --     lines that are not events ───────────>  set_aside
---     ranges that do not count ────────────>  left_out
+--     ranges that do not count ────────────>  left_out, or if there are many: packed, in one row
 --
 -- The error of `fence` is that of a setting which does not exist (42704). It is outside the classes 22 and
 -- 23, which say that Postgres refuses what a row contains.
@@ -86,16 +86,27 @@ with move as (
   union all
   select $1, begins, $24, event from judged where not is_known
   on conflict do nothing
-), left_out as (
-  insert into uncounted (source, from_position, to_position, why)
-  select $1, range.* from unnest($25::text::bigint[], $26::text::bigint[], $27::text::text[]) as range
+), range as (
+  select * from unnest(
+    $25::text::bigint[], $26::text::bigint[], $27::text::text[]
+  ) as range (begins, ends, why)
   union all
-  select $1, min(begins), max(ends), $28
+  select min(begins), max(ends), $28
   from (
     select *, run - row_number() over (order by run) as island from judged where is_known
   ) as late
   group by island
+), left_out as (
+  insert into uncounted (source, from_position, to_position, why)
+  select $1, begins, ends, why from range
+  where begins = ends or (select count(*) from range) <= 5
   on conflict do nothing
+), packed as (
+  insert into packed_uncounted (source, from_position, why, starts, ends)
+  select $1, $34::bigint, why,
+    array_agg((begins - $34::bigint)::int order by begins), array_agg((ends - $34::bigint)::int order by begins)
+  from range where begins < ends and (select count(*) from range) > 5
+  group by why
 ), point as (
   select * from unnest(
     $30::text::bigint[], $31::text::text[], $32::text::bigint[], $33::text::numeric[]
@@ -143,6 +154,6 @@ from fence
 --   '{id1}', '{another event}', '{170}', '{200}', '{4}',
 --   '{100}', '{not JSON}', '{nonsense}', 'its id belongs to another event, which came first',
 --   '{}', '{}', '{}', 'the same event came before', 2,
---   '{1795651200}', '{add_revenue}', '{4}', '{15.5}');
+--   '{1795651200}', '{add_revenue}', '{4}', '{15.5}', 0);
 -- select * from users_revenue;
 -- rollback;

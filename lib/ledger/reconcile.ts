@@ -159,6 +159,10 @@ async function noteRemoved(sql: Statements, { key, position }: { key: string; po
     where source = ${key} and from_position < ${position} and to_position > ${position}
     on conflict do nothing`;
   await sql`delete from uncounted where source = ${key} and from_position < ${position}`;
+  // One that extends beyond it stays whole: what lies before the position is not asked for.
+  await sql`
+    delete from packed_uncounted
+    where source = ${key} and from_position + ends[cardinality(ends)] <= ${position}`;
   await sql`delete from segments where source = ${key} and base < ${position}`;
   await sql`
     insert into removed (source, position) values (${key}, ${position})
@@ -222,6 +226,11 @@ export async function openExclusions(
     declare exclusions no scroll cursor for
     select from_position as "from", to_position as "to" from uncounted
     where source = ${key} and from_position >= ${from} and from_position < ${to}
+    union all
+    select from_position + range.begins, from_position + range.ends
+    from packed_uncounted, unnest(starts, packed_uncounted.ends) as range (begins, ends)
+    where source = ${key} and from_position < ${to}
+      and from_position + range.ends > ${from} and from_position + range.begins < ${to}
     union all
     select position, position + 1 from quarantine
     where source = ${key} and position >= ${from} and position < ${to}

@@ -44,6 +44,7 @@ export function watchPosted(journal: Journal, database: Database) {
   poll();
   journal.onCommit(({ from, atMs }) => {
     oldest ??= { position: from, atMs };
+    if (posted >= from) movedMs = performance.now(); // until now, nothing was left to post
   });
 
   return {

@@ -43,6 +43,46 @@ for (const [where, files] of [
     expect((await ledger.tool(["--verify", ...paths])).code).toBe(0);
   });
 
+test("duplicates that alternate with fresh events take a row for each batch, and a recount knows each of them", async () => {
+  await using ledger = await openLedger({ JOURNAL_SEGMENT_BYTES: "200000" });
+  const known = Array.from({ length: 3_000 }, (_, i) => line("ann", 1, { id: `known ${i}` }));
+  const mixed = known.map((text, i) => text + line("ben", 1, i % 3 ? {} : { id: `fresh ${i}` }));
+  const file = ledger.write("known.jsonl", known.join(""));
+  const again = ledger.write("again.jsonl", mixed.join("").slice(0, -1));
+  {
+    await using server = await ledger.start();
+    await ledger.tool([file]);
+    const { stdout } = await ledger.tool([again]);
+    expect(stdout).toStartWith(
+      "posted 3000 events (0 lines quarantined, 3000 events had come before)",
+    );
+    await server.postLines(mixed.slice(0, 2_999).join(""));
+    await server.postLines(mixed.slice(2_999).join(""));
+    // Two thirds of `ben` carry no id and count again.
+    await untilBalance(server, "ben", "5000");
+  }
+  const count = async (table: string) =>
+    (await ledger.select<{ rows: number }>(`select count(*)::int as rows from ${table}`))[0]?.rows;
+  expect(await count("uncounted")).toBeLessThanOrEqual(15);
+  expect(await count("packed_uncounted")).toBeGreaterThanOrEqual(2);
+  const before = { ann: "3000", ben: "5000" };
+  for (const keepDays of [undefined, "0"]) {
+    if (keepDays) {
+      await using server = await ledger.start({ JOURNAL_KEEP_DAYS: keepDays });
+      await until(async () => ((await count("removed")) ?? 0) > 0);
+      await server.post(line("cid").trim());
+      await untilBalance(server, "cid", "1");
+      Object.assign(before, { cid: "1" });
+    }
+    expect((await ledger.tool(["--verify", file, again])).stdout).toEndWith(
+      "balances match their sources\n",
+    );
+    await ledger.select("update users_revenue set revenue = revenue + 7");
+    expect((await ledger.tool(["--rebuild", file, again])).code).toBe(0);
+    expect(await ledger.balances()).toEqual(before);
+  }
+});
+
 test("an id conflict is logged and counted by its reason, and never again once it is dismissed", async () => {
   await using ledger = await openLedger();
   await using app = await ledger.start();
