@@ -6,11 +6,11 @@
 /** How many bytes tell what a file is. */
 export const HEAD_BYTES = 64 * 1024;
 
-/** `filter`: the command that converts its standard input to lines of events. */
-export interface Foreign {
-  format: string;
-  filter: string;
-}
+/**
+ * `filter`: the command that converts its standard input to lines of events. `advice`: where no such
+ * command is common, what to do instead.
+ */
+export type Foreign = { format: string; filter: string } | { format: string; advice: string };
 
 const MAGIC: [bytes: string, format: string, filter: string][] = [
   ["504b0304", "a zip archive", "funzip"],
@@ -21,11 +21,29 @@ const MAGIC: [bytes: string, format: string, filter: string][] = [
   ["fffe", "UTF-16", "iconv -f UTF-16 -t UTF-8"],
   ["feff", "UTF-16", "iconv -f UTF-16 -t UTF-8"],
 ];
+const CONVERTED: [bytes: string, format: string, advice: string][] = [
+  [
+    "50415231",
+    "Parquet",
+    `convert it with DuckDB: copy (from 'FILE.parquet') to 'FILE.jsonl' (format json)`,
+  ],
+  ["d0cf11e0", "an old Excel workbook (.xls)", "save it as CSV (UTF-8), and send that"],
+];
+/** The first entry of the zip archive that a workbook is: behind a header of 30 bytes. */
+const WORKBOOK =
+  /^(\[Content_Types\]\.xml|_rels\/|docProps\/|xl\/|mimetypeapplication\/vnd\.oasis)/;
 const ONE_A_LINE = "jq -c .";
 
 /** The format of a file with these first bytes; `null` for lines of events, good or bad. */
 export function foreignFormat(head: Uint8Array): Foreign | null {
   const hex = Buffer.from(head.subarray(0, 8)).toString("hex");
+  if (hex.startsWith("504b0304") && WORKBOOK.test(Buffer.from(head.subarray(30, 80)).toString()))
+    return {
+      format: "a spreadsheet (.xlsx, .ods)",
+      advice: "save it as CSV (UTF-8), and send that",
+    };
+  for (const [bytes, format, advice] of CONVERTED)
+    if (hex.startsWith(bytes)) return { format, advice };
   for (const [bytes, format, filter] of MAGIC) if (hex.startsWith(bytes)) return { format, filter };
   return wideText(head) ?? otherText(new TextDecoder().decode(head).trimStart());
 }

@@ -97,10 +97,12 @@ export async function inspectFile(path: string): Promise<{
 }
 
 export function explainForeign(
-  { format, filter }: Foreign,
+  foreign: Foreign,
   { path, compression }: { path: string | null; compression: Compression | null },
 ): string {
-  const what = `this is not one event a line, but ${format}`;
+  const what = `this is not one event a line, but ${foreign.format}`;
+  if ("advice" in foreign) return `${what}; ${foreign.advice}`;
+  const { filter } = foreign;
   if (path === null) return `${what}; pipe it through: ${filter}`;
   const quoted = /^[\w./-]+$/.test(path) ? path : `'${path.replaceAll("'", "'\\''")}'`;
   const input = compression ? `${compression} -dc < ${quoted} |` : `cat ${quoted} |`;

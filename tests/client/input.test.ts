@@ -42,6 +42,28 @@ test("a file in another format is named with the command that converts it, by cl
   expect(piped.stderr).toEndWith("; pipe it through: iconv -f UTF-16 -t UTF-8\n");
 });
 
+test("a binary format that no common command converts, and a source that no path can name, are refused with exit code 2", async () => {
+  using folder = tempDir();
+  const parquet = folder.file("a.parquet");
+  writeFileSync(parquet, "PAR1\0\0PAR1");
+  for (const program of ["client.ts", "processor.ts"])
+    expect(
+      await run(program, { args: [parquet], env: { DATA_DIR: folder.file("data") } }),
+    ).toMatchObject({
+      code: 2,
+      stderr: expect.stringContaining(
+        `${parquet}: this is not one event a line, but Parquet; convert`,
+      ),
+    });
+  const file = folder.file("a.jsonl");
+  writeFileSync(file, line("ann", 1));
+  for (const source of [".", "..", ""])
+    expect(await run("client.ts", { args: ["--source", source, file] })).toMatchObject({
+      code: 2,
+      stderr: '--source requires a name of 1 to 256 bytes, not "." or ".."\n',
+    });
+});
+
 test("bytes that remain give exit code 1: a cut line, or NULs, without which the file still counts once", async () => {
   await using ledger = await openLedger();
   for (const way of [ledger.send, ledger.post]) {

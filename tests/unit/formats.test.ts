@@ -22,6 +22,28 @@ test.each(FOREIGN)("%s is named, and its command gives the events", async (name,
   expect(lines.map((text) => JSON.parse(text))).toEqual(EVENTS);
 });
 
+const FILE = "userId,name,value\nann,add_revenue,1\n";
+const zip = (name: string) =>
+  Buffer.concat([Buffer.from("504b0304".padEnd(60, "0"), "hex"), Buffer.from(name + FILE)]);
+
+test.each([
+  [zip("[Content_Types].xml"), "a spreadsheet (.xlsx, .ods); save it as CSV"],
+  [zip("xl/workbook.xml"), "a spreadsheet (.xlsx, .ods); save it as CSV"],
+  [zip("mimetypeapplication/vnd.oasis.opendocument.spreadsheet"), "a spreadsheet (.xlsx, .ods)"],
+  [zip("events.jsonl"), "a zip archive; convert it: cat f | funzip > f.jsonl"],
+  [Buffer.from(`PAR1${FILE}PAR1`), "Parquet; convert it with DuckDB: copy (from 'FILE.parquet')"],
+  [Buffer.from("d0cf11e0a1b11ae1", "hex"), "an old Excel workbook (.xls); save it as CSV"],
+  [Buffer.from("fffe00007b000000", "hex"), "UTF-32; convert it: cat f | iconv -f UTF-32 -t UTF-8"],
+  [Buffer.from("0000feff0000007b", "hex"), "UTF-32; convert it: cat f | iconv -f UTF-32 -t UTF-8"],
+  [Buffer.from("7b00000022000000", "hex"), "UTF-32LE; convert it: cat f | iconv -f UTF-32LE"],
+  [Buffer.from("0000007b00000022", "hex"), "UTF-32BE; convert it: cat f | iconv -f UTF-32BE"],
+])("%p is named, with a way to convert it", (bytes, explained) => {
+  const foreign = foreignFormat(bytes)!;
+  expect(explainForeign(foreign, { path: "f", compression: null })).toStartWith(
+    `this is not one event a line, but ${explained}`,
+  );
+});
+
 test.each([
   ["", "nothing"],
   [line("ann", 1), "an event"],
