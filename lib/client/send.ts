@@ -51,6 +51,12 @@ import { openRejected, type Rejected } from "./rejected.ts";
 const MIN_CHUNK_BYTES = 64 * 1024;
 /** A chunk that took less may be followed by a larger one. */
 const FAST_MS = 5_000;
+/**
+ * Behind a load balancer each request may reach another server, with a journal of its own. One that has
+ * less of the source is passed over this often in a row, for the next may be the one that took the last
+ * chunk. If none is, the source itself has less than before.
+ */
+const MAX_PASSED_OVER = 16;
 /** How much of what was sent last is compared with the file before more is sent. */
 const TAIL_BYTES = 4096;
 
@@ -82,8 +88,13 @@ export class Total {
   percent = 0;
   /** The journal position behind all of it. */
   position = "";
+  /** The source that is being sent, and up to where it is counted here. */
+  #source = "";
+  #counted = startOfSource();
 
-  add({ start, end, tooLong }: Chunk, { accepted, rejected, position }: Stored): void {
+  add(source: string, { start, end, tooLong }: Chunk, stored: Stored): void {
+    const { accepted, rejected, position } = stored;
+    this.#count(source, end);
     this.accepted += accepted;
     if (tooLong !== "further part") this.rejected += rejected;
     this.bytes += end.offset - start.offset;
@@ -100,9 +111,18 @@ export class Total {
     this.hasLeftOver ||= other.hasLeftOver;
   }
 
-  skip(from: Place, to: Place): void {
+  /** Counts what is stored up to `to` and is not counted yet, however often it is found. */
+  skip(source: string, to: Place): void {
+    const from = source === this.#source ? this.#counted : startOfSource();
+    this.#count(source, to);
+    if (to.offset <= from.offset) return;
     this.knownBytes += to.offset - from.offset;
     this.knownLines += countLines(from, to);
+  }
+
+  #count(source: string, to: Place): void {
+    if (source !== this.#source || to.offset > this.#counted.offset) this.#counted = to;
+    this.#source = source;
   }
 }
 
@@ -236,7 +256,7 @@ async function sendOpened(
   try {
     // The client that sent it may have died before it noted what was rejected: only the server knows.
     if (chunk) await recoverRejected(upload, chunk);
-    total.skip(startOfSource(), start);
+    total.skip(source, start);
     total.percent = percent(input.fileOffset(start.offset), size);
     total.position ||= state?.position ?? "";
     for (let place = start; ;) {
@@ -255,7 +275,7 @@ async function sendOpened(
       if (conflict) {
         const behind = await skipStored(upload, end, conflict);
         if (!behind) return "changed";
-        total.skip(end, behind);
+        total.skip(source, behind);
         total.position = conflict.position;
         place = behind;
         continue;
@@ -287,7 +307,7 @@ async function sendChunks(
   start: Place,
   options: Parameters<typeof readChunks>[2],
 ): Promise<{ end: Place; conflict: SourceState | null }> {
-  const { read, rejected, total, progress, input, size = 0, stop } = upload;
+  const { source, read, rejected, total, progress, input, size = 0, stop } = upload;
   const chunks = readChunks(read, start, options);
   let end = start;
   let next = chunks.next();
@@ -307,7 +327,7 @@ async function sendChunks(
         answer = { accepted: 0, rejected: 0, errors: [], ...lines, position };
       }
       rejected.add(piece, answer.errors);
-      total.add(piece, answer);
+      total.add(source, piece, answer);
       const fileOffset = input?.fileOffset(piece.end.offset) ?? 0;
       total.percent = percent(fileOffset, size);
       progress?.update(fileOffset, total.accepted);
@@ -323,7 +343,7 @@ async function sendChunks(
  */
 async function* sendPieces(upload: Upload, chunk: Chunk) {
   const { api, source } = upload;
-  for (let rest: Chunk | null = chunk; rest;) {
+  for (let rest: Chunk | null = chunk, passedOver = 0; rest;) {
     const [piece, next]: [Chunk, Chunk | null] = splitChunk(rest, upload.maxBytes);
     const startedMs = performance.now();
     const canShrink = piece.tooLong === null && piece.bytes.length > MIN_CHUNK_BYTES;
@@ -332,6 +352,9 @@ async function* sendPieces(upload: Upload, chunk: Chunk) {
       upload.maxBytes = Math.max(MIN_CHUNK_BYTES, Math.floor(piece.bytes.length / 2));
       continue;
     }
+    const hasLess = !("accepted" in answer) && answer.offset < piece.start.offset;
+    if (hasLess && passedOver++ < MAX_PASSED_OVER) continue;
+    passedOver = 0;
     yield { piece, answer };
     rest = next;
     if (performance.now() - startedMs < FAST_MS)

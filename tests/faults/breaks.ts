@@ -618,6 +618,12 @@ export const BREAKS: readonly Break[] = [
     "client/client",
   ),
   without(
+    "that a server with less of a source is passed over",
+    "if (hasLess && passedOver++ < MAX_PASSED_OVER) continue;",
+    "",
+    "client/balancer",
+  ),
+  without(
     "the digest of the stored bytes of a file",
     'if (hash.copy().digest("hex") === digest)',
     "if (true)",
