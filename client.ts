@@ -9,7 +9,7 @@ import { type GivenInput, inspect } from "./lib/client/inputs.ts";
 import { ForeignInput, sendFile, type SendOptions, sendStream, Total } from "./lib/client/send.ts";
 import { parseDuration, readCommand } from "./lib/config.ts";
 import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event/event.ts";
-import { print, say, STOPPED } from "./lib/progress.ts";
+import { counted, print, say, STOPPED } from "./lib/progress.ts";
 
 async function main(): Promise<number> {
   const { settings, options, files } = readCommand(COMMAND);
@@ -101,9 +101,13 @@ async function send(
         ? sendStream(path === "-" ? null : path, sendOptions)
         : sendFile(path, sendOptions));
       const lines = rejected.count();
-      if (lines > 0) say(`${lines} lines were rejected: see ${rejected.path}`);
+      if (lines > 0)
+        say(
+          `${counted(lines, "line")} ${lines === 1 ? "was" : "were"} rejected: see ${rejected.path}`,
+        );
       if (lines > 0 || total.rejected > 0 || total.hasLeftOver) code = 1;
       if (total.isStopped && !follow) return endStopped();
+      if (wait && total.position) say("waiting until all of it is posted to the ledger");
       if (wait && total.position) await options.api.waitUntilPosted(total.position);
     } catch (error) {
       if (!(error instanceof UploadFailed || error instanceof ForeignInput)) throw error;
@@ -139,10 +143,12 @@ async function send(
 
 function summarize(from: string, total: Total, ms: number): string {
   const { accepted, rejected, bytes, knownBytes, knownLines } = total;
-  const known = knownBytes ? `; already there: ${knownBytes} bytes (${knownLines} lines)` : "";
+  const known = knownBytes
+    ? `; already there: ${counted(knownBytes, "byte")} (${counted(knownLines, "line")})`
+    : "";
   return (
-    `sent ${accepted} events (${rejected} rejected) from ${from}: ` +
-    `${bytes} bytes in ${(ms / 1000).toFixed(1)} s, ` +
+    `sent ${counted(accepted, "event")} (${rejected} rejected) from ${from}: ` +
+    `${counted(bytes, "byte")} in ${(ms / 1000).toFixed(1)} s, ` +
     `${Math.round((1000 * accepted) / ms)} events/s${known}`
   );
 }

@@ -3,10 +3,17 @@
  * work shows its progress: a bar on a terminal, otherwise a line every few seconds.
  */
 
-// Loaded only when a bar is shown: it took a sixth of a client's start.
-const bars = process.stderr.isTTY ? await import("cli-progress") : null;
-
 const REPORT_MS = 5_000;
+const REDRAW_MS = 100;
+const BAR_WIDTH = 20;
+const CLEAR_LINE = "\r\x1b[K";
+/** A bar needs a terminal that can clear a line. */
+const canDraw = process.stderr.isTTY === true && process.env["TERM"] !== "dumb";
+/**
+ * Draws the bar that is shown. It changes no mode of the terminal (no hidden cursor, no line that does not
+ * wrap), so that nothing has to be restored, however the program ends.
+ */
+let draw: (() => void) | null = null;
 
 /** The exit codes of a program that a signal has stopped before its work was done. */
 export const STOPPED = { SIGINT: 130, SIGTERM: 143 } as const;
@@ -21,13 +28,15 @@ export function counted(count: number, noun: string): string {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
-/** Writes a line to stderr. */
+/** Writes a line to stderr, above the bar. */
 export function say(line: string): void {
-  process.stderr.write(`${line}\n`);
+  process.stderr.write(`${draw ? CLEAR_LINE : ""}${line}\n`);
+  draw?.();
 }
 
 /** Writes a line of the result to stdout. */
 export function print(line: string): void {
+  if (draw) process.stderr.write(CLEAR_LINE);
   process.stdout.write(`${line}\n`);
 }
 
@@ -37,15 +46,13 @@ export type Progress = ReturnType<typeof showProgress>;
 export function showProgress(what: string, totalBytes: number, fromBytes: number) {
   const startedMs = performance.now();
   let reportedMs = startedMs;
-  const bar =
-    bars &&
-    new bars.SingleBar({
-      stream: process.stderr,
-      format: `${what} {bar} {percentage}% | {rate} events/s | {left} left`,
-      hideCursor: true,
-      clearOnComplete: true,
-    });
-  bar?.start(totalBytes, fromBytes, { rate: 0, left: "…" });
+  let [shown, drawnMs] = [barOf({ what, share: 0, rate: 0, left: "…" }), startedMs];
+  const drawThis = () => void process.stderr.write(CLEAR_LINE + fit(shown, terminalWidth()));
+  if (canDraw) {
+    draw = drawThis;
+    process.on("SIGWINCH", drawThis);
+    draw();
+  }
 
   return {
     /** `bytes` of the total are done, and `events` events since the start, if they are counted. */
@@ -53,17 +60,57 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
       const nowMs = performance.now();
       const elapsedMs = nowMs - startedMs;
       const rate = Math.round(events / Math.max(0.001, elapsedMs / 1000));
-      if (bar && bars) {
+      if (canDraw) {
         const leftMs = (elapsedMs * (totalBytes - bytes)) / Math.max(1, bytes - fromBytes);
-        const left = bars.Format.TimeFormat(Math.round(leftMs / 1000), { autopaddingChar: "" }, 1);
-        bar.update(bytes, { rate: rate.toLocaleString("en"), left });
+        const share = bytes / Math.max(1, totalBytes, bytes);
+        shown = barOf({ what, share, rate, left: duration(Math.max(0, leftMs)) });
+        if (nowMs - drawnMs < REDRAW_MS) return;
+        drawnMs = nowMs;
+        drawThis();
       } else if (nowMs - reportedMs >= REPORT_MS) {
         reportedMs = nowMs;
-        say(`${what}: ${percent(bytes, totalBytes)}%, ${events} events, ${rate} events/s`);
+        const percents = percent(bytes, totalBytes);
+        say(`${what}: ${percents}%, ${counted(events, "event")}, ${counted(rate, "event")}/s`);
       }
     },
     stop(): void {
-      bar?.stop();
+      process.off("SIGWINCH", drawThis);
+      if (draw !== drawThis) return;
+      draw = null;
+      process.stderr.write(CLEAR_LINE);
     },
   };
+}
+
+function barOf(shown: { what: string; share: number; rate: number; left: string }): string {
+  const { what, share, rate, left } = shown;
+  const done = Math.floor(share * BAR_WIDTH);
+  const bar = "█".repeat(done) + "░".repeat(BAR_WIDTH - done);
+  const percents = Math.floor(share * 100);
+  // The name comes last, so that a narrow terminal cuts it and not the figures.
+  return `${bar} ${percents}% | ${rate.toLocaleString("en")} events/s | ${left} left | ${what}`;
+}
+
+/** One column stays free: a line that fills the last one wraps on some terminals. */
+function fit(line: string, columns: number): string {
+  let [text, width] = ["", 0];
+  for (const character of line.replaceAll(/\p{Cc}/gu, "?")) {
+    width += Bun.stringWidth(character);
+    if (width >= columns) break;
+    text += character;
+  }
+  return text;
+}
+
+/** As it is now: `columns` is only what it was when the program started, or last changed its size. */
+function terminalWidth(): number {
+  return process.stderr.getWindowSize()[0] || 80;
+}
+
+/** `42s`, `3m5s`, `2h10m` */
+function duration(ms: number): string {
+  const seconds = Math.round(ms / 1000);
+  const [minutes, hours] = [Math.floor(seconds / 60), Math.floor(seconds / 3600)];
+  if (hours > 0) return `${hours}h${minutes % 60}m`;
+  return minutes > 0 ? `${minutes}m${seconds % 60}s` : `${seconds}s`;
 }

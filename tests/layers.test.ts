@@ -23,14 +23,13 @@ const OWNERS: Record<string, string[]> = {
   "@sinclair/typebox": ["server/openapi.ts"],
   ajv: ["server/event-schema.ts"],
   "bun:sqlite": ["lock.ts"],
-  "cli-progress": ["progress.ts"],
   elysia: ["server/api.ts", "server/listener.ts", "server/problem.ts"],
   jose: ["server/token.ts"],
   pino: ["log.ts"],
   postgres: ["ledger/database.ts"],
   "prom-client": ["server/metrics.ts"],
-  // install.ts runs before anything can be imported, and passes both on as they are.
-  "the environment and the command line": ["config.ts", "install.ts"],
+  // install.ts runs before anything can be imported, and passes both on as they are; TERM is no setting.
+  "the environment and the command line": ["config.ts", "install.ts", "progress.ts"],
 };
 
 const FILES = readdirSync(lib, { recursive: true, encoding: "utf8" })

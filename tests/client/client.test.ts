@@ -20,6 +20,7 @@ import {
 } from "node:fs";
 import { basename, dirname, join } from "node:path";
 
+import { counted } from "../../lib/progress.ts";
 import { line, readRejected, rejectedFaults, writeEvents } from "../support/events.ts";
 import { type Fault, openMeddler } from "../support/network.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
@@ -51,7 +52,7 @@ test("without FILE, the client sends events.jsonl of the current folder", async 
     env: { SERVER_URL: `${server.url}/` },
   });
   expect(sent).toMatchObject({ code: 0, stderr: "" });
-  expect(sent.stdout).toStartWith("sent 1 events (0 rejected) from events.jsonl: ");
+  expect(sent.stdout).toStartWith("sent 1 event (0 rejected) from events.jsonl: ");
   expect(server.journal()).toEqual([line("ann", 1)]);
 });
 
@@ -85,7 +86,7 @@ test("25,000 consecutive bad lines are all kept, each with its own number", asyn
   const file = server.write("a.jsonl", `${bad.join("\n")}\n${line("ann", 1)}`);
   const sent = await server.send(file);
   expect(sent.code).toBe(1);
-  expect(sent.stdout).toStartWith("sent 1 events (25000 rejected) from ");
+  expect(sent.stdout).toStartWith("sent 1 event (25000 rejected) from ");
   let at = 0;
   const kept = bad.map((text, i) => {
     const record = { line: i + 1, at, message: "not JSON", text };
@@ -138,7 +139,7 @@ test("an incomplete last line is reported, not sent, and sent by the run that fi
   for (const events of [1, 0]) {
     const sent = await server.send(file);
     expect(sent).toMatchObject({ code: 0, stderr: "" });
-    expect(sent.stdout).toStartWith(`sent ${events} events `);
+    expect(sent.stdout).toStartWith(`sent ${counted(events, "event")} `);
   }
   expect(server.journal()).toEqual([line("ann", 1), last]);
 });
@@ -148,7 +149,7 @@ test("a last line without newline that is a complete event is sent once", async 
   const file = server.write("a.jsonl", line("ann", 1) + line("ben", 2).trimEnd());
   expect((await server.send(file)).stdout).toStartWith("sent 2 events ");
   appendFileSync(file, `\nbad\n${line("cid", 3)}`);
-  expect((await server.send(file)).stdout).toStartWith("sent 1 events (1 rejected) ");
+  expect((await server.send(file)).stdout).toStartWith("sent 1 event (1 rejected) ");
   expect(server.journal()).toEqual([line("ann", 1), line("ben", 2), line("cid", 3)]);
   expect(readRejected(file)).toMatchObject([{ line: 3, text: "bad" }]);
 });
@@ -174,7 +175,7 @@ test("only the new lines of a file that grew are sent, and bad ones keep their n
   const file = server.write("a.jsonl", `${line("ann", 1)}bad2\n`);
   await server.send(file);
   appendFileSync(file, `${line("ben", 2)}bad4\n`);
-  expect((await server.send(file)).stdout).toStartWith("sent 1 events (1 rejected) ");
+  expect((await server.send(file)).stdout).toStartWith("sent 1 event (1 rejected) ");
   expect(server.journal()).toEqual([line("ann", 1), line("ben", 2)]);
   expect(readRejected(file)).toMatchObject([
     { line: 2, text: "bad2" },
@@ -189,7 +190,7 @@ test("a file that begins with other bytes is sent whole, and each of the files r
   const sent = [];
   for (const text of texts) {
     const { stdout } = await server.send(server.write("a.jsonl", text));
-    sent.push(Number(/^sent (\d+) events/.exec(stdout)?.[1]));
+    sent.push(Number(/^sent (\d+) events?/.exec(stdout)?.[1]));
   }
   expect(sent).toEqual([2, 2, 1, 1, 1]);
   expect(server.journal().join("")).toBe(
@@ -218,7 +219,7 @@ test("a file in another folder counts once; under another name or --source it co
   ] as const) {
     const sent = await server.send(server.write(name, text), ...args);
     expect(sent.code).toBe(0);
-    expect(sent.stdout).toStartWith(`sent ${events} events `);
+    expect(sent.stdout).toStartWith(`sent ${counted(events, "event")} `);
   }
   expect(server.journal()).toHaveLength(3);
 });
@@ -230,7 +231,7 @@ test("--again sends the whole file once more; what is appended later is sent onc
   expect((await server.send(file, "--again")).stdout).toStartWith("sent 2 events ");
   appendFileSync(file, line("cid", 3));
   for (const events of [1, 0])
-    expect((await server.send(file)).stdout).toStartWith(`sent ${events} events `);
+    expect((await server.send(file)).stdout).toStartWith(`sent ${counted(events, "event")} `);
   expect(server.journal().join("")).toBe(
     `${(line("ann", 1) + line("ben", 2)).repeat(2)}${line("cid", 3)}`,
   );
@@ -382,7 +383,10 @@ test("--wait returns when the balances are posted, also when there is nothing ne
   const file = server.write("a.jsonl", lines.join(""));
   const sent = await server.send(file, "--wait");
   expect(Object.values(await balances(database.url))).toEqual(lines.map(() => "1"));
-  expect(sent).toMatchObject({ code: 0, stderr: "" });
+  expect(sent).toMatchObject({
+    code: 0,
+    stderr: "waiting until all of it is posted to the ledger\n",
+  });
   expect(sent.stdout).toEndWith("; all of it is in the ledger\n");
 
   const again = await server.send(file, "--wait");
@@ -393,7 +397,10 @@ test("--wait returns when the balances are posted, also when there is nothing ne
   // On a server whose journal had no events, it once waited for ever.
   await using other = await openOwnServer(database.url);
   const elsewhere = await other.send(file, "--wait");
-  expect(elsewhere).toMatchObject({ code: 0, stderr: "" });
+  expect(elsewhere).toMatchObject({
+    code: 0,
+    stderr: "waiting until all of it is posted to the ledger\n",
+  });
   expect(elsewhere.stdout).toStartWith("sent 0 events ");
   expect(elsewhere.stdout).toEndWith("; all of it is in the ledger\n");
 });

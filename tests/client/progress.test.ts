@@ -5,7 +5,7 @@ import { join } from "node:path";
 
 import { line } from "../support/events.ts";
 import { testDatabase } from "../support/postgres.ts";
-import { root, SECRET, startApp, tempDir, untilBalance } from "../support/programs.ts";
+import { root, until, SECRET, startApp, tempDir, untilBalance } from "../support/programs.ts";
 
 setDefaultTimeout(60_000);
 
@@ -35,7 +35,7 @@ test("on a terminal, a bar shows the progress, and the result is the same as wit
   const dataDir = dir.file("data");
   await using server = await startApp({ dataDir, databaseUrl: database.url });
   const env = { SERVER_URL: server.url, DATA_DIR: dataDir, DATABASE_URL: database.url };
-  const bar = /events\.jsonl .*%.* events\/s.* left/;
+  const bar = /%.* events\/s.* left.* events\.jsonl/;
 
   const sent = await onTerminal(env, "client.ts", file);
   expect(sent).toEqual({ code: 0, shown: expect.stringContaining(`sent ${EVENTS} events (0 rej`) });
@@ -50,4 +50,37 @@ test("on a terminal, a bar shows the progress, and the result is the same as wit
   expect(posted).toEqual({ code: 0, shown: expect.stringContaining(`posted ${EVENTS} events`) });
   expect(posted.shown).toMatch(bar);
   for (const { shown } of [sent, verified, posted]) expect(shown).not.toMatch(/^ +at |is not a/m);
+});
+
+test("a bar fits the terminal as it is now, hides no message, and ^C leaves a summary and the terminal as it was", async () => {
+  using dir = tempDir();
+  const file = dir.file(`${"long-name-".repeat(12)}.jsonl`);
+  writeFileSync(file, line("ann").repeat(10));
+  let shown = "";
+  const { promise: closed, resolve: close } = Promise.withResolvers<void>();
+  let asked = 0;
+  // The source is new; then the server is unavailable.
+  await using server = Bun.serve({
+    port: 0,
+    fetch: () => new Response(null, { status: asked++ === 0 ? 404 : 503 }),
+  });
+  const client = Bun.spawn([process.execPath, "run", join(root, "client.ts"), file], {
+    env: { ...process.env, TERM: "xterm", SERVER_URL: server.url.origin },
+    terminal: {
+      cols: 70,
+      data: (_, bytes) => void (shown += Buffer.from(bytes).toString()),
+      exit: () => close(),
+    },
+  });
+  await until(() => /answered 503.*retrying for/.test(shown));
+  const bars = () => shown.split(/[\r\n]+/).flatMap((part) => /\[K(.*%.*)/.exec(part)?.[1] ?? []);
+  await until(() => bars().length >= 2); // drawn again below the message
+  expect(bars().map((bar) => Bun.stringWidth(bar))).toEqual(bars().map(() => 69));
+  client.terminal!.resize(50, 24);
+  await until(() => Bun.stringWidth(bars().at(-1)!) === 49);
+  client.terminal!.write("\x03");
+  expect(await client.exited).toBe(130);
+  await closed;
+  expect(shown).toMatch(/stopped at 0 %; run it again to continue\r\n.*stopped: sent 0 events /);
+  expect(shown).not.toMatch(/\x1b\[\?/); // no mode of the terminal was changed
 });
