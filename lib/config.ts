@@ -4,6 +4,8 @@
  */
 import { parseArgs } from "node:util";
 
+import { version } from "../package.json";
+
 type Program = "app" | "processor" | "client";
 
 /** What a valid value is, for error messages, and how it is parsed: to `undefined` when it is invalid. */
@@ -258,7 +260,7 @@ export interface Command<P extends Program> {
 export type Options = Record<string, string | boolean | undefined>;
 
 /**
- * Reads the command line and the settings of a program. Answers `--help` itself. Where something is
+ * Reads the command line and the settings of a program. Answers `--help` and `--version` itself. Where something is
  * invalid, says so on stderr, a line each, and ends the program with exit code 2.
  */
 export function readCommand<P extends Program>(command: Command<P>) {
@@ -267,6 +269,10 @@ export function readCommand<P extends Program>(command: Command<P>) {
   const { options, files, misuse } = readArguments(command);
   if (options["help"]) {
     process.stdout.write(help(command));
+    process.exit(0);
+  }
+  if (options["version"]) {
+    process.stdout.write(`daybook ${version}\n`);
     process.exit(0);
   }
   if (misuse || invalid.length > 0) {
@@ -282,7 +288,11 @@ function readArguments({ options, maxFiles }: Command<Program>) {
     const { bare } = options[arg.slice(2)] ?? {};
     return bare && arg.startsWith("--") ? `${arg}=${bare}` : arg;
   });
-  const known = { ...options, help: { type: "boolean" } } as const;
+  const known = {
+    ...options,
+    help: { type: "boolean", short: "h" },
+    version: { type: "boolean" },
+  } as const;
   try {
     const found = parseArgs({ args, options: known, allowPositionals: true });
     const { values, positionals: files } = found;
@@ -301,7 +311,11 @@ function settingsOf({ program }: Command<Program>): SettingName[] {
 }
 
 function help(command: Command<Program>): string {
-  const options = { ...command.options, help: { meaning: "this text" } };
+  const options = {
+    ...command.options,
+    help: { meaning: "this text; so does -h" },
+    version: { meaning: "the version of this program" },
+  };
   return [
     `usage: ${command.usage}`,
     "",

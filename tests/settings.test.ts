@@ -7,6 +7,7 @@ import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
 import { SETTINGS } from "../lib/config.ts";
+import packageJson from "../package.json";
 import { event } from "./support/events.ts";
 import { messages, run, spawn, startApp, tempDir, until } from "./support/programs.ts";
 
@@ -54,6 +55,14 @@ for (const program of PROGRAMS) {
       expect(stdout).toMatch(new RegExp(`${name}.*default:? ${value.replaceAll(".", "\\.")}\\b`));
     for (const exit of EXIT_CODES[program] ?? [])
       expect(stdout).toMatch(new RegExp(`^ *${exit}\\b.*[a-z]`, "m"));
+  });
+
+  test(`${program} answers -h like --help, and --version with its version`, async () => {
+    const [short, long, version] = await Promise.all(
+      ["-h", "--help", "--version"].map((arg) => run(program, { args: [arg], env })),
+    );
+    expect(short).toEqual(long!);
+    expect(version).toEqual({ code: 0, stdout: `daybook ${packageJson.version}\n`, stderr: "" });
   });
 
   test(`${program} exits with 2 for an unknown option`, async () => {
