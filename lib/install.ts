@@ -6,19 +6,32 @@
  * driver"). So a missing `node_modules` is installed as `bun.lock` says, once, and the command
  * starts over.
  */
-import { existsSync } from "node:fs";
+import { existsSync, rmSync } from "node:fs";
 import { dirname } from "node:path";
 
+import { engines } from "../package.json";
+
 const root = dirname(import.meta.dir);
+
+if (!Bun.semver.satisfies(Bun.version, engines.bun)) {
+  process.stderr.write(
+    `this is Bun ${Bun.version}, required is ${engines.bun}: run "bun upgrade"\n`,
+  );
+  process.exit(1);
+}
 
 if (!existsSync(`${root}/node_modules`)) {
   process.stderr.write("first run: installing packages\n");
   const install = Bun.spawnSync(
-    [process.execPath, "install", "--frozen-lockfile", "--production", "--silent"],
-    { cwd: root, stdio: ["ignore", "ignore", "inherit"] },
+    [process.execPath, "install", "--frozen-lockfile", "--production", "--no-progress"],
+    { cwd: root, stdio: ["ignore", "ignore", "pipe"] },
   );
   if (!install.success) {
-    process.stderr.write(`cannot install packages in ${root}: run "bun install" there\n`);
+    // What is there of them would make the next run fail in another way.
+    rmSync(`${root}/node_modules`, { recursive: true, force: true });
+    process.stderr.write(
+      `${install.stderr.toString()}cannot install packages in ${root}; see above\n`,
+    );
     process.exit(1);
   }
   // A process that has started without node_modules keeps looking elsewhere: begin again.
