@@ -137,7 +137,7 @@ test("on HOST 0.0.0.0 each secret grants write access, and none appears on stdou
   };
   for (const secret of secrets) expect(await post(secret)).toBe(201);
   for (const secret of [secrets.join(), SECRET, "secret"]) expect(await post(secret)).toBe(401);
-  for (const path of ["/userEvents/u", "/readyz", "/openapi", "/openapi/json"])
+  for (const path of ["/userEvents/u", "/readyz?reads", "/openapi", "/openapi/json"])
     answers.push(
       await (await fetch(url + path, { headers: { authorization: secrets[0]! } })).text(),
     );

@@ -33,6 +33,8 @@ import {
 import { readRevenue } from "./revenue.ts";
 import type { Scope } from "./token.ts";
 
+/** A probe about writes waits this long for the database: probes usually give up after 1 s. */
+const PROBE_MS = 500;
 /** `?after=` waits this long. */
 const AFTER_MS = 5_000;
 const USERS_PATH = "/userEvents";
@@ -63,7 +65,13 @@ const UsersQuery = t.Object(
 interface ResponseHeaders {
   headers: Record<string, string | number | undefined>;
 }
-const Readiness = t.Object({ status: t.String(), lagBytes: t.Integer(), lagSeconds: t.Number() });
+const Readiness = t.Object({
+  status: t.String(),
+  reads: t.Union([t.Literal("ready"), t.Literal("unavailable")]),
+  lagBytes: t.Integer(),
+  lagSeconds: t.Number(),
+  paused: t.Optional(t.String({ description: "why posting waits for a person" })),
+});
 
 /** What the routes that receive lines have in common; `readLines` reads their bodies. */
 const receivesLines = {
@@ -240,10 +248,13 @@ export function createApi(parts: Parts) {
     .get("/healthz", () => ({ status: "ok" }), {
       detail: { summary: "200 while the process serves" },
     })
-    .get("/readyz", readReadiness, {
+    .get("/readyz", ({ query }) => readReadiness(query.reads !== undefined), {
+      query: t.Object({ reads: t.Optional(t.String()) }, openObject),
       response: { 200: Readiness },
       detail: {
-        summary: "200 when events can be stored and balances read, with the lag of posting",
+        summary:
+          "200 when events can be stored, with the lag of posting; with `?reads`, when balances can be " +
+          "read too",
       },
     })
     .get(
@@ -384,12 +395,23 @@ export function createApi(parts: Parts) {
       });
   }
 
-  async function readReadiness() {
+  async function readReadiness(mustRead: boolean) {
     if (journal.trouble())
       throw unavailable("the journal cannot store events now; see the server log");
-    await queried(checkLedger(database));
-    const { bytes: lagBytes, seconds: lagSeconds } = await queried(posted.refresh());
-    return { status: "ready", lagBytes, lagSeconds };
+    const reading = queried(checkLedger(database).then(posted.refresh)).then(() => true);
+    const canRead = mustRead
+      ? await reading
+      : await Promise.race([reading.catch(isProblem), Bun.sleep(PROBE_MS).then(() => false)]);
+    const { bytes: lagBytes, seconds: lagSeconds } = posted.lag();
+    const reads = canRead ? ("ready" as const) : ("unavailable" as const);
+    const paused = posted.paused();
+    return { status: "ready", reads, lagBytes, lagSeconds, ...(paused === null ? {} : { paused }) };
+  }
+
+  /** `false` for a 503 of the database; throws whatever else went wrong. */
+  function isProblem(error: unknown): false {
+    if (error instanceof Problem) return false;
+    throw error;
   }
 
   function formatPosition(position: number): string {

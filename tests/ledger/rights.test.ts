@@ -48,7 +48,7 @@ test("rights: a server reads, a processor changes rows, a tool also makes tempor
 
   await using server = await ledger.start(reader.env, ["--no-processor"]);
   expect(await server.balance("ann")).toBe("1");
-  for (const path of ["/userEvents", "/userEvents?order=revenue", "/revenue", "/readyz"])
+  for (const path of ["/userEvents", "/userEvents?order=revenue", "/revenue", "/readyz?reads"])
     expect((await fetch(server.url + path)).status, path).toBe(200);
   await server.post(event("ann", 2, { id: "one" }));
   await server.postLines(`${event("ann", 2, { id: "one" })}\n${event("ann", 3, { id: "one" })}`);

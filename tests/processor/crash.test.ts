@@ -134,13 +134,13 @@ test("events are accepted while the database is unavailable, and the ledger catc
   const unavailable = await fetch(`${app.url}/userEvents/ann`);
   expect(unavailable.status).toBe(503);
   expect(Number(unavailable.headers.get("retry-after"))).toBeGreaterThan(0);
-  expect((await fetch(`${app.url}/readyz`)).status).toBe(503);
+  expect((await fetch(`${app.url}/readyz?reads`)).status).toBe(503);
   expect((await fetch(`${app.url}/healthz`)).status).toBe(200);
   await until(() => proxy.refused() >= 5);
 
   proxy.mend();
   await untilBalance(app, "ann", "21");
-  expect((await fetch(`${app.url}/readyz`)).status).toBe(200);
+  expect((await fetch(`${app.url}/readyz?reads`)).status).toBe(200);
 });
 
 test("a start truncates a torn last frame and reports it, and the journal continues", async () => {

@@ -29,7 +29,7 @@ beforeAll(async () => {
   database = await testDatabase();
   app = await startApp({ dataDir: dir.path, databaseUrl: database.url });
   sql = connectTest(database.url);
-  await until(async () => (await fetch(`${app.url}/readyz`)).status === 200);
+  await until(async () => (await fetch(`${app.url}/readyz?reads`)).status === 200);
 });
 
 afterAll(async () => {
@@ -364,8 +364,8 @@ test("a server with an empty journal answers a position that is posted and has n
   await using other = await startApp({ dataDir: folder.path, databaseUrl: database.url });
   const { position } = (await (await other.postLines("no event\n")).json()) as { position: string };
   expect((await read(newName(), position, other)).status).toBe(404);
-  const ready = (await (await fetch(`${other.url}/readyz`)).json()) as object;
-  expect(ready).toEqual({ status: "ready", lagBytes: 0, lagSeconds: 0 });
+  const ready = (await (await fetch(`${other.url}/readyz?reads`)).json()) as object;
+  expect(ready).toEqual({ status: "ready", reads: "ready", lagBytes: 0, lagSeconds: 0 });
 
   const user = newName();
   for (let sum = 1; sum <= 10; sum++) {

@@ -42,7 +42,7 @@ async function revenue(url: string, query: string): Promise<Point[]> {
 /** Waits until the server has nothing left to post. */
 async function untilPosted(url: string): Promise<void> {
   await until(async () => {
-    const response = await fetch(`${url}/readyz`);
+    const response = await fetch(`${url}/readyz?reads`);
     return response.ok && ((await response.json()) as { lagBytes: number }).lagBytes === 0;
   });
 }

@@ -79,7 +79,7 @@ beforeAll(async () => {
     start(2, { READ_SECRET: `other,${READER}`, JWT_SECRET, ...ISSUER }),
     start(3, { HOST: "0.0.0.0" }),
   ]);
-  await fetch(`${open.url}/readyz`); // creates the tables
+  await fetch(`${open.url}/readyz?reads`); // creates the tables
   await using sql = connectTest(databaseOf.url);
   await sql`insert into users_revenue values ('ann', 1), ('ben', 2)`;
 });

@@ -836,15 +836,34 @@ test("while the database is down, events are accepted and balances are answered 
   expect((await app.postLines(event(user, 2))).status).toBe(201);
   expect(readJournal(dir.file("eventsPost.jsonl")).lines).toHaveLength(2);
 
-  for (const path of [`/userEvents/${user}`, "/readyz"]) {
+  for (const path of [`/userEvents/${user}`, "/readyz?reads"]) {
     const response = await fetch(app.url + path);
     expect(response.headers.get("retry-after")).toMatch(/^\d+$/);
     expect((await problem(response, [503])).detail).toContain("database");
   }
+  // A load balancer that asks must go on sending events.
+  const ready = await fetch(`${app.url}/readyz`);
+  expect({ status: ready.status, body: await ready.json() }).toMatchObject({
+    status: 200,
+    body: { status: "ready", reads: "unavailable" },
+  });
   expect((await fetch(`${app.url}/healthz`)).status).toBe(200);
   app.kill("SIGTERM");
   expect(await app.exit()).toBe(0);
   expect(app.stdout.text() + app.stderr.text()).not.toContain(MARKER);
+});
+
+test("a database that accepts connections and never answers holds up no probe about writes", async () => {
+  using silent = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
+  using dir = tempDir();
+  const databaseUrl = `postgres://daybook@127.0.0.1:${silent.port}/daybook`;
+  await using app = await startApp({ dataDir: dir.path, databaseUrl });
+  const [first, body] = await Promise.race([
+    fetch(`${app.url}/readyz`).then(async (ready) => ["writes", await ready.json()] as const),
+    fetch(`${app.url}/readyz?reads`).then(async (ready) => ["reads", await ready.json()] as const),
+  ]);
+  expect(first).toBe("writes");
+  expect(body).toMatchObject({ status: "ready", reads: "unavailable" });
 });
 
 test("when the database returns, posting catches up by itself", async () => {
@@ -858,10 +877,10 @@ test("when the database returns, posting catches up by itself", async () => {
   await using app = await startApp({ dataDir: dir.path, databaseUrl: databaseUrl.href });
   const user = newUser();
   expect((await app.post(event(user, 4))).status).toBe(201);
-  expect((await fetch(`${app.url}/readyz`)).status).toBe(503);
+  expect((await fetch(`${app.url}/readyz?reads`)).status).toBe(503);
 
   using _ = forward(port, hostname, Number(realPort || 5432));
-  await until(async () => (await fetch(`${app.url}/readyz`)).status === 200);
+  await until(async () => (await fetch(`${app.url}/readyz?reads`)).status === 200);
   await until(() =>
     app.balance(user).then(
       (balance) => balance === "4",

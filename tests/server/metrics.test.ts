@@ -112,7 +112,7 @@ test.concurrent(
     await using proxy = await openProxy(database.url);
     {
       await using app = await startApp({ dataDir: dir.path, databaseUrl: proxy.url });
-      await until(async () => (await fetch(`${app.url}/readyz`)).status === 200);
+      await until(async () => (await fetch(`${app.url}/readyz?reads`)).status === 200);
       proxy.cut();
       expect((await app.post(event("ann"))).status).toBe(201);
       const behind = await until(async () => {
@@ -121,7 +121,7 @@ test.concurrent(
       });
       expect(behind["daybook_posting_lag_bytes"]).toBeWithin(50, 300);
       expect(behind["daybook_database_up"]).toBe(0);
-      expect((await fetch(`${app.url}/readyz`)).status).toBe(503);
+      expect((await fetch(`${app.url}/readyz?reads`)).status).toBe(503);
       app.kill("SIGTERM");
       await app.exit();
     }
@@ -129,7 +129,10 @@ test.concurrent(
     const options = { dataDir: dir.path, databaseUrl: proxy.url };
     {
       await using app = await startApp({ ...options, args: ["--no-processor"] });
-      const ready = (await (await fetch(`${app.url}/readyz`)).json()) as Record<string, number>;
+      const ready = (await (await fetch(`${app.url}/readyz?reads`)).json()) as Record<
+        string,
+        number
+      >;
       expect(ready["lagSeconds"]).toBeWithin(1.5, 30);
       expect(ready["lagBytes"]).toBeGreaterThan(50);
       const found = await scrape(app.url);
@@ -138,9 +141,9 @@ test.concurrent(
       await app.exit();
     }
     await using app = await startApp(options);
-    const ready = () => fetch(`${app.url}/readyz`).then((response) => response.json());
+    const ready = () => fetch(`${app.url}/readyz?reads`).then((response) => response.json());
     await until(async () => ((await ready()) as { lagBytes?: number }).lagBytes === 0);
-    expect(await ready()).toEqual({ status: "ready", lagBytes: 0, lagSeconds: 0 });
+    expect(await ready()).toEqual({ status: "ready", reads: "ready", lagBytes: 0, lagSeconds: 0 });
     expect(await scrape(app.url)).toMatchObject({
       daybook_database_up: 1,
       daybook_posting_lag_bytes: 0,
