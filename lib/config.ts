@@ -2,6 +2,7 @@
  * The table of settings, and the only reader of the environment and the command line. Settings are
  * checked once, when a program starts, and never change.
  */
+import { closeSync, openSync, readSync } from "node:fs";
 import { parseArgs } from "node:util";
 
 import { version } from "../package.json";
@@ -29,6 +30,10 @@ const DEFAULT_SECRET = "secret";
 /** On a non-loopback address: 16 random characters are beyond guessing. */
 const MIN_SECRET_LENGTH = 16;
 const SECRETS = ["AUTH_SECRET", "READ_SECRET", "JWT_SECRET"] as const;
+/** These may be given as NAME_FILE. */
+const FROM_FILES = [...SECRETS, "AUTH_TOKEN", "DATABASE_URL"] as readonly string[];
+/** Longer than any secret: a path that was mistaken names something else. */
+const MAX_SECRET_FILE_BYTES = 65_536;
 const LOG_LEVELS = ["debug", "info", "warn", "error", "fatal", "silent"] as const;
 
 const SECRET_LIST: Kind<string[]> = {
@@ -166,6 +171,9 @@ export const SETTINGS = {
   },
 } as const satisfies Record<string, Setting>;
 
+/** README says it in the same words. */
+export const FILES_NOTE = `Instead of ${FROM_FILES.join(", ")}: NAME_FILE, a file that holds the value.`;
+
 type Table = typeof SETTINGS;
 export type SettingName = keyof Table;
 type Value<S extends Setting> =
@@ -188,13 +196,49 @@ export function readSettings<Name extends SettingName>(
   const settings: Record<string, unknown> = {};
   for (const name of names) {
     const { default: fallback, kind }: Setting = SETTINGS[name];
-    const text = env[name] || fallback;
+    const { given, path, problem } = readGiven(name, env);
+    const text = given || fallback;
     settings[name] = text === undefined ? undefined : kind.parse(text);
-    if (text === undefined || settings[name] !== undefined) continue;
-    invalid.push(`${name} is ${kind.isSecret ? "invalid" : `"${text}"`}: use ${kind.requires}`);
+    if (problem) invalid.push(problem);
+    if (problem || text === undefined || settings[name] !== undefined) continue;
+    const found = kind.isSecret ? "invalid" : `"${text}"`;
+    const where = path ? `${name}_FILE: the value in ${path}` : name;
+    invalid.push(`${where} is ${found}: use ${kind.requires}`);
   }
   invalid.push(...checkTogether(settings));
   return { settings: Object.freeze(settings) as Settings<Name>, invalid };
+}
+
+/** The text of a setting, from the environment or from the file that NAME_FILE names. */
+function readGiven(name: string, env: Record<string, string | undefined>) {
+  const path = FROM_FILES.includes(name) ? env[`${name}_FILE`] : undefined;
+  if (!path) return { given: env[name] };
+  if (env[name]) return { problem: `${name} and ${name}_FILE are both set: set one of them` };
+  try {
+    return { given: readSecretFile(path), path };
+  } catch (error) {
+    const { code, message } = error as Error & { code?: string };
+    const problem = `${name}_FILE: cannot use ${path} (${code ?? message}): use a file that holds the value`;
+    return { problem };
+  }
+}
+
+/** Reads no more than it may: the path may be that of a device. Its last newline is no part of it. */
+function readSecretFile(path: string): string {
+  const file = openSync(path, "r");
+  try {
+    const bytes = Buffer.alloc(MAX_SECRET_FILE_BYTES + 1);
+    let length = 0;
+    for (let read = -1; read !== 0 && length < bytes.length; length += read)
+      read = readSync(file, bytes, length, bytes.length - length, null);
+    if (length > MAX_SECRET_FILE_BYTES)
+      throw new Error(`it is longer than ${MAX_SECRET_FILE_BYTES} bytes`);
+    const text = bytes.toString("utf8", 0, length).replace(/\r?\n$/, "");
+    if (text === "") throw new Error("it is empty");
+    return text;
+  } finally {
+    closeSync(file);
+  }
 }
 
 /** What is wrong with settings that depend on each other. */
@@ -329,6 +373,7 @@ function help(command: Command<Program>): string {
       const { default: fallback, meaning }: Setting = SETTINGS[name];
       return `  ${name.padEnd(22)} ${meaning} (default: ${fallback ?? "unset"})`;
     }),
+    FILES_NOTE,
     "",
     "exit codes:",
     ...Object.entries(command.exits).map(([code, meaning]) => `  ${code}  ${meaning}`),

@@ -3,10 +3,10 @@
  * secret or a stack.
  */
 import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
-import { SETTINGS } from "../lib/config.ts";
+import { FILES_NOTE, SETTINGS } from "../lib/config.ts";
 import packageJson from "../package.json";
 import { event } from "./support/events.ts";
 import { messages, run, spawn, startApp, tempDir, until } from "./support/programs.ts";
@@ -229,6 +229,59 @@ test("SIGTERM ends processor.ts with 0, even while the database is unavailable",
   expectNoStack(processor.stderr.text());
 });
 
+test("secrets are read from files, without their last newline", async () => {
+  using dir = tempDir();
+  const files = { AUTH_SECRET: `${SECRET}\n`, READ_SECRET: "reader", DATABASE_URL: NO_DATABASE };
+  const own: Record<string, string> = { AUTH_SECRET: "" };
+  for (const [name, text] of Object.entries(files)) {
+    writeFileSync(dir.file(name), text);
+    own[`${name}_FILE`] = dir.file(name);
+  }
+  // An empty setting counts as unset.
+  await using app = await startApp({ dataDir: dir.file("data"), databaseUrl: "", env: own });
+  const post = (authorization: string) => {
+    const headers = { authorization, "content-type": "application/json" };
+    return fetch(`${app.url}/liveEvent`, { method: "POST", headers, body: event("u") });
+  };
+  expect((await post(SECRET)).status).toBe(201);
+  expect((await post("secret")).status).toBe(401);
+  expect((await post("reader")).status).toBe(403);
+  const reading = { headers: { authorization: "reader" } };
+  expect((await fetch(`${app.url}/userEvents/u`, reading)).status).toBe(503); // NO_DATABASE
+  expect(app.stderr.text()).not.toContain(SECRET);
+});
+
+test("a file of a secret that cannot be used, or a value beside it, is an invalid setting", async () => {
+  using dir = tempDir();
+  const write = (name: string, text: string) => {
+    writeFileSync(dir.file(name), text);
+    return dir.file(name);
+  };
+  mkdirSync(dir.file("folder"));
+  const good = write("good", SECRET);
+  for (const [program, name, path, found, value = ""] of [
+    ["app.ts", "AUTH_SECRET", good, "both", SECRET],
+    ["app.ts", "READ_SECRET", dir.file("none"), "ENOENT"],
+    ["app.ts", "JWT_SECRET", write("empty", "\n"), "empty"],
+    ["app.ts", "AUTH_SECRET", dir.file("folder"), "EISDIR"],
+    ["app.ts", "AUTH_SECRET", "/dev/zero", "longer than"],
+    ["app.ts", "AUTH_SECRET", write("words", `${SECRET} two\n`), dir.file("words")],
+    ["processor.ts", "DATABASE_URL", good, good],
+    ["client.ts", "AUTH_TOKEN", write("blank", `${SECRET} x`), dir.file("blank")],
+  ] as const) {
+    const own = { ...env, DATABASE_URL: "", [name]: value, [`${name}_FILE`]: path };
+    const { code, stdout, stderr } = await run(program, { env: own });
+    expect({ code, stdout, lines: stderr.trim().split("\n").length }).toEqual({
+      code: 2,
+      stdout: "",
+      lines: 1,
+    });
+    expect(stderr).toContain(`${name}_FILE`);
+    expect(stderr).toContain(found);
+    expect(stderr).not.toContain(SECRET);
+  }
+});
+
 test("README's table of settings has the same words as --help", () => {
   const readme = readFileSync(join(import.meta.dir, "..", "README.md"), "utf8");
   const rows = readme.split("\n").filter((row) => /^\| `[A-Z_]+` \|/.test(row));
@@ -237,6 +290,7 @@ test("README's table of settings has the same words as --help", () => {
     return `| \`${name}\` | ${shown} | ${setting.meaning} |`;
   });
   expect(rows).toEqual(expected);
+  expect(readme).toContain(`\n${FILES_NOTE}\n`);
 });
 
 function expectFailedStart(found: Awaited<ReturnType<typeof run>>, name: string): void {
