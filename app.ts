@@ -7,6 +7,7 @@ import "./lib/install.ts";
 import { join } from "node:path";
 
 import {
+  DEFAULT_SECRET,
   InvalidSetting,
   isLoopback,
   maskSettings,
@@ -119,10 +120,13 @@ const COMMAND = {
 type AppSettings = SettingsOf<"app">;
 
 function openAccess(settings: AppSettings, log: Log): Access {
-  const { AUTH_SECRET: writers, READ_SECRET: readers = [], HOST } = settings;
+  const { AUTH_SECRET: writers, READ_SECRET: readers = [], HOST, JWT_SECRET } = settings;
+  const hosts = [HOST.toLowerCase(), ...(settings.ALLOWED_HOSTS ?? [])];
   const health = watchHealth(log, "error", "tokens: the issuer's keys are available again");
   const readingIsOpen = readers.length === 0 && isLoopback(HOST);
-  return { writers, readers, readingIsOpen, tokens: openTokens(settings, health) };
+  const tokens = openTokens(settings, health);
+  const tokensAreLocal = JWT_SECRET === DEFAULT_SECRET;
+  return { writers, readers, readingIsOpen, hosts, tokens, tokensAreLocal };
 }
 
 /** Sets the event types. Loads the schema compiler only where a schema is set. */

@@ -26,7 +26,7 @@ interface Setting {
   kind: Kind<unknown>;
 }
 
-const DEFAULT_SECRET = "secret";
+export const DEFAULT_SECRET = "secret";
 /** On a non-loopback address: 16 random characters are beyond guessing. */
 const MIN_SECRET_LENGTH = 16;
 const SECRETS = ["AUTH_SECRET", "READ_SECRET", "JWT_SECRET"] as const;
@@ -54,6 +54,17 @@ export const SETTINGS = {
     default: "127.0.0.1",
     meaning: "address to bind; a non-loopback address requires your own AUTH_SECRET",
     kind: textLike(/^[\w.:%-]+$/, "an address or a host name"),
+  },
+  ALLOWED_HOSTS: {
+    programs: ["app"],
+    meaning: "host names, besides loopback and HOST, under which reading needs no credential",
+    kind: {
+      requires: "host names, comma-separated, without ports",
+      parse: (text) =>
+        /^([\w.-]+|\[[\da-f:.]+\])(, *([\w.-]+|\[[\da-f:.]+\]))*$/i.test(text)
+          ? text.toLowerCase().split(/, */)
+          : undefined,
+    },
   },
   AUTH_SECRET: {
     programs: ["app", "client"],
@@ -261,11 +272,14 @@ function checkTogether(settings: Partial<Settings<SettingName>>): string[] {
   return invalid;
 }
 
-/** The settings for a log. Of a secret, it shows only whether it is set. */
+/** The settings for a log. Of a secret, it shows only whether it is the default or set. */
 export function maskSettings(settings: Partial<Settings<SettingName>>): Record<string, unknown> {
   const masked: Record<string, unknown> = { ...settings };
   for (const name of Object.keys(settings) as SettingName[])
-    if (settings[name] && "isSecret" in SETTINGS[name].kind) masked[name] = "(set)";
+    if (settings[name] && "isSecret" in SETTINGS[name].kind) {
+      const { default: fallback }: Setting = SETTINGS[name];
+      masked[name] = String(settings[name]) === fallback ? "(default)" : "(set)";
+    }
   return masked;
 }
 

@@ -98,7 +98,7 @@ export interface Parts {
 /** The routes, ready to listen. */
 export function createApi(parts: Parts) {
   const { journal, database, access, schema, log, posted, metrics, isHttps } = parts;
-  const authorize = openAuth(access);
+  const authorize = openAuth(access, log);
   const budget = openMemoryBudget();
   const sources = openSources(journal, database);
   const balances = openBalances(database);
@@ -112,6 +112,11 @@ export function createApi(parts: Parts) {
   const handler = { standardHostname: isHttps };
   const app = new Elysia({ normalize: false, strictPath: true, handler })
     .use(problems((path) => allowedMethods(routes, path), faults.failing))
+    .onRequest(({ request }) => {
+      // Bun joins repeated headers: a proxy may have judged by the other one.
+      if (request.headers.get("host")?.includes(","))
+        throw new Problem(400, "found several Host headers: send one");
+    })
     .use(
       openapi({
         provider: null, // its pages run a script of another host; ours is below

@@ -7,6 +7,8 @@
  */
 import { timingSafeEqual } from "node:crypto";
 
+import { DEFAULT_SECRET, isLoopback } from "../config.ts";
+import type { Log } from "../log.ts";
 import { Problem, unavailable } from "./problem.ts";
 import { openThrottle } from "./throttle.ts";
 import { InvalidToken, isToken, KeysUnavailable, type Scope, type Verify } from "./token.ts";
@@ -18,7 +20,11 @@ export interface Access {
   readers: readonly string[];
   /** Whether reading requires no credential. */
   readingIsOpen: boolean;
+  /** Host names, besides loopback, under which a request is a local one. */
+  hosts: readonly string[];
   tokens: Verify | null;
+  /** Whether tokens are signed with the default secret: valid for local requests only. */
+  tokensAreLocal: boolean;
 }
 
 /** The request, and the server, which knows its address. */
@@ -27,22 +33,29 @@ export interface Caller {
   server: Pick<Bun.Server<unknown>, "requestIP"> | null;
 }
 
-export function openAuth({ writers, readers, readingIsOpen, tokens }: Access) {
+export function openAuth(access: Access, log: Log) {
+  const { writers, readers, readingIsOpen, hosts, tokens, tokensAreLocal } = access;
   const throttle = openThrottle();
   const writerDigests = writers.map(digest);
   const readerDigests = readers.map(digest);
+  const defaultDigest = digest(DEFAULT_SECRET);
+  let isRefusalLogged = false;
 
   /**
    * Returns when the caller may do it; throws the 401, 403, 429 or 503 otherwise. `user` is the one whose
    * balance is read.
    */
   return async (caller: Caller, scope: Scope, user?: string): Promise<void> => {
-    if (readingIsOpen && scope === "balances:read") return;
-    const header = caller.request.headers.get("authorization") ?? "";
+    const { headers } = caller.request;
+    if (readingIsOpen && scope === "balances:read" && isLocal(headers, hosts)) return;
+    const header = headers.get("authorization") ?? "";
     const credential = header.replace(/^Bearer +/i, "");
     const digested = digest(credential);
     const mayWrite = isAmong(writerDigests, digested);
     const mayRead = isAmong(readerDigests, digested);
+    const isDefault =
+      timingSafeEqual(defaultDigest, digested) || (tokensAreLocal && isToken(credential));
+    if (isDefault && !isLocal(headers, hosts)) return denyDefault(caller);
     if (mayWrite || (mayRead && scope === "balances:read")) return;
     if (mayRead) throw forbidden(scope, "this secret is read-only");
     if (!tokens || !isToken(credential)) return deny(caller);
@@ -57,6 +70,17 @@ export function openAuth({ writers, readers, readingIsOpen, tokens }: Access) {
       throw forbidden(scope, `this token lacks the scope ${scope}`);
   };
 
+  /** Whoever knows this program knows the default secret: it is for this machine's own requests. */
+  function denyDefault(caller: Caller): Promise<never> {
+    if (!isRefusalLogged)
+      log.warn(
+        "the default secret was refused: the request came through a proxy or for another Host; " +
+          "set a secret of your own",
+      );
+    isRefusalLogged = true;
+    return deny(caller);
+  }
+
   async function deny({ request, server }: Caller, fault?: string): Promise<never> {
     const address = server?.requestIP(request)?.address ?? "";
     if (!(await throttle.failed(address)))
@@ -67,6 +91,18 @@ export function openAuth({ writers, readers, readingIsOpen, tokens }: Access) {
     const headers = challenge(fault && `error="invalid_token", error_description="${fault}"`);
     throw new Problem(401, detail, { headers });
   }
+}
+
+/**
+ * Whether the request was made to this machine, and through no proxy that says so. A foreign `Host` is
+ * also what a page in a browser sends whose name was made to lead here.
+ */
+function isLocal(headers: Headers, hosts: readonly string[]): boolean {
+  const host = (headers.get("host") ?? "").replace(/:\d*$/, "").toLowerCase();
+  if (!isLoopback(host) && !hosts.includes(host)) return false;
+  for (const name of headers.keys())
+    if (name === "forwarded" || name.startsWith("x-forwarded-")) return false;
+  return true;
 }
 
 function forbidden(scope: Scope, detail: string): Problem {

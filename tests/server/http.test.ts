@@ -12,7 +12,7 @@ import { constants, crc32, gzipSync, zstdCompressSync } from "node:zlib";
 
 import { event } from "../support/events.ts";
 import { connectTest, testDatabase } from "../support/postgres.ts";
-import { startApp, tempDir, until, untilBalance } from "../support/programs.ts";
+import { closedPort, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
 
 const SECRET = "a-secret-of-this-test";
 const MARKER = "zebra-quagga-okapi";
@@ -1045,14 +1045,6 @@ function readJournal(path: string): { id: string; lines: string[] } {
     at = end + 1;
     return JSON.parse(line);
   }
-}
-
-/** A port that is not in use. */
-async function closedPort(): Promise<number> {
-  const server = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
-  const { port } = server;
-  server.stop(true);
-  return port;
 }
 
 /** A proxy to `port`. */

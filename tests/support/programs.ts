@@ -133,6 +133,14 @@ export async function untilBalance(
   });
 }
 
+/** A port that is not in use. */
+export async function closedPort(): Promise<number> {
+  const server = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
+  const { port } = server;
+  server.stop(true);
+  return port;
+}
+
 /**
  * For `test.if`: whether a program that a test needs is installed. If not, the test is skipped and the
  * program named; with CI=true this throws instead.
