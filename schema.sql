@@ -157,6 +157,11 @@ begin
       );
     end if;
 
+    if to_regclass('snapshot_points') is null then
+      -- The points of removed segments, as `snapshots` has their balances.
+      create table snapshot_points (like points including all);
+    end if;
+
     if to_regclass('quarantine') is null then
       -- Lines that did not count. Only `--quarantine=retry` and `=dismiss` may delete a row: if it is deleted
       -- by hand, and its line has become valid, `--rebuild` counts it.
@@ -439,6 +444,8 @@ begin
         ('removed', '{source,position}', '{text,bigint}', '{source}'),
         ('points', '{source,step,at,name,events,amount}', '{text,text,timestamptz,text,bigint,numeric}',
           '{at,name,source,step}'),
+        ('snapshot_points', '{source,step,at,name,events,amount}',
+          '{text,text,timestamptz,text,bigint,numeric}', '{at,name,source,step}'),
         ('boundary', '{day,singleton}', '{date,boolean}', '{singleton}'),
         ('segments', '{source,base,posted_on}', '{text,bigint,date}', '{base,source}'),
         ('snapshots', '{source,user_id,revenue}', '{text,text,numeric}', '{source,user_id}'),
@@ -571,7 +578,7 @@ begin
       select format('grant %s on %s to %s', privilege_type, added,
         case when grantee = 0 then 'public' else grantee::regrole::text end) as statement
       from pg_class, aclexplode(relacl), unnest(array[
-        'ledger_version', 'boundary', 'segments', 'points', 'packed_uncounted']) as added
+        'ledger_version', 'boundary', 'segments', 'points', 'snapshot_points', 'packed_uncounted']) as added
       where oid = 'checkpoints'::regclass and grantee <> relowner
     loop
       execute legacy.statement;

@@ -28,16 +28,23 @@ export async function readQuarantine(
     order by source, quarantine.position limit ${ROWS_PER_PAGE}`;
 }
 
+/** What is known of a line beside its event. */
+interface Released {
+  event: string | null;
+  /** When a server stored it; `null` for a line of a file. */
+  atMs: number | null;
+}
+
 /**
  * Posts the event of a line and removes the line from the quarantine, in one statement. An event that has
  * already counted does not count again. Changes nothing if its id belongs to another event (`disputed`), or the
  * line is not in the quarantine any more (`gone`). `event` is the identity of an event whose id is to be claimed. A line of a removed segment becomes
- * part of that journal's snapshot.
+ * part of that journal's snapshot. Revenue over time changes in the minute of `atMs`, or, for `null`, now.
  */
 export async function release(
   sql: Statements,
   { key, position }: QuarantinedLine,
-  { userId, sign, amount, id = "", event }: Change & { event: string | null },
+  { userId, name, sign, amount, id = "", event, atMs }: Change & Released,
 ): Promise<"posted" | "disputed" | "gone"> {
   const [row] = await sql<{ disputed: boolean; released: boolean }[]>`
     with line as (
@@ -64,6 +71,22 @@ export async function release(
       insert into users_revenue as balance (user_id, revenue)
       select ${userId}, ${formatAmount(amount)}::numeric from counted
       on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue
+    ), point as (
+      select ${key} as source, 'minute' as step, to_timestamp(60 * floor(
+          coalesce(${atMs}::float8 / 1000, extract(epoch from now())) / 60)) as at,
+        ${name} as name, 1 as events, ${formatAmount(amount)}::numeric as amount
+      from released, checkpoints as checkpoint
+      where checkpoint.source = ${key} and points_from <= ${position}
+        and not exists (select from claimed where not fresh)
+    ), charted as (
+      insert into points as known (source, step, at, name, events, amount) select * from point
+      on conflict (source, step, at, name) do update set
+        events = known.events + 1, amount = known.amount + excluded.amount
+    ), chart_kept as (
+      insert into snapshot_points as known (source, step, at, name, events, amount)
+      select point.* from point join removed using (source) where removed.position > ${position}
+      on conflict (source, step, at, name) do update set
+        events = known.events + 1, amount = known.amount + excluded.amount
     ), kept as (
       insert into snapshots as snapshot (source, user_id, revenue)
       select ${key}, ${userId}, ${formatAmount(amount)}::numeric from counted, removed

@@ -19,6 +19,7 @@ import {
   transact,
   type Transaction,
 } from "./database.ts";
+import { correctPoints, type PointDifference } from "./points.ts";
 
 /** A recount of terabytes may take this long. */
 const DEADLINE_MS = 24 * 3600 * 1000;
@@ -117,13 +118,17 @@ export async function openTally(sql: Transaction, maxRows = MAX_ROWS) {
 }
 
 /** A checkpoint, and the position before which its source is kept only as a snapshot. */
-export type Recountable = Checkpoint & { removedTo: number };
+export type Recountable = Checkpoint & {
+  removedTo: number;
+  /** What was posted before this position has no points of revenue over time. */
+  pointsFrom: number;
+};
 
 /** The checkpoints that a recount needs: journals and files. Sources sent over HTTP are in the journals. */
 export async function listRecountable(sql: Statements): Promise<Recountable[]> {
   return sql<Recountable[]>`
     select checkpoints.source as key, checkpoints.position::float8, digest,
-      coalesce(removed.position, 0)::float8 as "removedTo"
+      coalesce(removed.position, 0)::float8 as "removedTo", points_from::float8 as "pointsFrom"
     from checkpoints left join removed using (source)
     where checkpoints.position > 0
       and (starts_with(checkpoints.source, 'journal:') or starts_with(checkpoints.source, 'file:'))
@@ -191,6 +196,8 @@ export async function retireSource(
 ): Promise<void> {
   await sql`delete from snapshots where source = ${key}`;
   await sql`insert into snapshots (source, user_id, revenue) select ${key}, rest.* from rest`;
+  await sql`delete from snapshot_points where source = ${key}`;
+  await sql`insert into snapshot_points select * from points where source = ${key}`;
   await noteRemoved(sql, { key, position });
   await sql`
     update checkpoints set position = ${position}, digest = null
@@ -300,6 +307,13 @@ export async function* readDifferences(sql: Transaction): AsyncGenerator<Differe
   await sql`close found`;
 }
 
+/** What changes beside the balances. */
+interface Correction {
+  types: ReadonlyMap<string, number>;
+  behind: readonly Recountable[];
+  points: PointDifference[];
+}
+
 /**
  * Corrects the differences that the transaction `found` has found, by adding, because posting continues
  * meanwhile, and in the order in which posting locks users. It does so in a transaction of its own, on
@@ -316,7 +330,7 @@ export async function* readDifferences(sql: Transaction): AsyncGenerator<Differe
 export function correctDifferences(
   database: Database,
   found: Transaction,
-  { types, behind }: { types: ReadonlyMap<string, number>; behind: readonly Recountable[] },
+  { types, behind, points }: Correction,
 ): Promise<void> {
   const correct = async (tx: Transaction) => {
     for (const { key, position, removedTo } of behind) {
@@ -328,6 +342,7 @@ export function correctDifferences(
     }
     await tx`lock table event_types in share update exclusive mode`;
     for await (const differences of readDifferences(found)) await correctPage(tx, differences);
+    await correctPoints(tx, points);
     await replaceEventTypes(tx, types);
   };
   return database.use((sql) => transact(sql, CORRECTION_TIMEOUT_MS, correct), DEADLINE_MS);

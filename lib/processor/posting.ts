@@ -25,6 +25,7 @@ import {
   post,
 } from "../ledger/ledger.ts";
 import { counted } from "../progress.ts";
+import { foldPoints } from "../ledger/points.ts";
 import { watchDirectory } from "../watch.ts";
 import {
   type BatchReader,
@@ -129,6 +130,7 @@ export async function follow(
       noteQuarantined();
       if (performance.now() < agingDueMs) return;
       await age();
+      while (await foldPoints(database));
       agingDueMs = performance.now() + ((await pruneIds(database, ID_DAYS)) ? 0 : AGE_EVERY_MS);
     },
     more() {

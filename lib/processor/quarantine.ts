@@ -80,10 +80,11 @@ export async function retryQuarantine(run: Reconciliation): Promise<number> {
     const found = await withRecountLock(database, say, async (tx) => {
       const rows = await readQuarantine(tx, last);
       const lines = await readLines(rows, await openJournals(tx, paths), places);
-      return rows.map((row) => ({ row, line: lines.get(row) }));
+      return rows.map((row) => ({ row, ...lines.get(row) }));
     });
-    for (const { row, line } of found) {
-      const why = await retry(run, row, line);
+    for (const each of found) {
+      const { row } = each;
+      const why = await retry(run, each);
       if (why === "posted") posted++;
       else if (why !== "gone") {
         remaining++;
@@ -117,12 +118,14 @@ async function readLines(
   rows: QuarantinedLine[],
   journals: Awaited<ReturnType<typeof openJournals>>,
   places: Map<string, number>,
-): Promise<Map<QuarantinedLine, Uint8Array>> {
-  const lines = new Map<QuarantinedLine, Uint8Array>();
+): Promise<Map<QuarantinedLine, { line: Uint8Array; atMs: number | null }>> {
+  const lines = new Map<QuarantinedLine, { line: Uint8Array; atMs: number | null }>();
   for (const row of rows) {
-    const { reason, line } = row;
+    const { key, reason, line, at } = row;
+    // Where its frame is gone: it was quarantined soon after it was stored.
+    const atMs = parseKey(key).generation === null ? at.getTime() : null;
     if (Buffer.byteLength(line) < SHOWN_BYTES && !line.includes("\ufffd"))
-      lines.set(row, Buffer.from(reason === OTHER_EVENT ? lineOf(line) : line));
+      lines.set(row, { line: Buffer.from(reason === OTHER_EVENT ? lineOf(line) : line), atMs });
   }
   for (const [key, { journal, from: start }] of journals) {
     const wanted = new Map(rows.filter((row) => row.key === key).map((row) => [row.position, row]));
@@ -130,12 +133,12 @@ async function readLines(
     for (let position = Math.max(start, places.get(key) ?? 0); position <= last;) {
       const frames = await journal.read(position);
       if (frames.length === 0) break;
-      for (const { payload, from, to } of frames) {
+      for (const { payload, from, to, atMs } of frames) {
         if (from > last) break;
         places.set(key, from); // the next page may begin in the same frame
         const visit = (line: Uint8Array, index: number) => {
           const row = wanted.get(to - payload.length + index);
-          if (row) lines.set(row, Uint8Array.from(line));
+          if (row) lines.set(row, { line: Uint8Array.from(line), atMs });
         };
         eachLine(payload, visit, MAX_JOURNALED_BYTES);
         position = to;
@@ -148,8 +151,7 @@ async function readLines(
 /** Posts a line and returns "posted", or "gone" if somebody else has, or returns why it remains. */
 async function retry(
   { database, say }: Reconciliation,
-  row: QuarantinedLine,
-  line?: Uint8Array,
+  { row, line, atMs = null }: { row: QuarantinedLine; line?: Uint8Array; atMs?: number | null },
 ): Promise<string> {
   if (!line) return `${row.reason}, and only the beginning of the line was kept`;
   const isJournaled = parseKey(row.key).generation === null;
@@ -157,7 +159,7 @@ async function retry(
   if (change instanceof InvalidEvent) return change.reason;
   const { id, sign } = change;
   const event = id === undefined || sign === 0 ? null : identityOf({ ...change, id });
-  const posting = (tx: Transaction) => release(tx, row, { ...change, event });
+  const posting = (tx: Transaction) => release(tx, row, { ...change, event, atMs });
   try {
     // "Read committed", because others may post to the same user meanwhile.
     const outcome = await withRecountLock(database, say, posting, "read committed");

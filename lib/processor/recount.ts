@@ -15,6 +15,7 @@ import {
 import { matchGenerations } from "../event/generations.ts";
 import { openInput, sourceName } from "../event/input.ts";
 import { type Block, eachEvent, type Read, readBlocks, readFile } from "../event/lines.ts";
+import { Points } from "../event/points.ts";
 import { Sums } from "../event/sums.ts";
 import { isLost } from "../journal/format.ts";
 import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
@@ -26,13 +27,14 @@ import {
   extendSnapshot,
   listLineEnds,
   listOtherTypes,
+  listRecountable,
   openExclusions,
   openTally,
-  readSnapshotEnd,
   type Recountable,
   type Tally,
   withRecountLock,
 } from "../ledger/reconcile.ts";
+import { openPointTally, type PointTally } from "../ledger/points.ts";
 import { showProgress } from "../progress.ts";
 import { linesOf } from "./batches.ts";
 
@@ -57,10 +59,15 @@ interface Range {
   key: string;
   from: number;
   to: number;
+  /** What begins before this position has no points of revenue over time. */
+  pointsFrom: number;
 }
 
 /** Lines of a source: the first begins at `from`, the next ones at `to`. */
-type Lines = Pick<Block, "bytes" | "from" | "to">;
+type Lines = Pick<Block, "bytes" | "from" | "to"> & {
+  /** When a server stored them; `null` for those of a file, whose points are those of its posting. */
+  atMs: number | null;
+};
 
 /**
  * Recounts `recountable` sources of the ledger, up to their checkpoints, and shows the progress. Throws
@@ -75,13 +82,16 @@ export async function recount(
   const sources = await locateSources(recountable.filter(isRead), paths);
   const totalBytes = sources.reduce((sum, { checkpoint }) => sum + checkpoint.position, 0);
   const progress = showProgress("recounting", totalBytes, 0);
-  const found = new Recount(sql, await openTally(sql));
-  for (const { key } of recountable) await found.tally.addSnapshot(key);
+  const found = await Recount.open(sql);
+  for (const { key } of recountable) {
+    await found.tally.addSnapshot(key);
+    if (parseKey(key).generation === null) await found.points.addSnapshot(key);
+  }
   let doneBytes = 0;
   try {
     for (const source of sources) {
-      const { key, position: to, removedTo: from } = source.checkpoint;
-      const range = { key, from, to };
+      const { key, position: to, removedTo: from, pointsFrom } = source.checkpoint;
+      const range = { key, from, to, pointsFrom };
       const lines =
         "journal" in source
           ? readJournal(source.journal, range)
@@ -107,20 +117,23 @@ export async function snapshotUpTo(
 ): Promise<void> {
   const key = journalKey(journal.id);
   await withRecountLock(database, refuse, async (sql) => {
-    const range = { key, from: await readSnapshotEnd(sql, key), to: position };
-    if (range.from >= position) return;
+    const checkpoint = (await listRecountable(sql)).find((each) => each.key === key);
+    if (!checkpoint || checkpoint.removedTo >= position) return;
+    const { removedTo: from, pointsFrom } = checkpoint;
+    const range = { key, from, to: position, pointsFrom };
     const others = await listOtherTypes(sql, getEventTypes());
     if (others.length > 0)
       refuse(
         `EVENT_TYPES differs from what events were posted as (${others.join(", ")}): restore it, or run processor.ts --rebuild --yes`,
       );
-    const recount = new Recount(sql, await openTally(sql));
+    const recount = await Recount.open(sql);
     await recount.add(range, readJournal(journal, range));
-    const { tally, firstInvalid } = recount;
+    const { tally, points, firstInvalid } = recount;
     if (firstInvalid)
       refuse(
         `the line at position ${firstInvalid.position} of ${key} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
       );
+    await points.keep();
     await extendSnapshot(sql, tally, { key, position });
   });
 }
@@ -176,12 +189,18 @@ class Recount {
   invalid = 0;
   firstInvalid: { key: string; position: number; reason: string } | null = null;
   private sums = new Sums();
+  private minutes = new Points();
   private readonly scanner = openScanner();
 
-  constructor(
+  private constructor(
     private readonly sql: Transaction,
     readonly tally: Tally,
+    readonly points: PointTally,
   ) {}
+
+  static async open(sql: Transaction): Promise<Recount> {
+    return new Recount(sql, await openTally(sql), await openPointTally(sql));
+  }
 
   /** Counts a range. `readTo` is told how far it has been read. */
   async add(
@@ -193,25 +212,32 @@ class Recount {
     for await (const group of groups) {
       for (const lines of group) {
         await exclusions.load(lines.to);
-        if (this.sums.size >= MAX_USERS) await this.flush();
-        this.count(range.key, lines, exclusions);
+        if (this.sums.size + this.minutes.size >= MAX_USERS) await this.flush(range.key);
+        this.count(range, lines, exclusions);
       }
       readTo(group.at(-1)?.to ?? range.from);
     }
     await exclusions.close();
-    await this.flush();
+    await this.flush(range.key);
   }
 
-  private count(key: string, { bytes, from }: Lines, exclusions: Exclusions): void {
+  private count(
+    { key, pointsFrom }: Range,
+    { bytes, from, atMs }: Lines,
+    exclusions: Exclusions,
+  ): void {
     const { scanner, sums } = this;
+    const points = atMs !== null && from >= pointsFrom ? this.minutes : null;
+    if (atMs !== null) points?.setTime(atMs);
     const maxBytes = parseKey(key).generation === null ? MAX_JOURNALED_BYTES : MAX_EVENT_BYTES;
     eachEvent(
       bytes,
       scanner,
       (index) => {
         if (exclusions.has(from + index)) return;
-        const { userFrom, userTo, hash, sign, whole, billionths } = scanner;
+        const { userFrom, userTo, hash, name, sign, whole, billionths } = scanner;
         this.events++;
+        points?.add(name, sign * whole, sign * billionths);
         if (sign === 0) return;
         sums.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
       },
@@ -220,6 +246,7 @@ class Recount {
         const decoded = decodeEvent(line, maxBytes);
         if (!(decoded instanceof InvalidEvent)) {
           this.events++;
+          points?.addAmount(decoded.name, decoded.amount);
           if (decoded.sign !== 0) sums.addTo(decoded.userId, decoded.amount);
         } else if (isLost(line)) this.lost++;
         else {
@@ -231,10 +258,12 @@ class Recount {
     );
   }
 
-  private async flush(): Promise<void> {
-    const { sums } = this;
+  private async flush(key: string): Promise<void> {
+    const { sums, minutes } = this;
     this.sums = new Sums();
+    this.minutes = new Points();
     await this.tally.add(sums);
+    await this.points.add(key, minutes);
   }
 }
 
@@ -248,7 +277,7 @@ async function* readJournal(journal: JournalReader, { from, to }: Range): AsyncG
     const frames = await journal.read(position).catch(({ message }: Error) => refuse(message));
     const lines = frames
       .filter((frame) => frame.from < to)
-      .map(({ payload, to }) => ({ bytes: payload, from: to - payload.length, to }));
+      .map(({ payload, to, atMs }) => ({ bytes: payload, from: to - payload.length, to, atMs }));
     if (lines.length === 0)
       refuse(
         `journal ${journal.id} ends at position ${position}, but has been posted up to ${to}: restore the rest`,
@@ -265,7 +294,7 @@ async function* readPostedFile(file: Read, from: number, ends: number[]): AsyncG
     if (end <= from) continue;
     const read: Read = (from, to) => file(from, Math.min(to, end));
     for await (const block of readBlocks(read, offset, BLOCK_BYTES))
-      yield [{ ...linesOf(block), to: block.to }];
+      yield [{ ...linesOf(block), to: block.to, atMs: null }];
     offset = end;
   }
 }

@@ -4,7 +4,9 @@
  * not matter what was posted since.
  */
 import { getEventTypes } from "../event/event.ts";
+import { parseKey } from "../ledger/checkpoints.ts";
 import { CannotProceed, type Transaction } from "../ledger/database.ts";
+import { findPointDifferences } from "../ledger/points.ts";
 import {
   correctDifferences,
   findDifferences,
@@ -19,8 +21,8 @@ import { recount, type Reconciliation } from "./recount.ts";
 export async function verify(run: Reconciliation): Promise<number> {
   const { database, say } = run;
   return withRecountLock(database, say, async (tx) => {
-    const { differing, behind } = await compare(tx, run);
-    return differing + behind.length;
+    const { differing, behind, points } = await compare(tx, run);
+    return differing + behind.length + points.length;
   });
 }
 
@@ -33,6 +35,7 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
   const { database, print, say, yes } = run;
   let correcting: Promise<void> | null = null;
   let differing = 0;
+  let correctedPoints = 0;
   const rebuilding = withRecountLock(database, say, async (found) => {
     const compared = await compare(found, run);
     differing = compared.differing;
@@ -40,8 +43,9 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
       throw new CannotProceed(
         "nothing was changed: add --yes to make every line count as it does today",
       );
-    const { behind } = compared;
-    correcting = correctDifferences(database, found, { types: getEventTypes(), behind });
+    const { behind, points } = compared;
+    correctedPoints = points.length;
+    correcting = correctDifferences(database, found, { types: getEventTypes(), behind, points });
     await correcting;
   });
   await rebuilding.catch(async (error) => {
@@ -49,6 +53,7 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
     await correcting; // it decides, even if the connection of the comparison has died since
   });
   if (differing > 0) print(`balances corrected: ${differing}`);
+  if (correctedPoints > 0) print(`points of revenue over time corrected: ${correctedPoints}`);
 }
 
 /**
@@ -59,6 +64,10 @@ async function compare(tx: Transaction, { paths, print }: Reconciliation) {
   const recountable = await listRecountable(tx);
   const behind = recountable.filter(({ position, removedTo }) => position < removedTo);
   const { tally, lost, invalid, firstInvalid } = await recount(tx, recountable, paths);
+  const journals = recountable.flatMap(({ key }) =>
+    parseKey(key).generation === null ? [key] : [],
+  );
+  const points = await findPointDifferences(tx, journals);
   const others = await listOtherTypes(tx, getEventTypes());
   const { users, differing } = await findDifferences(tx, tally);
   for await (const differences of readDifferences(tx))
@@ -75,6 +84,8 @@ async function compare(tx: Transaction, { paths, print }: Reconciliation) {
         `${key} has been posted up to ${position}, and its snapshot ends at ${removedTo}: --rebuild adds the ` +
         "snapshot, and posting goes on behind it",
     ),
+    points.length > 0 &&
+      `${points.length} points of revenue over time differ from their sources, the first at ${points[0]?.at} (${points[0]?.name}, ${points[0]?.source})`,
     lost > 0 &&
       `ranges of a journal marked as lost by --repair: ${lost}; what had been posted of them is not expected here`,
     firstInvalid &&
@@ -83,5 +94,5 @@ async function compare(tx: Transaction, { paths, print }: Reconciliation) {
       `EVENT_TYPES differs from what events were posted as (${others.join(", ")}), which may explain differences`,
   ];
   for (const finding of findings) if (finding) print(finding);
-  return { differing, behind, isCertain: lost + invalid + others.length === 0 };
+  return { differing, behind, points, isCertain: lost + invalid + others.length === 0 };
 }

@@ -105,7 +105,7 @@ test("a comparison that has died before its correction began corrects nothing", 
     expect(await findDifferences(found, tally)).toEqual({ users: 1, differing: 1 });
     const [comparing] = await ledger.select<{ pid: number }>(COMPARING);
     await ledger.select(`select pg_terminate_backend(${comparing!.pid}, 5000)`);
-    await correctDifferences(database, found, { types: new Map(), behind: [] });
+    await correctDifferences(database, found, { types: new Map(), behind: [], points: [] });
   });
   expect((await rebuilding.catch((error) => error)).message).toContain("database: ");
   expect(await ledger.balances()).toEqual({ ann: "7" });
