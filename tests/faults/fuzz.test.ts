@@ -189,7 +189,7 @@ test("no bytes on the socket end the server", async () => {
         "Transfer-Encoding: chunked",
         "X: y",
       ]);
-      const head = `POST /liveEvents HTTP/1.1\r\nHost: a\r\nAuthorization: ${SECRET}\r\nContent-Type: application/x-ndjson\r\n${framing}\r\n\r\n`;
+      const head = `POST /liveEvents HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: ${SECRET}\r\nContent-Type: application/x-ndjson\r\n${framing}\r\n\r\n`;
       await sendBytes(Number(port), mutated(Buffer.concat([Buffer.from(head), body]), random));
     }
   };

@@ -415,5 +415,5 @@ test("every event counts once when a server is killed during rotations", async (
     env: { DATA_DIR: dir.file("other"), DATABASE_URL: third.url },
   });
   expect(refused.code).toBe(3);
-  expect(refused.stderr).toContain("restore the segments in between");
+  expect(refused.stderr).toContain("the segments in between were removed");
 });

@@ -148,7 +148,7 @@ test("a stream that nobody reads holds no connection to Postgres and little memo
   const open = () => {
     const socket = connect(Number(port), hostname);
     socket.on("error", () => {});
-    socket.write(`GET /userEvents HTTP/1.1\r\nhost: x\r\naccept: text/csv\r\n\r\n`);
+    socket.write(`GET /userEvents HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: text/csv\r\n\r\n`);
     socket.pause();
     return socket;
   };

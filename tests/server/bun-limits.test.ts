@@ -64,7 +64,7 @@ function chunked(user: string): string {
   const event = line(user, 1, { id: user }).trim();
   const size = Buffer.byteLength(event).toString(16);
   return (
-    "POST /liveEvent HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" +
+    "POST /liveEvent HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n" +
     `authorization: ${SECRET}\r\ntransfer-encoding: chunked\r\n\r\n${size}\r\n${event}\r\n0\r\n`
   );
 }

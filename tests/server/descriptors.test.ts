@@ -22,7 +22,7 @@ setDefaultTimeout(60_000);
 /** More connections than the process may have descriptors. */
 const CONNECTIONS = 200;
 const EVENTS = 10;
-const PING = "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n";
+const PING = "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n";
 
 test.if(isInstalled("prlimit")).each([
   ["that never sent a request", false],

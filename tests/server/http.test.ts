@@ -104,7 +104,7 @@ test("a host name of one letter works", async () => {
   const { port } = new URL(app.url);
   const answer = await new Promise<string>((resolve) => {
     const socket = connect(Number(port), "127.0.0.1", () =>
-      socket.write("GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"),
+      socket.write("GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"),
     );
     let text = "";
     socket.on("data", (bytes) => (text += bytes)).on("close", () => resolve(text));
@@ -818,7 +818,7 @@ test("SIGTERM while one body is half sent and other connections are idle: exit c
   const { hostname, port } = new URL(app.url);
   const open = () => Bun.connect({ hostname, port: Number(port), socket: { data() {} } });
   const [slow, idle] = [await open(), await open()];
-  slow.write("POST /liveEvent HTTP/1.1\r\nhost: x\r\nauthorization: secret\r\n");
+  slow.write("POST /liveEvent HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: secret\r\n");
   slow.write("content-type: application/json\r\ncontent-length: 100\r\n\r\n{");
   slow.flush();
   await app.post(event(newUser(), 1));

@@ -166,7 +166,7 @@ async function openSender(app: App, bodyBytes: number, chunked: boolean) {
   let text = "";
   socket.on("data", (bytes) => (text += bytes));
   socket.write(
-    `POST /liveEvents HTTP/1.1\r\nhost: x\r\nauthorization: ${SECRET}\r\n` +
+    `POST /liveEvents HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: ${SECRET}\r\n` +
       "content-type: application/x-ndjson\r\n" +
       (chunked ? "transfer-encoding: chunked\r\n\r\n" : `content-length: ${bodyBytes}\r\n\r\n`),
   );
