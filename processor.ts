@@ -49,8 +49,8 @@ async function main(): Promise<number> {
   try {
     if (tool) {
       const { runTool } = await import("./lib/processor/tools.ts");
-      const source = String(options["retire"] ?? "");
-      return await runTool(tool, { files, yes: options["yes"] === true, source, settings });
+      const gone = (options["retire"] ?? []) as string[];
+      return await runTool(tool, { files, yes: options["yes"] === true, gone, settings });
     }
     log?.info({ settings: maskSettings(settings) }, "started");
     const code = await runJob({ settings, files }, stop.signal, tell);
@@ -74,7 +74,11 @@ const COMMAND = {
   options: {
     verify: { type: "boolean", meaning: "recount all sources and name each user that differs" },
     rebuild: { type: "boolean", meaning: "the same, and correct the balances in one transaction" },
-    retire: { type: "string", meaning: "keep what a SOURCE that is gone has added, as a snapshot" },
+    retire: {
+      type: "string",
+      multiple: true,
+      meaning: "keep what a SOURCE that is gone has added, as a snapshot; repeat it for several",
+    },
     yes: {
       type: "boolean",
       meaning: "with --rebuild: even where lines count differently now; with --retire: do it",

@@ -298,6 +298,8 @@ interface Option {
   type: "boolean" | "string";
   meaning: string;
   bare?: string;
+  /** It may be given several times; its values are an array. */
+  multiple?: true;
 }
 
 /** What a program accepts, and what its `--help` says. */
@@ -315,7 +317,7 @@ export interface Command<P extends Program> {
 }
 
 /** The options of a command line: strings for options with a value. */
-export type Options = Record<string, string | boolean | undefined>;
+export type Options = Record<string, string | boolean | string[] | undefined>;
 
 /**
  * Reads the command line and the settings of a program. Answers `--help` and `--version` itself. Where something is

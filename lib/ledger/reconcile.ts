@@ -189,13 +189,17 @@ export async function findRest(sql: Transaction, tally: Tally) {
   return row as { users: number; revenue: string };
 }
 
-/** Makes what `findRest` has found the snapshot of the source `key`, up to `position`, where posting goes on. */
+/**
+ * Makes what `findRest` has found (or, without `hasRest`, nothing) the snapshot of the source `key` up to
+ * `position`, where posting goes on.
+ */
 export async function retireSource(
   sql: Transaction,
-  { key, position }: { key: string; position: number },
+  { key, position, hasRest }: { key: string; position: number; hasRest: boolean },
 ): Promise<void> {
   await sql`delete from snapshots where source = ${key}`;
-  await sql`insert into snapshots (source, user_id, revenue) select ${key}, rest.* from rest`;
+  await sql`
+    insert into snapshots (source, user_id, revenue) select ${key}, rest.* from rest where ${hasRest}`;
   await sql`delete from snapshot_points where source = ${key}`;
   await sql`insert into snapshot_points select * from points where source = ${key}`;
   await noteRemoved(sql, { key, position });

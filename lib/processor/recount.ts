@@ -154,7 +154,8 @@ async function locateSources(checkpoints: Recountable[], paths: string[]): Promi
         found.set(source.checkpoint.key, source);
   }
   const missing = checkpoints.filter(({ key }) => !found.has(key));
-  if (missing.length > 0) refuse(missing.map(describeMissing).join("\n"));
+  const several = missing.length > 1 ? ["(several that are gone are retired together)"] : [];
+  if (missing.length > 0) refuse([...missing.map(describeMissing), ...several].join("\n"));
   return [...found.values()];
 }
 

@@ -16,34 +16,43 @@ import {
 import { recount, type Reconciliation } from "./recount.ts";
 
 /**
- * Retires `source`, a key as `--verify` names it. Throws CannotProceed if it is unknown, or here and whole,
- * if another source is missing, and without `yes`, having said what it would keep.
+ * Retires the sources `gone`, keys as `--verify` names them. Of several, only the sum of what they have
+ * added is known: the first one's snapshot keeps it. Throws CannotProceed if one is unknown, or here and
+ * whole, if another source is missing, and without `yes`, having said what it would keep.
  */
 export async function retire(
-  run: Reconciliation & { source: string; yes: boolean },
+  run: Reconciliation & { gone: string[]; yes: boolean },
 ): Promise<void> {
-  const { database, say, print, paths, source, yes } = run;
+  const { database, say, print, paths, yes } = run;
   await withRecountLock(database, say, async (tx) => {
     const all = await listRecountable(tx);
-    const retired = find(all, source);
-    const { key, position } = retired;
-    const start = await findStart(retired, paths);
-    const { tally } = await recount(
-      tx,
-      all.filter((each) => each !== retired),
-      paths,
-    );
+    const gone = [...new Set(run.gone.map((source) => find(all, source)))];
+    const starts: number[] = [];
+    for (const one of gone) starts.push(await findStart(one, paths));
+    const others = all.filter((each) => !gone.includes(each));
+    const { tally } = await recount(tx, others, paths);
     const { users, revenue } = await findRest(tx, tally);
-    const lostBytes = Math.max(0, start - position);
-    print(`${key}: posted up to ${position}; it has added ${revenue} to ${users} balances`);
-    if (lostBytes > 0)
-      print(`${key}: ${lostBytes} bytes behind that are gone, and are not in the balances`);
+    const names = gone.map(({ key }) => key).join(", ");
+    print(`${names}: added ${revenue} to ${users} ${users === 1 ? "balance" : "balances"}`);
+    for (const [i, { key, position }] of gone.entries()) {
+      const lostBytes = Math.max(0, (starts[i] as number) - position);
+      const lost =
+        lostBytes > 0
+          ? `; ${lostBytes} bytes behind that are gone, and are not in the balances`
+          : "";
+      print(`${key}: posted up to ${position}${lost}`);
+    }
     if (!yes)
       throw new CannotProceed(
-        `nothing was changed: add --yes to keep that as the snapshot of ${key}, if it is gone for good`,
+        `nothing was changed: add --yes to keep that as a snapshot, if ${names} is gone for good`,
       );
-    await retireSource(tx, { key, position: position + lostBytes });
-    print(`${key}: retired`);
+    for (const [i, { key, position }] of gone.entries())
+      await retireSource(tx, {
+        key,
+        position: Math.max(position, starts[i] as number),
+        hasRest: i === 0,
+      });
+    print(`retired: ${names}`);
   });
 }
 

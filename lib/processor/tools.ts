@@ -27,7 +27,7 @@ interface ToolRun extends Reconciliation {
   /** --yes */
   yes: boolean;
   /** --retire SOURCE */
-  source: string;
+  gone: string[];
 }
 
 /** Each returns how many differences, damaged ranges or quarantined lines there are. */
@@ -56,7 +56,7 @@ export async function runTool(
     files,
     settings,
     ...options
-  }: { files: string[]; yes: boolean; source: string; settings: SettingsOf<"processor"> },
+  }: { files: string[]; yes: boolean; gone: string[]; settings: SettingsOf<"processor"> },
 ): Promise<number> {
   setEventTypes(settings.EVENT_TYPES);
   const journal = join(settings.DATA_DIR, JOURNAL_FILE);

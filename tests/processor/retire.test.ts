@@ -37,7 +37,7 @@ test("a journal and a file that are gone are retired one after the other, and re
   expect(await ledger.tool(["--retire", journal, "--yes"])).toMatchObject({ code: 2, stdout: "" });
   const asked = await ledger.tool(["--retire", journal, file]);
   expect(asked.code).toBe(2);
-  expect(asked.stdout).toContain("it has added 5 to 2 balances");
+  expect(asked.stdout).toStartWith(`${journal}: added 5 to 2 balances\n`);
   expect(asked.stderr).toContain("nothing was changed: add --yes");
   expect((await verify()).code).toBe(2);
   const id = journal.slice("journal:".length);
@@ -67,6 +67,38 @@ test("a journal and a file that are gone are retired one after the other, and re
   expect((await ledger.tool(["--verify", file, `${gone.path}/eventsPost.jsonl`])).stdout).toEndWith(
     MATCH,
   );
+});
+
+test("two deleted folders are retired together, while events are posted", async () => {
+  await using ledger = await openLedger();
+  for (const user of ["ann", "ben"]) {
+    using gone = tempDir();
+    await using other = await ledger.start({ DATA_DIR: gone.path });
+    await other.post(event(user, 5));
+    await other.post(event("both", 1));
+    await untilBalance(other, "both", user === "ann" ? "1" : "2");
+  }
+  await using server = await ledger.start();
+  let sent = 0;
+  let isDone = false;
+  const sending = (async () => {
+    for (; !isDone; sent++) await server.post(event("ann"));
+  })();
+  await untilBalance(server, "both", "2");
+  await until(async () => (await ledger.balances())["ann"] !== "5");
+  const missing = (await ledger.tool(["--verify"])).stderr;
+  expect(missing).toContain("several that are gone are retired together");
+  const options = missing.match(/--retire \S+/g)?.flatMap((each) => each.split(" ")) ?? [];
+  expect(options).toHaveLength(4);
+  const retired = await ledger.tool([...options, "--yes"]);
+  expect(retired).toMatchObject({
+    code: 0,
+    stdout: expect.stringContaining(": added 12 to 3 balances\n"),
+  });
+  isDone = true;
+  await sending;
+  await untilBalance(server, "ann", `${5 + sent}`);
+  expect((await ledger.tool(["--verify"])).stdout).toEndWith(MATCH);
 });
 
 test("a source that is here, or that the ledger does not know, is not retired", async () => {
@@ -139,7 +171,7 @@ test("a ledger older than its removed segments, without their snapshot, goes on 
   const [, key = ""] = /--retire (\S+) --yes/.exec(server.stderr.text()) ?? [];
   const retired = await ledger.tool(["--retire", key, "--yes"]);
   expect(retired).toMatchObject({ code: 0, stderr: "" });
-  expect(retired.stdout).toMatch(/: \d+ bytes behind that are gone, and are not in the balances/);
+  expect(retired.stdout).toMatch(/; \d+ bytes behind that are gone, and are not in the balances/);
   await server.post(event("ben"));
   await untilBalance(server, "ben", "1");
   expect((await ledger.tool(["--verify"])).stdout).toEndWith(MATCH);
