@@ -21,6 +21,7 @@ import { openCluster } from "./lib/postgres/cluster.ts";
 import { runJob, type Tell } from "./lib/processor/run.ts";
 import type { ToolName } from "./lib/processor/tools.ts";
 import { say } from "./lib/progress.ts";
+import { parseTime, TIME_RULE } from "./lib/time.ts";
 
 async function main(): Promise<number> {
   const { settings, options, files: given } = readCommand(COMMAND);
@@ -50,7 +51,8 @@ async function main(): Promise<number> {
     if (tool) {
       const { runTool } = await import("./lib/processor/tools.ts");
       const gone = (options["retire"] ?? []) as string[];
-      return await runTool(tool, { files, yes: options["yes"] === true, gone, settings });
+      const asked = readAsked(options);
+      return await runTool(tool, { files, yes: options["yes"] === true, gone, asked, settings });
     }
     log?.info({ settings: maskSettings(settings) }, "started");
     const code = await runJob({ settings, files }, stop.signal, tell);
@@ -64,7 +66,7 @@ async function main(): Promise<number> {
 const COMMAND = {
   program: "processor",
   usage:
-    "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry|dismiss] | --retire SOURCE [--yes]] [FILE…]",
+    "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry|dismiss] | --retire SOURCE [--yes] | --history USER] [FILE…]",
   about:
     "Follows the journal in DATA_DIR and posts its events to the ledger, until stopped. With FILEs\n" +
     "(event files, also gzip or zstd, or journals), posts each of them once, however often it is run, and exits.\n" +
@@ -79,6 +81,9 @@ const COMMAND = {
       multiple: true,
       meaning: "keep what a SOURCE that is gone has added, as a snapshot; repeat it for several",
     },
+    history: { type: "string", meaning: "every event of a USER, and the balance after it" },
+    from: { type: "string", meaning: "with --history: from this TIME on, as 2026-11-26T15:04Z" },
+    to: { type: "string", meaning: "with --history: before this TIME" },
     yes: {
       type: "boolean",
       meaning: "with --rebuild: even where lines count differently now; with --retire: do it",
@@ -109,14 +114,20 @@ class InvalidUse extends Error {}
 
 /** The tool that the options ask for, `null` for none. Throws InvalidUse. */
 function toolOf(options: Options): ToolName | null {
-  const { verify, rebuild, check, repair, yes, quarantine, retire } = options;
-  const chosen = [verify, rebuild, check, quarantine !== undefined, retire !== undefined];
-  if (chosen.filter(Boolean).length > 1)
-    throw new InvalidUse("use only one of --verify, --rebuild, --check, --quarantine, --retire");
+  const { verify, rebuild, check, repair, yes, quarantine, retire, history } = options;
+  const valued = [quarantine, retire, history].map((value) => value !== undefined);
+  if ([verify, rebuild, check, ...valued].filter(Boolean).length > 1)
+    throw new InvalidUse(
+      "use only one of --verify, --rebuild, --check, --quarantine, --retire, --history",
+    );
+  for (const name of ["from", "to"])
+    if (options[name] !== undefined && history === undefined)
+      throw new InvalidUse(`--${name} requires --history`);
   if (repair && !check) throw new InvalidUse("--repair requires --check");
   if (yes && !rebuild && retire === undefined)
     throw new InvalidUse("--yes requires --rebuild or --retire");
   if (retire !== undefined) return "retire";
+  if (history !== undefined) return "history";
   if (verify) return "verify";
   if (rebuild) return "rebuild";
   if (check) return repair ? "repair" : "check";
@@ -125,6 +136,17 @@ function toolOf(options: Options): ToolName | null {
     return quarantine;
   const known = "use --quarantine, --quarantine=retry or --quarantine=dismiss";
   throw new InvalidUse(`--quarantine=${quarantine} is unknown: ${known}`);
+}
+
+/** What --history asks for. Throws InvalidUse. */
+function readAsked({ history, from, to }: Options) {
+  const read = (name: string, text: Options[string], otherwise: number) => {
+    const ms = text === undefined ? otherwise : parseTime(String(text));
+    if (ms === undefined) throw new InvalidUse(`--${name}=${text}: ${TIME_RULE}`);
+    return ms;
+  };
+  const toMs = read("to", to, Number.POSITIVE_INFINITY);
+  return { user: String(history ?? ""), fromMs: read("from", from, 0), toMs };
 }
 
 async function whyUnreadable(file: string, tool: ToolName | null): Promise<string | null> {

@@ -52,7 +52,7 @@ export interface Reconciliation {
 }
 
 /** A source of the ledger that can be read again, up to its checkpoint. */
-type Source = { checkpoint: Recountable } & ({ journal: JournalReader } | { file: Read });
+export type Source = { checkpoint: Recountable } & ({ journal: JournalReader } | { file: Read });
 
 /** The part of a source that is recounted: positions of a journal, or offsets in a file. */
 interface Range {
@@ -78,8 +78,9 @@ export async function recount(
   recountable: Recountable[],
   paths: string[],
 ): Promise<Recount> {
-  const isRead = ({ position, removedTo }: Recountable) => removedTo < position;
-  const sources = await locateSources(recountable.filter(isRead), paths);
+  const { sources, missing } = await locateSources(recountable, paths);
+  const several = missing.length > 1 ? ["(several that are gone are retired together)"] : [];
+  if (missing.length > 0) refuse([...missing.map(describeMissing), ...several].join("\n"));
   const totalBytes = sources.reduce((sum, { checkpoint }) => sum + checkpoint.position, 0);
   const progress = showProgress("recounting", totalBytes, 0);
   const found = await Recount.open(sql);
@@ -90,13 +91,11 @@ export async function recount(
   let doneBytes = 0;
   try {
     for (const source of sources) {
-      const { key, position: to, removedTo: from, pointsFrom } = source.checkpoint;
-      const range = { key, from, to, pointsFrom };
-      const lines =
-        "journal" in source
-          ? readJournal(source.journal, range)
-          : readPostedFile(source.file, from, [...(await listLineEnds(sql, key)), to]);
-      await found.add(range, lines, (readTo) => progress.update(doneBytes + readTo, found.events));
+      const { position: to } = source.checkpoint;
+      const lines = readSource(sql, source);
+      await found.add(rangeOf(source), lines, (readTo) =>
+        progress.update(doneBytes + readTo, found.events),
+      );
       doneBytes += to;
     }
   } finally {
@@ -142,8 +141,12 @@ function refuse(reason: string): never {
   throw new CannotProceed(reason);
 }
 
-/** Finds the source of each checkpoint among `paths`. Throws CannotProceed for those that are missing. */
-async function locateSources(checkpoints: Recountable[], paths: string[]): Promise<Source[]> {
+/** Finds the source of each checkpoint that is not wholly in its snapshot among `paths`. */
+export async function locateSources(
+  recountable: Recountable[],
+  paths: string[],
+): Promise<{ sources: Source[]; missing: Recountable[] }> {
+  const checkpoints = recountable.filter(({ position, removedTo }) => removedTo < position);
   const found = new Map<string, Source>();
   for (const path of paths) {
     const journal = await openNamedJournal(path);
@@ -154,12 +157,23 @@ async function locateSources(checkpoints: Recountable[], paths: string[]): Promi
         found.set(source.checkpoint.key, source);
   }
   const missing = checkpoints.filter(({ key }) => !found.has(key));
-  const several = missing.length > 1 ? ["(several that are gone are retired together)"] : [];
-  if (missing.length > 0) refuse([...missing.map(describeMissing), ...several].join("\n"));
-  return [...found.values()];
+  return { sources: [...found.values()], missing };
 }
 
-function describeMissing({ key, position }: Checkpoint): string {
+/** The lines of a source from the end of its snapshot to its checkpoint. Throws CannotProceed where it is not whole. */
+export async function* readSource(sql: Transaction, source: Source): AsyncGenerator<Lines[]> {
+  const range = rangeOf(source);
+  const { key, from, to } = range;
+  if ("journal" in source) yield* readJournal(source.journal, range);
+  else yield* readPostedFile(source.file, from, [...(await listLineEnds(sql, key)), to]);
+}
+
+function rangeOf({ checkpoint }: Source): Range {
+  const { key, position: to, removedTo: from, pointsFrom } = checkpoint;
+  return { key, from, to, pointsFrom };
+}
+
+export function describeMissing({ key, position }: Checkpoint): string {
   const { name, generation } = parseKey(key);
   const gone = `; if it is gone for good, --retire ${key} keeps what it has added`;
   return generation === null

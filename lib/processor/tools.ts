@@ -13,11 +13,12 @@ import { print, say } from "../progress.ts";
 import { check, repair } from "./check.ts";
 import { dismissQuarantine, listQuarantine, retryQuarantine } from "./quarantine.ts";
 import type { Reconciliation } from "./recount.ts";
+import { type Asked, history } from "./history.ts";
 import { retire } from "./retire.ts";
 import { rebuild, verify } from "./verify.ts";
 
 export type ToolName =
-  "verify" | "rebuild" | "check" | "repair" | "list" | "retry" | "dismiss" | "retire";
+  "verify" | "rebuild" | "check" | "repair" | "list" | "retry" | "dismiss" | "retire" | "history";
 
 /** `paths` are the FILEs and the journal in DATA_DIR. */
 interface ToolRun extends Reconciliation {
@@ -28,6 +29,8 @@ interface ToolRun extends Reconciliation {
   yes: boolean;
   /** --retire SOURCE */
   gone: string[];
+  /** --history USER */
+  asked: Asked;
 }
 
 /** Each returns how many differences, damaged ranges or quarantined lines there are. */
@@ -45,6 +48,7 @@ const TOOLS: Record<ToolName, (run: ToolRun) => Promise<number>> = {
   },
   list: listQuarantine,
   retry: retryQuarantine,
+  history,
   retire: async (run) => (await retire(run), 0),
   dismiss: (run) => dismissQuarantine(run, run.files),
 };
@@ -56,7 +60,13 @@ export async function runTool(
     files,
     settings,
     ...options
-  }: { files: string[]; yes: boolean; gone: string[]; settings: SettingsOf<"processor"> },
+  }: {
+    files: string[];
+    yes: boolean;
+    gone: string[];
+    asked: Asked;
+    settings: SettingsOf<"processor">;
+  },
 ): Promise<number> {
   setEventTypes(settings.EVENT_TYPES);
   const journal = join(settings.DATA_DIR, JOURNAL_FILE);

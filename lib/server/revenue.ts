@@ -1,6 +1,7 @@
 /** Revenue over time: what `GET /revenue` reads from its query, and answers. */
 import type { Database } from "../ledger/database.ts";
 import { readPoints, type Step } from "../ledger/points.ts";
+import { parseTime, TIME_RULE } from "../time.ts";
 import { Problem } from "./problem.ts";
 
 const MAX_POINTS = 10_000;
@@ -15,8 +16,6 @@ const STEPS: Record<Step, { ms: number; defaultMs: number }> = {
   day: { ms: DAY_MS, defaultMs: 90 * DAY_MS },
 };
 
-const TIME = /^\d{4}-\d\d-\d\d(T\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d)?)?$/i;
-
 /** The points of a query. Throws Unavailable, and the 422 for a time that is none and for too many points. */
 export async function readRevenue(
   database: Database,
@@ -25,9 +24,9 @@ export async function readRevenue(
   const { step = "hour" } = query;
   const { ms, defaultMs } = STEPS[step];
   const roundDown = (timeMs: number) => Math.floor(timeMs / ms) * ms;
-  const toMs = roundDown(query.to === undefined ? Date.now() : parseTime("to", query.to));
+  const toMs = roundDown(query.to === undefined ? Date.now() : requireTime("to", query.to));
   const fromMs =
-    query.from === undefined ? toMs - defaultMs : roundDown(parseTime("from", query.from));
+    query.from === undefined ? toMs - defaultMs : roundDown(requireTime("from", query.from));
   if (fromMs > toMs) throw invalid("from", "must not be after `to`");
   const range = { step, from: new Date(fromMs), to: new Date(toMs), limit: MAX_POINTS + 1 };
   const points = await readPoints(database, range);
@@ -36,12 +35,9 @@ export async function readRevenue(
   return { points: points.map(({ at, ...point }) => ({ at: at.toISOString(), ...point })) };
 }
 
-/** A time of ISO 8601 in milliseconds since 1970; UTC where it names no zone. */
-function parseTime(name: string, text: string): number {
-  const time = text.replace(" ", "+"); // a plus that was not escaped
-  const hasZone = time.length <= 10 || /(Z|[+-]\d\d:?\d\d)$/i.test(time.slice(10));
-  const ms = TIME.test(time) ? Date.parse(hasZone ? time : `${time}Z`) : Number.NaN;
-  if (Number.isNaN(ms)) throw invalid(name, "must be a time like 2026-11-26 or 2026-11-26T15:04Z");
+function requireTime(name: string, text: string): number {
+  const ms = parseTime(text.replace(" ", "+")); // a plus that was not escaped
+  if (ms === undefined) throw invalid(name, TIME_RULE);
   return ms;
 }
 
