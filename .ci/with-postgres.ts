@@ -3,10 +3,10 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 
-import { openCluster } from "../lib/postgres/cluster.ts";
+import { openTestCluster } from "../tests/support/cluster.ts";
 
 const dir = mkdtempSync(join(tmpdir(), "daybook-ci-"));
-const cluster = await openCluster(join(dir, "postgres"), () => {});
+const cluster = await openTestCluster(join(dir, "postgres"));
 const child = Bun.spawn(process.argv.slice(2), {
   env: { ...process.env, DATABASE_URL: cluster.url() },
   stdio: ["ignore", "inherit", "inherit"],

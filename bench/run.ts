@@ -11,7 +11,7 @@ import { parseArgs } from "node:util";
 
 import postgres from "postgres";
 
-import { openCluster } from "../lib/postgres/cluster.ts";
+import { openTestCluster } from "../tests/support/cluster.ts";
 
 const EVENTS = 2_000_000;
 const USERS = 100_000;
@@ -24,7 +24,7 @@ const { values: options, positionals: parts } = parseArgs({
 });
 const wants = (part: string) => parts.length === 0 || parts.some((begin) => part.startsWith(begin));
 const folder = mkdtempSync(join(tmpdir(), "daybook-bench-"));
-const cluster = await openCluster(join(folder, "postgres"), () => {});
+const cluster = await openTestCluster(join(folder, "postgres"));
 const rows: { row: string; ratio: number | null; figures: string }[] = [];
 const peaks = new Map<string, number>();
 

@@ -14,13 +14,28 @@
  *
  * Every user checks twice a second, so a killed Postgres is back within two seconds.
  */
-import { closeSync, readFileSync } from "node:fs";
+import { closeSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Settings } from "../config.ts";
 import { waitForLock } from "../lock.ts";
-import { chownTo, createCluster, type DataDir, openDataDir } from "./data-dir.ts";
-import { type Launch, observe, startPostmaster, type State, trimLog } from "./postmaster.ts";
+import {
+  createCluster,
+  type DataDir,
+  isPrepared,
+  openDataDir,
+  removeRemnants,
+} from "./data-dir.ts";
+import {
+  isBeingPrepared,
+  killPostmaster,
+  type Launch,
+  observe,
+  startPostmaster,
+  type State,
+  trimLog,
+} from "./postmaster.ts";
+import { clusterUrl } from "./socket.ts";
 import { hasUsers, openWriteEnd, spawnWatcher } from "./watcher.ts";
 
 const MAX_WAIT_MS = 60_000;
@@ -45,16 +60,10 @@ export class ClusterError extends Error {
 
 /**
  * Where the ledger is: DATABASE_URL, or the embedded Postgres of DATA_DIR, which some thread of
- * this process must have open. Call it for every connection: a restart may change the port.
+ * this process must have open. Call it for every connection: its socket may move.
  */
 export function ledgerUrl(settings: Settings<"DATA_DIR" | "DATABASE_URL">): () => string {
   return () => settings.DATABASE_URL ?? clusterUrl(join(settings.DATA_DIR, "postgres"));
-}
-
-/** Throws if no Postgres has ever run in `path`. */
-function clusterUrl(path: string): string {
-  const read = (name: string) => readFileSync(join(path, name), "utf8").trim();
-  return `postgres://daybook:${read("password")}@127.0.0.1:${read("port")}/postgres`;
 }
 
 /** This process as a user of the cluster. */
@@ -70,13 +79,18 @@ interface User {
 
 /**
  * Starts or joins the embedded Postgres in `path` (DATA_DIR/postgres). `log` receives a line for
- * what an operator should know: a cluster is created, Postgres was restarted. Throws ClusterError.
+ * what an operator should know: a cluster is created, Postgres was restarted. `settings` are for a
+ * Postgres that tests share. Throws ClusterError.
  */
-export async function openCluster(path: string, log: (line: string) => void) {
+export async function openCluster(
+  path: string,
+  log: (line: string) => void,
+  settings: readonly string[] = [],
+) {
   const closing = new AbortController();
   let user: User | null = null;
   try {
-    const dataDir = await openDataDir(resolve(path));
+    const dataDir = await openDataDir(resolve(path), settings);
     user = { dataDir, log, signal: closing.signal, writeEnd: null, pid: null };
     await ensureRunning(user);
   } catch (error) {
@@ -86,7 +100,7 @@ export async function openCluster(path: string, log: (line: string) => void) {
   const { dataDir } = user;
   const monitoring = monitor(user);
   return {
-    /** The current URL. A restart may change the port. */
+    /** The current URL, for this process: that of a deep folder is of use to no other. */
     url: () => clusterUrl(dataDir.path),
     /** Leaves. For the last user, waits until Postgres has stopped, at most 3 s. */
     async close(): Promise<void> {
@@ -133,14 +147,27 @@ async function ensureRunning(user: User): Promise<void> {
   const lock = await waitForLock(path, signal, POLL_MS);
   try {
     signal.throwIfAborted();
-    chownTo(dataDir.runAs, path);
-    await createCluster(dataDir, user.log);
+    removeRemnants(dataDir);
+    if (!isPrepared(dataDir)) {
+      await untilAbsent(user);
+      await createCluster(dataDir, user.log);
+    }
     setWriteEnd(user, openWriteEnd(dataDir));
     // If the last user left just before, its watcher stops reading within this time.
     await Bun.sleep(10);
     user.pid = await startOrJoin(user);
   } finally {
     lock?.release();
+  }
+}
+
+/** Waits for the Postgres of an earlier version, which may be stopping, as long as for any that stops. */
+async function untilAbsent({ dataDir, signal }: User): Promise<void> {
+  const deadline = Date.now() + MAX_STOP_MS;
+  for (; observe(dataDir).pid !== 0 || isBeingPrepared(dataDir); await Bun.sleep(POLL_MS)) {
+    signal.throwIfAborted();
+    if (Date.now() > deadline)
+      throw new Error("an earlier version of this program is using it; stop that first");
   }
 }
 
@@ -164,7 +191,7 @@ async function startOrJoin({ dataDir, signal, pid: lastPid }: User): Promise<num
       case "starting":
         break; // a start that is given up makes the next one recover from the beginning
       case "stopping":
-        if (ms > MAX_STOP_MS) process.kill(pid, "SIGKILL");
+        if (ms > MAX_STOP_MS) killPostmaster(dataDir, pid);
         break;
       case "hidden":
         // Ours has not written its postmaster.pid yet, or a dead one's watcher is about to end.

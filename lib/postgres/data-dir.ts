@@ -1,59 +1,98 @@
 /**
- * The folder of the embedded Postgres, DATA_DIR/postgres (mode 0700, owned by the user that runs
- * Postgres):
+ * The folder of the embedded Postgres, DATA_DIR/postgres (mode 0700, owned by the user that runs this
+ * program):
  *
- *     cluster/      the data; exists only after initdb has succeeded (until then `making-…`)
- *     password      of the user `daybook`, random
- *     port          the last one used
+ *     cluster/      the data and the socket; exists only after initdb has succeeded (until then `making-…`)
+ *     password      of the role that the programs use, random
+ *     role          its name; exists once the cluster is prepared for it
  *     start.lock    held while a process joins or starts Postgres (lib/lock.ts)
  *     users         a FIFO that every user holds open for writing (watcher.ts)
  *     postgres.log  what Postgres logs; emptied when it grows too large
  *
- * Postgres refuses to run as root. Under root it runs as another user, which may not be able to pass
- * the directories above this folder. So a child changes to the cluster's folder while it is still
- * root, and calls it /proc/self/cwd from then on (measured: no capability needed).
+ * Postgres refuses to run as root. Under root it runs as another user, to whom `cluster` belongs and
+ * nothing else. Whoever controls that user must not become root: so root writes, removes and signals
+ * nothing in `cluster` but as that user, and keeps everything else in folders of its own. A child
+ * changes to `cluster` while it is still root, and calls it /proc/self/cwd from then on (measured: no
+ * capability needed).
  */
 import { randomBytes } from "node:crypto";
 import * as fs from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { nativeFolder, type RunAs, runAsSelf } from "./binaries.ts";
 
+const { O_DIRECTORY, O_NOFOLLOW } = fs.constants;
 const MAX_INITDB_MS = 120_000;
+/** The programs' role. 0.1.0 used `daybook`, a superuser that can be neither demoted nor renamed. */
+export const ROLE = "daybook_ledger";
 
 export type DataDir = Awaited<ReturnType<typeof openDataDir>>;
 
 /**
  * Creates the folder `path` (absolute) unless it exists. `native` is the folder that contains
- * `bin/postgres`. Throws an Error with the reason.
+ * `bin/postgres`, `settings` are added to those of postmaster.ts. Throws an Error with the reason.
  */
-export async function openDataDir(path: string) {
+export async function openDataDir(path: string, settings: readonly string[] = []) {
   if (process.platform === "win32") throw new Error("Windows is not supported");
-  fs.mkdirSync(path, { recursive: true });
+  fs.mkdirSync(path, { recursive: true, mode: 0o700 });
   const self = process.getuid?.();
-  const { uid, gid } = fs.statSync(path);
-  if (self !== 0 && uid !== self)
+  if (self === 0) own(path);
+  const { uid } = fs.statSync(path);
+  if (uid !== self)
     throw new Error(`the folder belongs to uid ${uid}, but this process runs as uid ${self}`);
-  fs.chmodSync(path, 0o700);
-  // Under root, the owner of the folder also runs Postgres.
-  const user = self !== 0 ? {} : uid === 0 ? ordinaryUser() : { uid, gid };
-  const runAs: RunAs = { ...runAsSelf, ...user };
-  chownTo(runAs, path);
-  return { path, native: await nativeFolder(runAs), runAs };
+  if (self !== 0) fs.chmodSync(path, 0o700);
+  const runAs: RunAs = { ...runAsSelf, ...(self === 0 ? serverUser(path) : {}) };
+  return { path, native: await nativeFolder(runAs), runAs, settings };
 }
 
-/** initdb requires a user that has a line in /etc/passwd. */
-function ordinaryUser(): { uid: number; gid: number } {
-  const lines = fs.readFileSync("/etc/passwd", "utf8").split("\n");
-  for (const name of ["postgres", "_postgres", "nobody"]) {
-    const [, , uid, gid] = lines.find((line) => line.startsWith(`${name}:`))?.split(":") ?? [];
-    if (Number(uid) > 0) return { uid: Number(uid), gid: Number(gid) };
+/**
+ * Makes the folder root's: that of 0.1.0 belonged to the user that runs Postgres. What others have put
+ * there is removed, also through a hard link, before root reads it or writes to it.
+ */
+function own(path: string): void {
+  const parent = dirname(path);
+  const { uid, mode } = fs.statSync(parent);
+  const isOpen = (mode & 0o022) !== 0 && (mode & 0o1000) === 0; // as /tmp is, each name is its owner's
+  if (uid !== 0 || isOpen)
+    throw new Error(
+      `this process runs as root, but ${parent} can be changed by others (uid ${uid}, mode ` +
+        `${(mode & 0o777).toString(8)}); run it as that user, or: chown root ${parent} && chmod go-w ${parent}`,
+    );
+  const fd = fs.openSync(path, O_DIRECTORY | O_NOFOLLOW);
+  try {
+    const owner = fs.fstatSync(fd).uid;
+    if (owner !== 0 && !serverUsers().some((user) => user.uid === owner))
+      throw new Error(`the folder belongs to uid ${owner}, but this process runs as uid 0`);
+    fs.fchownSync(fd, 0, 0);
+    fs.fchmodSync(fd, 0o700); // from here on, nobody else can change what is in it
+  } finally {
+    fs.closeSync(fd);
   }
-  throw new Error("Postgres refuses to run as root, and there is no user postgres or nobody");
+  for (const name of fs.readdirSync(path)) {
+    const stat = fs.lstatSync(join(path, name));
+    if (stat.isDirectory()) continue;
+    const isOurs = stat.uid === 0 && stat.nlink === 1 && (stat.isFile() || stat.isFIFO());
+    if (!isOurs) fs.unlinkSync(join(path, name));
+  }
 }
 
-/** Hands root's file to the user that runs Postgres, who may later run this program itself. */
-export function chownTo({ uid, gid }: RunAs, path: string): void {
-  if (uid !== undefined && gid !== undefined) fs.chownSync(path, uid, gid);
+/** The owner of the cluster, or a user for a new one. */
+function serverUser(path: string): { uid: number; gid: number } {
+  const cluster = fs.lstatSync(join(path, "cluster"), { throwIfNoEntry: false });
+  if (cluster && !cluster.isDirectory()) throw new Error("its `cluster` is no folder");
+  if (cluster && cluster.uid !== 0) return { uid: cluster.uid, gid: cluster.gid };
+  const [user] = serverUsers();
+  if (!user)
+    throw new Error("Postgres refuses to run as root, and there is no user postgres or nobody");
+  return user;
+}
+
+/** Users that may run Postgres for root. initdb requires a line in /etc/passwd. */
+function serverUsers(): { uid: number; gid: number }[] {
+  const lines = fs.readFileSync("/etc/passwd", "utf8").split("\n");
+  return ["postgres", "_postgres", "nobody"].flatMap((name) => {
+    const [, , uid, gid] = lines.find((line) => line.startsWith(`${name}:`))?.split(":") ?? [];
+    return Number(uid) > 0 ? [{ uid: Number(uid), gid: Number(gid) }] : [];
+  });
 }
 
 /** The path of `dir` for a child that works in it, valid whatever the child's user may enter. */
@@ -61,46 +100,156 @@ export function pathFromInside(dir: string): string {
   return process.platform === "linux" ? "/proc/self/cwd" : dir;
 }
 
+/** Whether the cluster is prepared for this version. */
+export function isPrepared({ path }: DataDir): boolean {
+  return fs.existsSync(join(path, "cluster")) && fs.existsSync(join(path, "role"));
+}
+
 /**
- * Runs initdb unless it has succeeded before; an interrupted one leaves only a `making-…`. Requires
- * `start.lock`. Throws an Error with initdb's message.
+ * Creates the cluster unless it exists, and prepares it: one of 0.1.0, or one whose preparation was
+ * interrupted, which begins again. Requires `start.lock`, and that no Postgres runs. Throws an Error.
  */
 export async function createCluster(dataDir: DataDir, log: (line: string) => void) {
   const { path, runAs } = dataDir;
-  for (const name of fs.readdirSync(path))
-    if (name.startsWith("making-")) fs.rmSync(join(path, name), { recursive: true, force: true });
-  const password = join(path, "password");
-  if (fs.existsSync(join(path, "cluster", "PG_VERSION"))) {
-    if (fs.existsSync(password)) return;
-    throw new Error("its file `password` is missing; restore it");
-  }
-  log(`creating an embedded Postgres in ${path}`);
-  fs.writeFileSync(password, `${randomBytes(24).toString("hex")}\n`, { mode: 0o600 });
-  const making = fs.mkdtempSync(join(path, "making-"));
-  for (const created of [password, making]) chownTo(runAs, created);
-  await initdb(dataDir, making);
-  fs.renameSync(making, join(path, "cluster"));
-  const fd = fs.openSync(path, "r");
-  fs.fsyncSync(fd);
-  fs.closeSync(fd);
+  const cluster = join(path, "cluster");
+  if (!fs.existsSync(cluster)) {
+    log(`creating an embedded Postgres in ${path}`);
+    const making = fs.mkdtempSync(join(path, "making-"));
+    if (runAs.uid !== undefined && runAs.gid !== undefined)
+      fs.chownSync(making, runAs.uid, runAs.gid);
+    await initdb(dataDir, making);
+    fs.renameSync(making, cluster);
+  } else log(`preparing the embedded Postgres in ${path} for the role ${ROLE}`);
+  // That of 0.1.0 was known to the user that runs Postgres.
+  const password = randomBytes(24).toString("hex");
+  writeSynced(join(path, "password"), `${password}\n`);
+  await prepare(dataDir, password);
+  fs.rmSync(join(path, "port"), { force: true }); // of 0.1.0
+  writeSynced(join(path, "role"), `${ROLE}\n`);
 }
 
-/** Leaves `dir` behind when it fails: the next createCluster removes it. */
+/** A power cut leaves the whole file, or none that counts: `role` is the last one. */
+function writeSynced(path: string, text: string): void {
+  fs.rmSync(path, { force: true });
+  fs.writeFileSync(path, text, { mode: 0o600, flag: "wx" });
+  for (const one of [path, dirname(path)]) {
+    const fd = fs.openSync(one, "r");
+    fs.fsyncSync(fd);
+    fs.closeSync(fd);
+  }
+}
+
+/** Removes what interrupted initdbs have left. Requires `start.lock`. */
+export function removeRemnants({ path, runAs }: DataDir): void {
+  for (const name of fs.readdirSync(path)) {
+    if (!name.startsWith("making-")) continue;
+    const dir = join(path, name);
+    // As its owner, who may have put links there.
+    Bun.spawnSync(["find", ".", "-mindepth", "1", "-delete"], { ...runAs, cwd: dir });
+    try {
+      fs.rmdirSync(dir);
+    } catch (error) {
+      // An initdb whose parent was killed still writes there: the next start removes it.
+      if ((error as { code: string }).code !== "ENOTEMPTY") throw error;
+    }
+  }
+}
+
+/** Leaves `dir` behind when it fails: removeRemnants removes it. */
 async function initdb({ native, runAs }: DataDir, dir: string): Promise<void> {
-  const here = pathFromInside(dir);
-  const command = [join(native, "bin", "initdb"), "-D", here, `--pwfile=${here}/../password`];
-  command.push(..."-U daybook -E UTF8 --locale=C --auth=scram-sha-256".split(" "));
+  const command = [join(native, "bin", "initdb"), "-D", pathFromInside(dir)];
+  command.push(..."-U postgres -E UTF8 --locale=C --auth=reject".split(" "));
   if (process.platform === "linux") command.push("--sync-method=syncfs"); // 1 call, not 1,000
-  const options = { ...runAs, cwd: dir, stderr: "pipe", timeout: MAX_INITDB_MS } as const;
-  const child = Bun.spawn(command, options);
+  await run(command, { ...runAs, cwd: dir }, "");
+}
+
+/** Nobody but the programs' role can log in; so no superuser can. */
+const HBA = `local all ${ROLE} scram-sha-256\n`;
+
+/**
+ * One transaction, which can be repeated. `reassign owned` refuses the objects of the first superuser,
+ * to which everything of 0.1.0 belongs: so each is given to the role.
+ */
+const preparation = (password: string) => `
+do $$
+declare
+  statement text;
+begin
+  if not exists (select from pg_roles where rolname = '${ROLE}') then create role ${ROLE}; end if;
+  alter role ${ROLE} with login nosuperuser nocreatedb nocreaterole noreplication nobypassrls
+    password '${password}';
+  execute format('alter role %I password null', current_user);
+  alter schema public owner to ${ROLE};
+  for statement in
+    select format('alter table %s owner to ${ROLE}', oid::regclass) from pg_class
+    where relkind in ('r', 'p', 'v', 'm') and relnamespace = 'public'::regnamespace
+      and relowner = current_user::regrole
+      and not exists (select from pg_depend where objid = pg_class.oid and deptype = 'e')
+  loop execute statement; end loop;
+  for statement in -- without those of a table, which went with it
+    select format('alter sequence %s owner to ${ROLE}', oid::regclass) from pg_class
+    where relkind = 'S' and relnamespace = 'public'::regnamespace
+      and relowner = current_user::regrole
+      and not exists (select from pg_depend where objid = pg_class.oid and deptype in ('a', 'i', 'e'))
+  loop execute statement; end loop;
+  for statement in
+    select format('alter routine %s owner to ${ROLE}', oid::regprocedure) from pg_proc
+    where pronamespace = 'public'::regnamespace and proowner = current_user::regrole
+      and not exists (select from pg_depend where objid = pg_proc.oid and deptype = 'e')
+  loop execute statement; end loop;
+  for statement in
+    select format('alter type %s owner to ${ROLE}', oid::regtype) from pg_type
+    where typtype in ('d', 'e') and typnamespace = 'public'::regnamespace
+      and typowner = current_user::regrole
+      and not exists (select from pg_depend where objid = pg_type.oid and deptype = 'e')
+  loop execute statement; end loop;
+end
+$$;
+
+`;
+
+/** Runs in a Postgres that serves nobody. */
+async function prepare(dataDir: DataDir, password: string): Promise<void> {
+  await run(["sh", "-c", "umask 077; cat >pg_hba.conf && sync"], inCluster(dataDir), HBA);
+  await runSingle(dataDir, preparation(password));
+}
+
+/** Runs statements, each of which ends with a semicolon and an empty line, as the first superuser. */
+export async function runSingle(dataDir: DataDir, sql: string): Promise<void> {
+  const { path, native } = dataDir;
+  const command = [`${native}/bin/postgres`, "--single", "-j", "-D"];
+  command.push(pathFromInside(`${path}/cluster`), "-c", "exit_on_error=on");
+  // The name shows that it still runs, after the death of this process.
+  const settings = ["dynamic_shared_memory_type=mmap", "log_min_error_statement=panic"];
+  for (const setting of [...settings, clusterName(dataDir)]) command.push("-c", setting);
+  await run([...command, "postgres"], inCluster(dataDir), sql);
+}
+
+/** A setting that appears in the command line of this cluster's Postgres and of no other. */
+export function clusterName({ path }: DataDir): string {
+  return `cluster_name=daybook-${fs.lstatSync(`${path}/cluster`, { bigint: true }).ino}.`;
+}
+
+/** How a child works in the cluster. */
+export function inCluster({ path, runAs }: DataDir) {
+  return { ...runAs, cwd: join(path, "cluster") };
+}
+
+async function run(command: string[], options: RunAs & { cwd: string }, input: string) {
+  const child = Bun.spawn(command, {
+    ...options,
+    stdio: [new Blob([input]), "ignore", "pipe"],
+    timeout: MAX_INITDB_MS,
+  });
   const output = await new Response(child.stderr).text();
   if ((await child.exited) !== 0)
-    throw new Error(firstReason(output) || "initdb failed without a message");
+    throw new Error(firstReason(output) || `${command[0]} failed without a message`);
 }
 
 /** The first line that gives a reason, without time and pid. The lines after it only follow. */
 export function firstReason(output: string): string {
   const lines = output.trim().split("\n");
-  const reason = lines.find((line) => /error:|FATAL|PANIC|could not/.test(line)) ?? lines.at(-1);
+  const reason =
+    lines.find((line) => /error:|ERROR:|FATAL|PANIC|could not/.test(line)) ?? lines.at(-1);
   return (reason ?? "").replace(/^\d{4}-.*?\] /, "");
 }

@@ -3,16 +3,26 @@
  * failed. A pid counts only if its command line names this cluster, because pids are reused, and in
  * a restarted container immediately.
  */
-import { lstatSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
-import { chownTo, type DataDir, firstReason, pathFromInside } from "./data-dir.ts";
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  lstatSync,
+  openSync,
+  readFileSync,
+  readSync,
+  truncateSync,
+} from "node:fs";
+import { clusterName, type DataDir, firstReason, inCluster, pathFromInside } from "./data-dir.ts";
+import { socketSettings } from "./socket.ts";
 import { isWatched, spawnWatcher } from "./watcher.ts";
 
 const MAX_LOG_BYTES = 4 * 1024 * 1024;
 
 /** Where a small instance has the choice, robust rather than fast. */
 const SETTINGS = [
-  "listen_addresses=127.0.0.1",
-  "unix_socket_directories=",
+  "listen_addresses=", // whoever took the port of one that has died would be sent the password
+  "unix_socket_permissions=0700",
   "max_connections=100",
   "shared_buffers=128MB",
   "wal_level=minimal",
@@ -32,7 +42,7 @@ export type Launch = ReturnType<typeof startPostmaster>;
 
 /** The state of this cluster's Postgres, and its pid: 0 if it is not in sight. */
 export function observe(dataDir: DataDir): { state: State; pid: number } {
-  const lines = textOf(`${dataDir.path}/cluster/postmaster.pid`).split("\n");
+  const lines = pidFileOf(dataDir).split("\n");
   const pid = Number(lines[0]);
   const isRead = isWatched(dataDir);
   if (!(pid > 1) || !commandLine(pid).includes(clusterName(dataDir)))
@@ -41,32 +51,33 @@ export function observe(dataDir: DataDir): { state: State; pid: number } {
   return { state: status === "ready" && !isRead ? "unwatched" : (status as State), pid };
 }
 
+/** Whether the preparation of a process that has died still runs: its pid is negative. */
+export function isBeingPrepared(dataDir: DataDir): boolean {
+  const pid = -parseInt(pidFileOf(dataDir));
+  return pid > 1 && commandLine(pid).includes(clusterName(dataDir));
+}
+
 /** Starts Postgres under a watcher, and returns before it is ready. */
 export function startPostmaster(dataDir: DataDir) {
-  const { path, native, runAs } = dataDir;
+  const { path, native } = dataDir;
   const logOffset = trimLog(dataDir);
-  const pidFile = `${path}/cluster/postmaster.pid`;
-  const stalePid = parseInt(textOf(pidFile));
+  const stalePid = parseInt(pidFileOf(dataDir));
   // Postgres handles the file of a dead pid itself, and uses it to check its shared memory. It
-  // refuses to start only if the pid now belongs to another process.
-  if (stalePid > 0 && commandLine(stalePid) !== "") rmSync(pidFile, { force: true });
+  // refuses to start only if the pid now belongs to another process. That of its socket has no use.
+  const stale = [".s.PGSQL.5432.lock"];
+  if (stalePid > 0 && commandLine(stalePid) !== "") stale.push("postmaster.pid");
+  Bun.spawnSync(["rm", "-f", ...stale], inCluster(dataDir));
 
-  const portFile = `${path}/port`;
-  const port = freePort(Number(textOf(portFile)));
-  writeFileSync(portFile, `${port}\n`, { mode: 0o600 });
-  chownTo(runAs, portFile);
-
-  const settings = [`port=${port}`, clusterName(dataDir), ...SETTINGS];
+  const ours = [...socketSettings(dataDir), clusterName(dataDir), ...SETTINGS];
   const command = [`${native}/bin/postgres`, "-D", pathFromInside(`${path}/cluster`)];
-  for (const setting of settings) command.push("-c", setting);
+  for (const setting of [...ours, ...dataDir.settings]) command.push("-c", setting);
   const watcher = spawnWatcher(dataDir, "start", ...command);
   return {
     /** Throws the reason if Postgres has ended, and a retry cannot succeed or `mayRetry` is false. */
     hasFailed(mayRetry: boolean): boolean {
       if (watcher.exitCode === null && watcher.signalCode === null) return false;
       const log = textOf(`${path}/postgres.log`, logOffset);
-      // The children of a killed Postgres keep its shared memory until they notice, and a port that
-      // was free may be in use by now.
+      // The children of a killed Postgres keep its shared memory until they notice.
       if (mayRetry && /still in use|already in use|lock file .* already exists/i.test(log))
         return true;
       throw new Error(firstReason(log) || "Postgres ended without a message");
@@ -83,27 +94,34 @@ export function trimLog({ path }: DataDir): number {
   return 0;
 }
 
-/** A setting that appears in the command line of this cluster's Postgres and of no other. */
-function clusterName({ path }: DataDir): string {
-  return `cluster_name=daybook-${lstatSync(`${path}/cluster`, { bigint: true }).ino}.`;
-}
-
 /** Empty for a process that does not exist, or that has ended and is not reaped yet. */
 function commandLine(pid: number): string {
   if (process.platform === "linux") return textOf(`/proc/${pid}/cmdline`);
   return Bun.spawnSync(["ps", "-ww", "-o", "command=", "-p", `${pid}`]).stdout.toString();
 }
 
-/** `preferred` if it is free, otherwise any free port. */
-function freePort(preferred: number): number {
+/** `postmaster.pid`, in the folder of the user that runs Postgres: no link is followed, no FIFO waited for. */
+function pidFileOf({ path }: DataDir): string {
+  const { O_RDONLY, O_NOFOLLOW, O_NONBLOCK } = constants;
+  let fd: number;
   try {
-    const listener = Bun.listen({ hostname: "127.0.0.1", port: preferred, socket: { data() {} } });
-    listener.stop(true);
-    return listener.port;
+    fd = openSync(`${path}/cluster/postmaster.pid`, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
   } catch (error) {
-    if (preferred === 0) throw error;
-    return freePort(0);
+    if (["ENOENT", "ENOTDIR", "ELOOP", "ENXIO"].includes((error as { code: string }).code))
+      return "";
+    throw error;
   }
+  try {
+    const bytes = Buffer.alloc(8192);
+    return fstatSync(fd).isFile() ? bytes.toString("utf8", 0, readSync(fd, bytes)) : "";
+  } finally {
+    closeSync(fd);
+  }
+}
+
+/** Signals as the user that runs Postgres: its pid is known from a file of that user. */
+export function killPostmaster({ runAs }: DataDir, pid: number): void {
+  Bun.spawnSync(["kill", "-KILL", `${pid}`], { ...runAs, cwd: "/" });
 }
 
 /** The file's text from `offset` on; empty if file or process is gone or another user's. */

@@ -15,9 +15,10 @@
  */
 import { closeSync, constants, existsSync, openSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { runAsSelf } from "./binaries.ts";
 import type { DataDir } from "./data-dir.ts";
 
-const { O_RDONLY, O_WRONLY, O_NONBLOCK } = constants;
+const { O_RDONLY, O_WRONLY, O_NONBLOCK, O_APPEND, O_CREAT } = constants;
 
 /**
  * `start COMMAND…` runs Postgres and watches it; `watch PID` watches one that is running. Standard
@@ -38,7 +39,6 @@ stop_after_last_user() {
   done
 }
 verb=$1; shift
-exec 2>>../postgres.log
 [ $verb = watch ] && { stop_after_last_user "$1"; exit; }
 exec 3<&0 </dev/null >&2
 "$@" 3<&- & postgres=$!
@@ -51,25 +51,27 @@ wait $reader`;
 /** Starts the script above with `args`. The caller must hold a write end of `users`. */
 export function spawnWatcher({ path, runAs }: DataDir, ...args: string[]): Bun.Subprocess {
   const reader = openSync(join(path, "users"), O_RDONLY); // blocks if nobody holds a write end
+  const log = openSync(join(path, "postgres.log"), O_WRONLY | O_APPEND | O_CREAT, 0o600);
   try {
     const watcher = Bun.spawn(["sh", "-c", SCRIPT, "daybook-watcher", ...args], {
       ...runAs,
       cwd: join(path, "cluster"),
-      stdio: [reader, "ignore", "ignore"],
+      stdio: [reader, "ignore", log],
       detached: true,
     });
     watcher.unref();
     return watcher;
   } finally {
     closeSync(reader);
+    closeSync(log);
   }
 }
 
 /** Opens a write end of `users`, and creates the FIFO first if necessary. Requires `start.lock`. */
-export function openWriteEnd({ path, runAs }: DataDir): number {
+export function openWriteEnd({ path }: DataDir): number {
   const users = join(path, "users");
   if (!existsSync(users)) {
-    const mkfifo = Bun.spawnSync(["mkfifo", "-m", "600", "users"], { ...runAs, cwd: path });
+    const mkfifo = Bun.spawnSync(["mkfifo", "-m", "600", "users"], { ...runAsSelf, cwd: path });
     if (!mkfifo.success) throw new Error(mkfifo.stderr.toString() || "mkfifo failed");
   }
   // Opening for writing fails while nobody reads, so be that reader for a moment.

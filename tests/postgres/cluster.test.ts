@@ -8,7 +8,9 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import postgres from "postgres";
+import { parseDatabaseUrl } from "../../lib/ledger/url.ts";
 import { ClusterError, openCluster } from "../../lib/postgres/cluster.ts";
+import { openDataDir, pathFromInside, runSingle } from "../../lib/postgres/data-dir.ts";
 import { root, until } from "../support/programs.ts";
 
 const isRoot = process.getuid?.() === 0;
@@ -49,9 +51,9 @@ test("the first user starts Postgres, the next one joins it, and it stops with t
   await until(() => postmasters().length === 0, 10_000, 25);
 
   const third = await startUser();
-  expect(third.url).toBe(first.url); // port and password stay
+  expect(third.url).toBe(first.url); // the password stays
   expect(await query(third.url, "select n from t")).toEqual([{ n: 7 }]);
-  expect(third.url).toStartWith("postgres://daybook:");
+  expect(third.url).toStartWith("postgres://daybook_ledger:");
   const rejected = query(third.url.replace(/:[0-9a-f]{48}@/, ":wrong@"), "select 1");
   await expect(rejected).rejects.toThrow("password authentication failed");
 });
@@ -67,7 +69,7 @@ test("Postgres and its connections survive the user that started it", async () =
   await copyTemplate();
   const starter = await startUser();
   const other = await startUser();
-  const sql = postgres(other.url, { max: 1 });
+  const sql = connect(other.url);
   const [before] = await sql`select pg_backend_pid() as pid`;
   starter.process.kill("SIGKILL");
   await starter.process.exited;
@@ -216,7 +218,7 @@ test.if(isRoot && isLinux)("root can use a project that only root can enter", as
   }
 });
 
-test.if(isRoot && isLinux)("a plain user and root can use one folder in turn", async () => {
+test.if(isRoot && isLinux)("root refuses a folder that another user can change", async () => {
   fs.chmodSync(base, 0o755);
   const project = copyProject();
   const bun = join(base, "bun"); // the real one may lie in root's home
@@ -224,17 +226,163 @@ test.if(isRoot && isLinux)("a plain user and root can use one folder in turn", a
   fs.mkdirSync(join(base, "data"));
   fs.chownSync(join(base, "data"), nobody.uid, nobody.gid);
   const user = await startUser({ project, bun, runAs: nobody });
-  const joined = await startUser();
-  expect(joined.url).toBe(user.url);
+  await expect(openCluster(dir, () => {})).rejects.toThrow("run it as that user, or: chown root");
+  expect(owner()).toEqual(nobody);
   await untilAnswer(user);
-  expect(owner()).toEqual(nobody);
-  await user.leave();
-  await joined.leave();
-  const again = await startUser();
-  expect(owner()).toEqual(nobody);
-  await again.leave();
-  await untilAnswer(await startUser({ project, bun, runAs: nobody }));
 });
+
+test("it is reached over its socket alone, by no superuser", async () => {
+  await copyTemplate();
+  const { url } = await startUser();
+  const [role] = await query(
+    url,
+    `select rolsuper, current_setting('listen_addresses') as listens from pg_roles where rolname = current_user`,
+  );
+  expect(role).toEqual({ rolsuper: false, listens: "" });
+  await expect(query(url, "copy (select 1) to program 'true'")).rejects.toThrow(
+    "permission denied",
+  );
+  const asFirst = query(url.replace("daybook_ledger:", "postgres:"), "select 1");
+  await expect(asFirst).rejects.toThrow("no pg_hba.conf entry");
+});
+
+test("a folder whose path is longer than that of a socket may be", async () => {
+  dir = join(base, "data", "d".repeat(150), "postgres");
+  const cluster = await openCluster(dir, () => {});
+  try {
+    expect(await query(cluster.url(), "select 7 as n")).toEqual([{ n: 7 }]);
+    const here = isLinux ? "/proc/self/cwd" : "";
+    const psql = ["psql", "-h", here, "-U", "daybook_ledger", "-tAc", "select 8", "postgres"];
+    if (here && Bun.which("psql")) {
+      const password = fs.readFileSync(join(dir, "password"), "utf8").trim();
+      const env = { ...process.env, PGPASSWORD: password };
+      const asked = Bun.spawnSync(psql, { cwd: join(dir, "cluster"), env });
+      expect(asked.stdout.toString()).toBe("8\n");
+    }
+  } finally {
+    await cluster.close();
+  }
+});
+
+test("a cluster of 0.1.0 is converted, wherever an earlier attempt was killed", async () => {
+  await makeCluster010();
+  // Each attempt is killed as soon as it has changed one thing more.
+  const steps = [
+    () => fs.readFileSync(join(dir, "password"), "utf8").trim() !== "old",
+    () => fs.readFileSync(join(dir, "cluster", "pg_hba.conf"), "utf8").startsWith("local all d"),
+    () => processes().some((pid) => commandOf(pid).includes("--single")),
+    () => !fs.existsSync(join(dir, "port")),
+  ];
+  for (const isAt of steps) {
+    const victim = spawnUser();
+    await until(() => attempt(isAt) || fs.existsSync(join(dir, "role")), 10_000, 1);
+    victim.process.kill("SIGKILL");
+    await victim.process.exited;
+  }
+  const { url } = await startUser();
+  const owners = `
+    select distinct relowner::regrole::text as owner from pg_class
+    where relnamespace = 'public'::regnamespace
+    union select proowner::regrole::text from pg_proc where pronamespace = 'public'::regnamespace
+    union select typowner::regrole::text from pg_type where typnamespace = 'public'::regnamespace`;
+  expect(await query(url, owners)).toEqual([{ owner: "daybook_ledger" }]);
+  expect(await query(url, "select n, f(), (select count(*)::int from v) as v from t")).toEqual([
+    { n: 7, f: 1, v: 1 },
+  ]);
+  await query(url, "insert into t (n) values (8)"); // its sequence too
+  await query(
+    url,
+    "create table mine (n int); create or replace function f() returns int language sql as 'select 2'",
+  );
+  await expect(query(url.replace(/\/\/[^@]*@/, "//daybook:old@"), "select 1")).rejects.toThrow(
+    "no pg_hba.conf entry",
+  );
+  expect(fs.statSync(dir).uid).toBe(process.getuid?.() ?? 0);
+});
+
+test.if(isRoot)("root follows no link that the user of Postgres has left", async () => {
+  await makeCluster010();
+  const victim = join(base, "victim");
+  fs.writeFileSync(victim, "kept", { mode: 0o600 });
+  const uid = owner().uid;
+  for (const name of ["password", "role", "port", "start.lock", "users", "postgres.log"]) {
+    fs.rmSync(join(dir, name), { force: true });
+    // Links to a file that is there, by name and by inode, and to one that is not.
+    if (name === "role") fs.linkSync(victim, join(dir, name));
+    else fs.symlinkSync(name === "start.lock" ? join(base, "made") : victim, join(dir, name));
+    fs.lchownSync(join(dir, name), uid, uid);
+  }
+  fs.chownSync(victim, 0, 0);
+  const pidFile = join(dir, "cluster", "postmaster.pid");
+  fs.symlinkSync(victim, pidFile);
+  await expect(openCluster(dir, () => {})).rejects.toThrow("Permission denied"); // Postgres' own words
+  fs.unlinkSync(pidFile);
+  const user = await startUser();
+  await untilAnswer(user);
+  expect(fs.readFileSync(victim, "utf8")).toBe("kept");
+  expect(fs.statSync(victim)).toMatchObject({ uid: 0, nlink: 1 });
+  expect(fs.existsSync(join(base, "made"))).toBe(false);
+  await user.leave();
+  // From now on that user controls only `cluster`: a pid there is signalled by that user alone.
+  expect(owner().uid).toBe(0);
+});
+
+test.if(isRoot)("root takes over no folder, and no link, that a stranger made first", async () => {
+  const data = dirname(dir);
+  fs.mkdirSync(data);
+  fs.chmodSync(data, 0o1777); // as /tmp is
+  const victim = join(base, "victim");
+  fs.mkdirSync(victim);
+  fs.chownSync(victim, 4711, 4711);
+  fs.symlinkSync(victim, dir);
+  fs.lchownSync(dir, 4711, 4711);
+  await expect(openCluster(dir, () => {})).rejects.toThrow(/ELOOP|ENOTDIR/);
+  expect(fs.statSync(victim).uid).toBe(4711);
+  fs.unlinkSync(dir);
+  fs.renameSync(victim, dir);
+  await expect(openCluster(dir, () => {})).rejects.toThrow("the folder belongs to uid 4711");
+});
+
+/** A cluster as 0.1.0 left it: a superuser owns everything, and the folder is that of Postgres' user. */
+async function makeCluster010() {
+  fs.mkdirSync(dirname(dir), { recursive: true });
+  const dataDir = await openDataDir(dir);
+  const { native, runAs } = dataDir;
+  const cluster = join(dir, "cluster");
+  fs.mkdirSync(cluster, { mode: 0o700 });
+  const { uid = process.getuid!(), gid = process.getgid!() } = runAs;
+  fs.chownSync(cluster, uid, gid);
+  const initdb = [
+    `${native}/bin/initdb`,
+    "-D",
+    pathFromInside(cluster),
+    "-U",
+    "daybook",
+    "-E",
+    "UTF8",
+    "-N",
+  ];
+  expect(Bun.spawnSync(initdb, { ...runAs, cwd: cluster }).exitCode).toBe(0);
+  await runSingle(
+    dataDir,
+    `create table t (id serial primary key, n int);
+create view v as select * from t;
+create function f() returns int language sql as 'select 1';
+create type mood as enum ('good');
+insert into t (n) values (7);\n\n`.replaceAll(";\n", ";\n\n"),
+  );
+  fs.writeFileSync(join(dir, "port"), "54321\n");
+  fs.writeFileSync(join(dir, "password"), "old\n");
+  for (const path of [dir, join(dir, "port"), join(dir, "password")]) fs.chownSync(path, uid, gid);
+}
+
+function attempt(isTrue: () => boolean): boolean {
+  try {
+    return isTrue();
+  } catch {
+    return false; // a file is being replaced
+  }
+}
 
 /** Places a copy of the template in `dir`, and creates the template first if necessary. */
 async function copyTemplate() {
@@ -305,12 +453,17 @@ function spawnUser(options: UserOptions = {}): User {
 }
 
 async function query(url: string, text: string): Promise<unknown[]> {
-  const sql = postgres(url, { max: 1, connect_timeout: 2 });
+  const sql = connect(url);
   try {
     return [...(await sql.unsafe(text))];
   } finally {
     await sql.end({ timeout: 1 });
   }
+}
+
+/** The driver does not decode a host itself. */
+function connect(url: string) {
+  return postgres({ ...parseDatabaseUrl(url).hosts[0], max: 1, connect_timeout: 2 } as object);
 }
 
 /** Waits until the user's current URL answers. */

@@ -8,10 +8,10 @@ import { join } from "node:path";
 
 import postgres from "postgres";
 
-import { type Cluster, openCluster } from "../../lib/postgres/cluster.ts";
 import { afterRun } from "./cleanup.ts";
+import { openTestCluster, type TestCluster } from "./cluster.ts";
 
-let cluster: Promise<Cluster> | null = null;
+let cluster: Promise<TestCluster> | null = null;
 /** Creates and drops databases: a connection costs half as much as a database. */
 let admin: ReturnType<typeof connectTest> | null = null;
 /** The databases of this process. */
@@ -71,18 +71,18 @@ function reader(url: string) {
 }
 
 async function adminUrl(): Promise<string> {
-  return process.env["DATABASE_URL"] || (await (cluster ??= openTestCluster())).url();
+  return process.env["DATABASE_URL"] || (await (cluster ??= openRunCluster())).url();
 }
 
 /**
  * One Postgres for all test files of a run, whichever process they are in: creating one takes as much
  * processor time as starting a server four times, and there are 35 files.
  */
-function openTestCluster(): Promise<Cluster> {
+function openRunCluster(): Promise<TestCluster> {
   const runPid = process.env["BUN_TEST_WORKER_ID"] ? process.ppid : process.pid;
   const dir = join(tmpdir(), `daybook-test-run-${runPid}`);
   if (!existsSync(dir)) removeAfter(runPid, dir);
-  return openCluster(join(dir, "postgres"), () => {});
+  return openTestCluster(join(dir, "postgres"));
 }
 
 /** Removes `dir` when process `pid` has ended: no test file knows whether another one still needs it. */
