@@ -10,7 +10,8 @@
  * below a directory of mode 0700 and Postgres runs as another user, or if the package folder is
  * read-only and has no links. Then `native` is copied below the temporary directory, about 60 MB,
  * once per version. A copy is tried under another name before it is renamed, and it is trusted only
- * if this user owns it and nobody else may write to it.
+ * if this user owns it and nobody else may write to it. What others have put there first, under
+ * whatever name, is passed over.
  */
 import * as fs from "node:fs";
 import { tmpdir } from "node:os";
@@ -72,10 +73,14 @@ function tryPrograms(native: string, runAs: RunAs): void {
 function copyNative(native: string, base: string, runAs: RunAs): string {
   const manifest = fs.readFileSync(join(dirname(native), "package.json"), "utf8");
   const { version } = JSON.parse(manifest) as { version: string };
-  const target = join(base, `daybook-postgres-${version}-${process.getuid?.()}`);
-  if (isComplete(target, native)) return join(target, "native");
+  const name = `daybook-postgres-${version}-${process.getuid?.()}`;
+  const own = ownCopies(base, name);
+  const complete = own.find((copy) => isComplete(copy, native));
+  if (complete) return join(complete, "native");
+  const free = fs.lstatSync(join(base, name), { throwIfNoEntry: false }) ? null : join(base, name);
+  const target = own[0] ?? free ?? join(base, `${name}.${crypto.randomUUID()}`);
 
-  const making = fs.mkdtempSync(`${target}-`);
+  const making = fs.mkdtempSync(join(base, `making-${name}-`));
   const copy = join(making, "native");
   try {
     fs.cpSync(native, copy, { recursive: true, verbatimSymlinks: true });
@@ -94,12 +99,23 @@ function copyNative(native: string, base: string, runAs: RunAs): string {
   return join(target, "native");
 }
 
-/** Whether `target` has every file of `native` in full. Throws if others could write to it. */
+/** The copies that this user has made. Throws if others could put something in their place. */
+function ownCopies(base: string, name: string): string[] {
+  const self = process.getuid?.();
+  const { uid, mode } = fs.statSync(base);
+  if ((uid !== 0 && uid !== self) || ((mode & 0o022) !== 0 && (mode & 0o1000) === 0))
+    throw new Error(`others can change what is in ${base}`);
+  const copies = fs.readdirSync(base).filter((one) => one === name || one.startsWith(`${name}.`));
+  return copies
+    .map((copy) => join(base, copy))
+    .filter((copy) => {
+      const stat = fs.lstatSync(copy, { throwIfNoEntry: false });
+      return stat?.isDirectory() && stat.uid === self && (stat.mode & 0o022) === 0;
+    });
+}
+
+/** Whether `target` has every file of `native` in full. */
 function isComplete(target: string, native: string): boolean {
-  if (!fs.existsSync(target)) return false;
-  const stat = fs.lstatSync(target);
-  if (!stat.isDirectory() || stat.uid !== process.getuid?.() || stat.mode & 0o022)
-    throw new Error(`${target} is not a folder that only this user can write to`);
   return fs.readdirSync(native, { recursive: true, encoding: "utf8" }).every((path) => {
     const original = fs.lstatSync(join(native, path));
     const copy = fs.lstatSync(join(target, "native", path), { throwIfNoEntry: false });

