@@ -42,6 +42,7 @@ const COMPARE_MS = 500;
 const REQUIRE_MS = 3_000;
 
 async function main(): Promise<number> {
+  process.umask(0o077); // what is in DATA_DIR is for its owner
   const { settings, options } = readCommand(COMMAND);
   if (options["token"]) return printToken(settings, options);
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl } = settings;

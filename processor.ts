@@ -24,6 +24,7 @@ import { say } from "./lib/progress.ts";
 import { parseTime, TIME_RULE } from "./lib/time.ts";
 
 async function main(): Promise<number> {
+  process.umask(0o077); // what is in DATA_DIR is for its owner
   const { settings, options, files: given } = readCommand(COMMAND);
   const tool = toolOf(options);
   // A segment stands for its whole journal, so eventsPost*.jsonl is one journal.

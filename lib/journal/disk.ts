@@ -36,7 +36,7 @@ export interface Disk {
   withFile<T>(path: string, use: (file: ReadableFile) => T | Promise<T>): Promise<T | null>;
   /** Syncs a directory, so that the names in it are on the disk too. */
   syncDirectory(path: string): Promise<void>;
-  /** Creates `path` and the directories above it, each synced into its parent. */
+  /** Creates `path` and the directories above it, each synced into its parent. Nobody else may enter `path`. */
   makeDirectory(path: string): Promise<void>;
   /** The names in a directory. */
   list(path: string): Promise<string[]>;
@@ -60,6 +60,7 @@ export const disk: Disk = {
     // is itself open for append appends.
     const handle = await open(path, constants.O_APPEND | constants.O_CREAT | constants.O_RDWR);
     reserveDescriptors();
+    closeFileToOthers(handle.fd);
     return {
       ...readable(handle),
       async append(bytes) {
@@ -78,10 +79,21 @@ export const disk: Disk = {
     };
   },
   withFile: (path, use) => ifExists(path, (handle) => use(readable(handle))),
-  syncDirectory: (path) => withHandle(path, (handle) => handle.sync()),
+  async syncDirectory(path) {
+    await withHandle(path, (handle) => handle.sync()).catch((error) => {
+      if ((error as NodeJS.ErrnoException).code !== "EINVAL") throw error;
+      throw Object.assign(
+        new Error(
+          `cannot sync the folder ${path}: its file system does not support that (EINVAL), so a power cut ` +
+            "could take new files with it; use a DATA_DIR on a local disk (ext4, XFS, Btrfs, APFS)",
+        ),
+        { code: "EINVAL" },
+      );
+    });
+  },
   async makeDirectory(path) {
-    const made = await mkdir(path, { recursive: true });
-    if (!made) return;
+    const made = await mkdir(path, { recursive: true, mode: 0o700 });
+    if (!made) return closeToOthers(path);
     for (let at = resolve(path); ; at = dirname(at)) {
       await disk.syncDirectory(dirname(at));
       if (at === resolve(made)) return;
@@ -98,6 +110,23 @@ export const disk: Disk = {
   lock: tryLock,
   now: () => Date.now(),
 };
+
+/** What 0.1.0 has made may be readable to others. What is another user's, or no file, stays as it is. */
+function closeFileToOthers(fd: number): void {
+  const stat = fstatSync(fd);
+  if (stat.isFile() && isOurs(stat)) fs.fchmodSync(fd, 0o600);
+}
+
+/** The same for a folder. One that others use too, as /tmp, stays as it is. */
+function closeToOthers(path: string): void {
+  const stat = statSync(path);
+  const isShared = (stat.mode & 0o1000) !== 0 || dirname(resolve(path)) === resolve(path);
+  if (!isShared && stat.isDirectory() && isOurs(stat)) fs.chmodSync(path, 0o700);
+}
+
+function isOurs({ uid, mode }: fs.Stats): boolean {
+  return uid === process.getuid?.() && (mode & 0o077) !== 0;
+}
 
 /** An append leaves this much of the disk free, or a twentieth of a small disk. */
 const RESERVED_BYTES = 64 * 1024 * 1024;

@@ -1,10 +1,13 @@
 /** The journal's writer, on disks that fail, and what a reader finds of what it wrote. */
 import { expect, test } from "bun:test";
 import {
+  chmodSync,
+  mkdirSync,
   appendFileSync,
   readFileSync,
   renameSync,
   rmSync,
+  statSync,
   truncateSync,
   writeFileSync,
 } from "node:fs";
@@ -202,6 +205,40 @@ test("creating a directory syncs its parent", async () => {
     disk.syncDirectory = syncDirectory;
   }
   expect(synced.toSorted()).toEqual([dir.path, dir.file("a")]);
+});
+
+test("nobody else can read the journal, whatever the modes were before", async () => {
+  using dir = tempDir();
+  const modeOf = (path: string) => statSync(path).mode & 0o7777;
+  for (const path of [dir.file("new"), dir.file("old")]) {
+    if (path.endsWith("old")) {
+      mkdirSync(path, { mode: 0o755 });
+      writeFileSync(`${path}/eventsPost.jsonl`, "", { mode: 0o644 });
+    }
+    const journal = await openJournal({ directory: path });
+    await journal.close();
+    expect(modeOf(path)).toBe(0o700);
+    expect(modeOf(`${path}/eventsPost.jsonl`)).toBe(0o600);
+  }
+  const shared = dir.file("shared");
+  mkdirSync(shared);
+  chmodSync(shared, 0o1777);
+  await disk.makeDirectory(shared);
+  expect(modeOf(shared)).toBe(0o1777); // as /tmp is
+  // Not a device either: a copy of /dev/null, since the real one belongs to everybody.
+  const device = dir.file("null");
+  if (Bun.spawnSync(["mknod", "-m", "666", device, "c", "1", "3"]).success) {
+    await (await disk.openForAppend(device)).close();
+    expect(modeOf(device)).toBe(0o666);
+  }
+});
+
+test("a file system that syncs no directories is named, with what to do", async () => {
+  if (process.platform !== "linux") return;
+  const error = await disk.syncDirectory("/proc").catch((error: Error) => error);
+  expect(String(error)).toMatch(
+    /cannot sync the folder \/proc: .*EINVAL.*use a DATA_DIR on a local disk/,
+  );
 });
 
 test("a start finds the end of a large file and truncates nothing", async () => {
