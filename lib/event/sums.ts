@@ -3,17 +3,25 @@
  * rows are numbers in typed arrays. A Map of strings and bigints took four times as long as scanning the
  * events.
  *
+ * Senders choose the ids, and the hash is one for which anybody can compute ids that collide: 100,000 of
+ * them took 52 s. So a search ends after some probes, and such a user is found by a keyed digest instead.
+ *
  * A sum is stored as two integers, whole units and billionths, and each must stay exact in a double
  * (2^53). Values are below 10^15, so the whole units can overflow: they are moved to a bigint in time.
  * The billionths would need nine million events of one user in one batch.
  */
 import { formatAmount, UNITS } from "./amount.ts";
+import { keyedDigest } from "./keyed-digest.ts";
 import { hashOf } from "./scanner.ts";
 
 const BILLION = 1_000_000_000;
 /** Below this, a sum is still exact after one more value: 8 * 10^15 + 10^15 < 2^53. */
 const MAX_WHOLE = 8e15;
 const INITIAL_ROWS = 2048;
+/** In a table that is half full, of a million users some four need more. */
+const MAX_PROBES = 64;
+/** Another user with the same hash counts as this many probes, because its bytes are compared. */
+const COLLISION_PROBES = 8;
 const QUOTE = 0x22;
 const BACKSLASH = 0x5c;
 
@@ -25,6 +33,8 @@ export class Sums {
   private slots = new Int32Array(2 * (this.mask + 1));
   /** Two numbers a row: whole units and billionths. */
   private sums = new Float64Array(2 * INITIAL_ROWS);
+  /** The rows that have no slot, by the keyed digest of their user. */
+  private overflow = new Map<string, number>();
   /** By row, what became too large for `sums`, in units of 10^-9. */
   private readonly large = new Map<number, bigint>();
   /** All ids, concatenated; the id of row i is from `bounds[i]` to `bounds[i + 1]`. */
@@ -102,11 +112,17 @@ export class Sums {
 
   private find(bytes: Uint8Array, from: number, to: number, hash: number): number {
     const { slots, mask } = this;
-    for (let slot = hash & mask; ; slot = (slot + 1) & mask) {
+    let slot = hash & mask;
+    for (let left = MAX_PROBES; left > 0; left--) {
       const row = (slots[2 * slot] as number) - 1;
       if (row < 0) return this.insert(slot, bytes, from, to, hash);
-      if (slots[2 * slot + 1] === hash && this.isUser(row, bytes, from, to)) return row;
+      if (slots[2 * slot + 1] === hash) {
+        if (this.isUser(row, bytes, from, to)) return row;
+        left -= COLLISION_PROBES - 1;
+      }
+      slot = (slot + 1) & mask;
     }
+    return this.findOverflow(bytes, from, to, hash);
   }
 
   private isUser(row: number, bytes: Uint8Array, from: number, to: number): boolean {
@@ -117,7 +133,20 @@ export class Sums {
     return true;
   }
 
-  private insert(slot: number, bytes: Uint8Array, from: number, to: number, hash: number): number {
+  private findOverflow(bytes: Uint8Array, from: number, to: number, hash: number): number {
+    const key = keyedDigest(latin1(bytes, from, to));
+    return this.overflow.get(key) ?? this.insert(-1, bytes, from, to, hash, key);
+  }
+
+  /** Adds a user in `slot`, or without one by its `key`. */
+  private insert(
+    slot: number,
+    bytes: Uint8Array,
+    from: number,
+    to: number,
+    hash: number,
+    key = "",
+  ): number {
     const row = this.size++;
     if (this.size === this.bounds.length) {
       this.bounds = grown(this.bounds, Int32Array);
@@ -127,23 +156,48 @@ export class Sums {
     if (at + to - from > this.ids.length) this.ids = Buffer.concat([this.ids], 2 * this.ids.length);
     for (let i = from; i < to; i++) this.ids[at++] = bytes[i] as number;
     this.bounds[row + 1] = at;
-    this.slots[2 * slot] = row + 1;
-    this.slots[2 * slot + 1] = hash;
+    if (slot < 0) this.overflow.set(key, row);
+    else this.fill(slot, row, hash);
     if (this.size * 2 > this.mask) this.rehash();
     return row;
   }
 
+  private fill(slot: number, row: number, hash: number): void {
+    this.slots[2 * slot] = row + 1;
+    this.slots[2 * slot + 1] = hash;
+  }
+
+  /** Gives each row its place in a larger table. While a table has its size, no slot becomes empty: so
+   * a search ends where it ended when the row was added. */
   private rehash(): void {
-    const { slots } = this;
     this.mask = this.mask * 2 + 1;
     this.slots = new Int32Array(2 * (this.mask + 1));
-    for (let old = 0; old < slots.length; old += 2) {
-      if (slots[old] === 0) continue;
-      let slot = (slots[old + 1] as number) & this.mask;
-      while (this.slots[2 * slot] !== 0) slot = (slot + 1) & this.mask;
-      this.slots.set(slots.subarray(old, old + 2), 2 * slot);
+    this.overflow = new Map();
+    for (let row = 0; row < this.size; row++) {
+      const from = this.bounds[row] as number;
+      const to = this.bounds[row + 1] as number;
+      const hash = hashOf(this.ids, from, to);
+      const slot = this.freeSlot(hash);
+      if (slot < 0) this.overflow.set(keyedDigest(latin1(this.ids, from, to)), row);
+      else this.fill(slot, row, hash);
     }
   }
+
+  /** The slot of a new user, or -1 if it has none. */
+  private freeSlot(hash: number): number {
+    const { slots, mask } = this;
+    let slot = hash & mask;
+    for (let left = MAX_PROBES; left > 0; left--) {
+      if (slots[2 * slot] === 0) return slot;
+      if (slots[2 * slot + 1] === hash) left -= COLLISION_PROBES - 1;
+      slot = (slot + 1) & mask;
+    }
+    return -1;
+  }
+}
+
+function latin1(bytes: Uint8Array, from: number, to: number): string {
+  return Buffer.from(bytes.buffer, bytes.byteOffset + from, to - from).toString("latin1");
 }
 
 function grown<T extends Int32Array | Float64Array>(array: T, Kind: new (length: number) => T): T {

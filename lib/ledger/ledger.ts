@@ -53,9 +53,9 @@ export interface Batch extends Move {
   changes: Sums;
   /** The same by minute and name, with the claims as if all of them counted. */
   points: Points;
-  /** Events that count only if their id is free, by id; each with the index of its point. */
+  /** Events that count only if their id is free, by the id's keyed digest; each with the index of its point. */
   claims: ReadonlyMap<string, Claim & { point: number }>;
-  /** Other events under the ids of `claims`, by identity. */
+  /** Other events under the ids of `claims`, by the keyed digest of their identity. */
   conflicts: ReadonlyMap<string, Claim>;
   quarantined: readonly Quarantined[];
   /** What does not count, whether or not its ids are free. */

@@ -13,6 +13,7 @@ import {
   scannedChange,
 } from "../event/event.ts";
 import { eachEvent, SHOWN_BYTES } from "../event/lines.ts";
+import { keyedDigest } from "../event/keyed-digest.ts";
 import { Points } from "../event/points.ts";
 import { Sums } from "../event/sums.ts";
 import { parseSourceMark, type SourceMark } from "../journal/source-mark.ts";
@@ -75,9 +76,9 @@ export class Fold {
   readonly changes = new Sums();
   /** The same by minute and name, with the claims as if all of them counted. */
   readonly points = new Points();
-  /** Events with an id; the ledger decides whether they count. */
+  /** Events with an id, by its keyed digest; the ledger decides whether they count. */
   readonly claims = new Map<string, Claim & { point: number }>();
-  /** Other events under these ids, by identity: one of them may be the one that was posted before. */
+  /** Other events under these ids, by the keyed digest of their identity: one of them may be the one that was posted before. */
   readonly conflicts = new Map<string, Claim>();
   readonly quarantined: Quarantined[] = [];
   /** What does not count, whatever the ledger says; neighbours share a range. */
@@ -249,14 +250,15 @@ export class Fold {
     }
     const amount = formatAmount(change.amount);
     const claim = { id, userId, amount, event, from, to, run: this.run };
-    const first = this.claims.get(id);
+    const key = keyedDigest(id);
+    const first = this.claims.get(key);
     if (!first) {
       this.events++;
       const point = this.points.addAmount(change.name, change.amount);
-      this.claims.set(id, { ...claim, point });
+      this.claims.set(key, { ...claim, point });
       this.counted?.(from, change);
-    } else if (first.event !== event && !this.conflicts.has(event))
-      this.conflicts.set(event, claim);
+    } else if (first.event !== event && !this.conflicts.has(keyedDigest(event)))
+      this.conflicts.set(keyedDigest(event), claim);
     else {
       this.duplicates++;
       this.leaveOut(from, to, SAME_ID);

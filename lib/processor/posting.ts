@@ -12,6 +12,7 @@ import { join } from "node:path";
 
 import type { SettingsOf } from "../config.ts";
 import { getEventTypes } from "../event/event.ts";
+import { keyedDigest } from "../event/keyed-digest.ts";
 import { openJournalReader, openNamedJournal } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { pruneIds } from "../ledger/boundary.ts";
@@ -353,7 +354,8 @@ function reportOf(
   { events, conflicts, duplicates }: Counts,
   ms: number,
 ): Posted {
-  const users = changes.size + new Set(claims.values().map(({ userId }) => userId)).size;
+  const users =
+    changes.size + new Set(claims.values().map(({ userId }) => keyedDigest(userId))).size;
   const invalid = quarantined.length - refusals;
   const byReason = { invalid, refused: refusals, conflict: conflicts };
   return { type: "posted", events, quarantined: byReason, duplicates, bytes: to - from, users, ms };

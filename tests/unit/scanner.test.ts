@@ -188,6 +188,49 @@ test("two users whose ids have the same hash are two users", () => {
   expect(sums.amountArray()).toBe("{2,2,2,2}");
 });
 
+/**
+ * Ids with one hash: each is a row of blocks, and the two forms of a block lead
+ * from one state of the hash to the same next one. The state before a block depends on those before it.
+ */
+function collidingIds(count: number): Buffer[] {
+  const blocks: [string, string][] = [];
+  for (let start = 0x811c9dc5; 2 ** blocks.length < count;) {
+    const seen = new Map<number, string>();
+    for (let i = 36 ** 4; ; i++) {
+      const form = i.toString(36);
+      let state = start;
+      for (let at = 0; at < form.length; at++)
+        state = Math.imul(state ^ form.charCodeAt(at), 0x01000193);
+      const other = seen.get(state);
+      seen.set(state, form);
+      if (other === undefined) continue;
+      blocks.push([other, form]);
+      start = state;
+      break;
+    }
+  }
+  return Array.from({ length: count }, (_, i) =>
+    Buffer.from(blocks.map((forms, bit) => forms[(i >> bit) & 1]).join("")),
+  );
+}
+
+test("users whose ids collide are found with as few comparisons as others", () => {
+  const ids = collidingIds(1_024);
+  expect(new Set(ids.map((id) => hashOf(id, 0, id.length))).size).toBe(1);
+  const sums = new Sums();
+  let compared = 0;
+  const counted = sums as unknown as { isUser(...parts: unknown[]): boolean };
+  const { isUser } = counted;
+  counted.isUser = function (...parts) {
+    compared++;
+    return isUser.apply(this, parts);
+  };
+  for (const id of [...ids, ...ids]) sums.addTo(id.toString(), 1_000_000_000n);
+  expect(sums.size).toBe(ids.length);
+  expect(sums.amountArray()).toBe(`{${ids.map(() => 2).join()}}`);
+  expect(compared).toBeLessThanOrEqual(8 * 2 * ids.length);
+});
+
 test("a sum beyond 2^53 stays exact", () => {
   const sums = new Sums();
   for (let i = 0; i < 30; i++) sums.addTo("a", parseAmount("999999999999999") as bigint);
