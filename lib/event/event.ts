@@ -2,6 +2,8 @@
  * What an event is. The server and the processor decide it with the same function, so every line that
  * the server accepts can be posted.
  */
+import { isUtf8 } from "node:buffer";
+
 import { parseAmount, UNITS } from "./amount.ts";
 import { Scanner, type Sign } from "./scanner.ts";
 
@@ -83,12 +85,9 @@ export function decodeEvent(
     return invalid("size", `longer than ${MAX_EVENT_BYTES} bytes, the limit of an event`);
   if (scanner.scan(line, 0) === line.length) return scannedChange(scanner, line);
 
-  let text: string;
-  try {
-    text = utf8.decode(line);
-  } catch {
-    return invalid("json", "not UTF-8 text");
-  }
+  // Asked beforehand: an error costs as much as a good line ten times as long.
+  if (!isUtf8(line)) return invalid("json", "not UTF-8 text");
+  const text = utf8.decode(line);
   let parsed: unknown;
   const values: { holder: unknown; written: string | undefined }[] = [];
   try {

@@ -14,7 +14,6 @@ export const SHOWN_BYTES = 4096;
 
 const LF = 10;
 const CR = 13;
-const BLANK = new Set([9, LF, 13, 32]);
 
 /**
  * Receives a line without its newline and the white space around it. `index` is where it begins in the
@@ -32,6 +31,16 @@ export function eachLine(bytes: Uint8Array, visit: VisitLine, maxBytes = MAX_EVE
     from = visitLine(bytes, from, { number, visit, maxBytes });
 }
 
+/** Where a line begins in a buffer, and its number. */
+export interface LinePlace {
+  index: number;
+  number: number;
+}
+
+/** What a line costs that the scanner leaves to others, in bytes that it scans: measured, rounded up. */
+const LINE_WORK = 256;
+const BYTE_WORK = 16;
+
 /**
  * Like eachLine, but calls `scanned` for the events that `scanner` recognizes, with the index of the
  * event's first byte and the number of its line; the event itself is in `scanner`.
@@ -43,10 +52,38 @@ export function eachEvent(
   visit: VisitLine,
   maxBytes = MAX_EVENT_BYTES,
 ): void {
-  for (let from = 0, number = 1; from < bytes.length; number++) {
+  const start = { index: 0, number: 1 };
+  eachEventFrom(start, { bytes, scanner, scanned, visit, maxBytes, maxWork: Infinity });
+}
+
+/**
+ * The same from a place on, until `maxWork` is done: one for each byte of a scanned event, and more for
+ * other lines. Returns where to continue, with an index at the end of `bytes` when there is no more.
+ */
+export function eachEventFrom(
+  { index, number }: LinePlace,
+  options: {
+    bytes: Uint8Array;
+    scanner: Scanner;
+    scanned(index: number, number: number): void;
+    visit: VisitLine;
+    maxBytes: number;
+    maxWork: number;
+  },
+): LinePlace {
+  const { bytes, scanner, scanned, visit, maxBytes, maxWork } = options;
+  for (let from = index, work = 0; ; number++) {
+    if (from >= bytes.length || work >= maxWork) return { index: from, number };
     const next = scanner.scan(bytes, from);
-    if (next > 0) scanned(from, number);
-    from = next > 0 ? next : visitLine(bytes, from, { number, visit, maxBytes });
+    if (next > 0) {
+      scanned(from, number);
+      work += next - from;
+      from = next;
+    } else {
+      const begin = from;
+      from = visitLine(bytes, from, { number, visit, maxBytes });
+      work += LINE_WORK + BYTE_WORK * Math.min(from - begin, maxBytes);
+    }
   }
 }
 
@@ -58,14 +95,20 @@ function visitLine(
 ): number {
   const next = nextLine(bytes, from);
   let start = from;
-  let end = next;
-  while (end > start && BLANK.has(bytes[end - 1] as number)) end--;
-  while (start < end && BLANK.has(bytes[start] as number)) start++;
-  if (end === start) return next;
-  if (lineBytes(bytes, from, next) > maxBytes)
+  while (start < next && isBlank(bytes[start] as number)) start++;
+  if (start === next) return next;
+  if (lineBytes(bytes, from, next) > maxBytes) {
     visit(bytes.subarray(from, next), from, number, next);
-  else visit(bytes.subarray(start, end), start, number, next);
+    return next;
+  }
+  let end = next;
+  while (isBlank(bytes[end - 1] as number)) end--;
+  visit(bytes.subarray(start, end), start, number, next);
   return next;
+}
+
+function isBlank(byte: number): boolean {
+  return byte === LF || byte === 32 || byte === CR || byte === 9;
 }
 
 /** The length of the line from `from` to `next`, without its LF or CRLF. */

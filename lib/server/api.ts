@@ -295,7 +295,7 @@ export function createApi(parts: Parts) {
   async function storeEvents(request: Request, maxErrors = DEFAULT_LISTED_ERRORS) {
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
-    const { good, counts } = sortLines(await readLines(received), received, maxErrors);
+    const { good, counts } = await sortLines(await readLines(received), received, maxErrors);
     const position = formatPosition(await stored(journal.append(good)));
     metrics.accepted(counts.accepted);
     return { ...counts, position };
@@ -309,9 +309,9 @@ export function createApi(parts: Parts) {
     const body = await readLines(received);
     const to = from + body.length;
     let lines: Lines | undefined;
-    const sort = () => (lines = sortLines(body, received, maxErrors, from));
+    const sort = async () => (lines = await sortLines(body, received, maxErrors, from));
     const result = await stored(sources.store({ name, from, digest }, body, sort));
-    const { counts } = lines ?? sort();
+    const { counts } = lines ?? (await sort());
     if ("state" in result) throw refusal(result, { from, lines: counts });
     metrics.accepted(counts.accepted);
     const headers = sourceHeaders({ offset: to, digest });

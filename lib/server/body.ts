@@ -11,11 +11,12 @@ import {
   MAX_ID_BYTES,
   openScanner,
 } from "../event/event.ts";
-import { eachEvent, withoutBom } from "../event/lines.ts";
+import { eachEventFrom, withoutBom } from "../event/lines.ts";
 import { watchArrivals } from "./arrivals.ts";
 import type { EventSchema } from "./event-schema.ts";
 import type { Reservation } from "./memory.ts";
 import { Problem } from "./problem.ts";
+import { nextTurn, SLICE_WORK } from "./turns.ts";
 import { zstdContentBytes } from "./zstd.ts";
 
 /** The limit of a body of many events, as sent and decompressed. */
@@ -133,7 +134,7 @@ function parseKey(header: string | null): string | null {
 }
 
 /** A body of many events, its good lines separated from the bad ones. */
-export type Lines = ReturnType<typeof sortLines>;
+export type Lines = Awaited<ReturnType<typeof sortLines>>;
 
 /** Reads a body of many events, decompressed. Throws a Problem when it cannot be read. */
 export async function readLines({ request, reservation }: Received): Promise<Uint8Array> {
@@ -145,9 +146,9 @@ export async function readLines({ request, reservation }: Received): Promise<Uin
 
 /**
  * Separates the lines of a body, whose bytes are moved in place, and lists up to `maxErrors` bad ones.
- * `offset` is where the body begins in its source.
+ * `offset` is where the body begins in its source. Works in slices.
  */
-export function sortLines(
+export async function sortLines(
   whole: Uint8Array,
   { schema, onRejected }: Pick<Received, "schema" | "onRejected">,
   maxErrors: number,
@@ -176,14 +177,23 @@ export function sortLines(
     isPlain &&= bomBytes + end === goodBytes - 1;
   };
   const scanner = openScanner();
-  eachEvent(
-    body,
+  const options = {
+    bytes: body,
     scanner,
-    (at, number) => sort(number, at, scanner.end, schema?.check(body.subarray(at, scanner.end))),
-    (line, at, number) => {
+    scanned(at: number, number: number) {
+      sort(number, at, scanner.end, schema?.check(body.subarray(at, scanner.end)));
+    },
+    visit(line: Uint8Array, at: number, number: number) {
       sort(number, at, at + line.length, check(line, schema));
     },
-  );
+    maxBytes: MAX_EVENT_BYTES,
+    // With a schema each event is parsed, too, and that takes 16 times as long.
+    maxWork: schema ? SLICE_WORK / 16 : SLICE_WORK,
+  };
+  for (let place = { index: 0, number: 1 }; place.index < body.length;) {
+    if (place.index > 0) await nextTurn();
+    place = eachEventFrom(place, options);
+  }
   return {
     /** The good lines, each with its newline. */
     good: good.subarray(0, goodBytes),
@@ -216,7 +226,7 @@ async function decompressed(request: Request, reservation: Reservation): Promise
   const limit = MAX_EVENTS_BYTES + (decompress ? COMPRESSION_OVERHEAD_BYTES : 0);
   const bytes = await readBytes(request, limit, reservation);
   if (!decompress) return bytes;
-  const minBytes = coding === "zstd" ? zstdContentBytes(bytes) : 0;
+  const minBytes = coding === "zstd" ? await zstdContentBytes(bytes) : 0;
   if (minBytes === null) throw new Problem(400, "the body is not complete zstd");
   reservation.reserveLarge(MAX_EVENTS_BYTES);
   try {

@@ -28,9 +28,13 @@ import { readCheckpoint, readPosted, sentKey } from "../ledger/checkpoints.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
 import type { Lines } from "./body.ts";
 import { Problem } from "./problem.ts";
+import { nextTurn } from "./turns.ts";
 
 /** Sources kept in memory; the one that was stored to longest ago is evicted first. */
 const MAX_KNOWN_SOURCES = 10_000;
+
+/** Hashed between two turns of the event loop: 4 ms where the processor does not help. */
+const HASH_SLICE_BYTES = 1024 * 1024;
 
 /** How much of a source is stored; `digest` is the SHA-256 (hex) of its bytes before `offset`. */
 export interface SourceState {
@@ -77,7 +81,7 @@ export function openSources(journal: Journal, database: Database) {
     store(
       piece: Piece,
       body: Uint8Array,
-      sort: () => Lines,
+      sort: () => Promise<Lines>,
     ): Promise<{ position: number } | NotStored> {
       const { name } = piece;
       const storing = (queues.get(name) ?? Promise.resolve()).then(() => store(piece, body, sort));
@@ -97,15 +101,22 @@ export function openSources(journal: Journal, database: Database) {
     return posted && posted.offset > (here?.offset ?? -1) ? posted : here;
   }
 
-  async function store({ name, from, digest }: Piece, body: Uint8Array, sort: () => Lines) {
+  async function store(
+    { name, from, digest }: Piece,
+    body: Uint8Array,
+    sort: () => Promise<Lines>,
+  ) {
     const here = marks === "unread" ? undefined : known.get(name);
     const state = here?.offset === from ? here : ((await stateOf(name)) ?? NOTHING_STORED);
     if (state.offset !== from) return { why: "offset", state } as const;
     const hash = from === 0 ? new Bun.CryptoHasher("sha256") : state.hash?.copy();
-    hash?.update(body);
+    for (let at = 0; hash && at < body.length; at += HASH_SLICE_BYTES) {
+      if (at > 0) await nextTurn();
+      hash.update(body.subarray(at, at + HASH_SLICE_BYTES));
+    }
     if (!isDigest(digest, { hash, state, body })) return { why: "digest", state } as const;
     const to = from + body.length;
-    const { good, counts, ...ends } = sort();
+    const { good, counts, ...ends } = await sort();
     const mark = { name, from, to, digest, events: counts.accepted, ...ends };
     const position = await journal.append(Buffer.concat([encodeSourceMark(mark), good]));
     remember(name, { offset: to, digest, hash });

@@ -28,6 +28,18 @@ export const BREAKS: readonly Break[] = [
     "left++;\n      }",
     "unit/scanner",
   ),
+  without(
+    "the turn of others between two slices of a body",
+    "if (place.index > 0) await nextTurn();",
+    "",
+    "unit/turns",
+  ),
+  without(
+    "the turns that slices take one after the other",
+    "waiting[0]?.();\n  waiting.shift();",
+    "for (const go of waiting.splice(0)) go();",
+    "unit/turns",
+  ),
   without("the sync of a frame", "await sync();", "", "faults/disk"),
   without(
     "the order: sync first, then acknowledge",

@@ -1,0 +1,105 @@
+/** No request delays another: long work is done in slices, counted here in lines and bytes, not in time. */
+import { afterAll, beforeAll, expect, test } from "bun:test";
+import { writeFileSync } from "node:fs";
+import { zstdCompressSync } from "node:zlib";
+
+import { sortLines } from "../../lib/server/body.ts";
+import { openEventSchema } from "../../lib/server/event-schema.ts";
+import { nextTurn, SLICE_WORK } from "../../lib/server/turns.ts";
+import { zstdContentBytes } from "../../lib/server/zstd.ts";
+import { tempDir } from "../support/programs.ts";
+
+const EVENT = '{"userId":"u","name":"add_revenue","value":1}';
+/** What a line costs at least that the scanner does not recognize. */
+const LINE_WORK = 256;
+
+const dir = tempDir();
+beforeAll(() => writeFileSync(dir.file("schema.json"), "{}"));
+afterAll(() => dir[Symbol.dispose]());
+
+/** The most that `count()` grew in one turn of the event loop while `work` ran. */
+async function mostInOneTurn(count: () => number, work: () => Promise<unknown>): Promise<number> {
+  let most = 0;
+  let before = count();
+  let isDone = false;
+  const look = () => {
+    most = Math.max(most, count() - before);
+    before = count();
+    if (!isDone) setImmediate(look);
+  };
+  setImmediate(look);
+  await work();
+  isDone = true;
+  return Math.max(most, count() - before);
+}
+
+test.each([
+  ["not UTF-8", "\xff\n"],
+  ["not JSON", "x\n"],
+  ["no object", "{}\n"],
+  ["no event", '{"id":0}\n'],
+])(
+  "bad lines (%s) leave others their turn, also when many bodies are full of them",
+  async (_, line) => {
+    const bodies = Array.from({ length: 3 }, () => Buffer.from(line.repeat(20_000), "latin1"));
+    let rejected = 0;
+    const onRejected = () => void rejected++;
+    const sort = () =>
+      Promise.all(bodies.map((body) => sortLines(body, { schema: null, onRejected }, 0)));
+    // Each body's first slice is done at once.
+    expect(await mostInOneTurn(() => rejected, sort)).toBeLessThanOrEqual(
+      (bodies.length + 1) * (SLICE_WORK / LINE_WORK + 1),
+    );
+    expect(rejected).toBe(60_000);
+  },
+);
+
+test("one slice runs in a turn of the loop, however many wait", async () => {
+  let slices = 0;
+  const work = async () => {
+    for (let i = 0; i < 5; i++) {
+      await nextTurn();
+      slices++;
+    }
+  };
+  const all = () => Promise.all(Array.from({ length: 20 }, work));
+  expect(await mostInOneTurn(() => slices, all)).toBe(1);
+  expect(slices).toBe(100);
+});
+
+test.each([
+  ["scanned events", EVENT, null, 1],
+  ["events of another form", EVENT.replace("}", ',"more":1}'), null, 16],
+  ["events with a long array", EVENT.replace("}", `,"more":[${"0,".repeat(20_000)}0]}`), null, 16],
+  ["events under a schema", EVENT, "schema", 16],
+])("%s leave others their turn", async (_, event, schemaName, byteWork) => {
+  const line = `${event}\n`;
+  const lines = Math.ceil((4 * SLICE_WORK) / byteWork / line.length) + 4;
+  const schema = schemaName ? openEventSchema(dir.file("schema.json")) : null;
+  const body = Buffer.from(line.repeat(lines));
+  let turns = 0;
+  let isDone = false;
+  const count = () => {
+    if (isDone) return;
+    turns++;
+    setImmediate(count);
+  };
+  setImmediate(count);
+  const { counts } = await sortLines(body, { schema, onRejected() {} }, 0);
+  isDone = true;
+  expect(counts.accepted).toBe(lines);
+  expect(turns).toBeGreaterThanOrEqual(3);
+});
+
+test("the frames of a zstd body are walked in slices", async () => {
+  const frame = zstdCompressSync(Buffer.from("x"));
+  const body = Buffer.concat(Array.from({ length: 50_000 }, () => frame));
+  let turns = 0;
+  const count = () => setImmediate(() => void (turns++, isDone || count()));
+  let isDone = false;
+  count();
+  expect(await zstdContentBytes(body)).toBe(50_000);
+  isDone = true;
+  expect(turns).toBeGreaterThanOrEqual(4);
+  expect(await zstdContentBytes(body.subarray(0, -1))).toBeNull();
+});
