@@ -104,13 +104,13 @@ export function openApi(options: ApiOptions) {
 
   /**
    * Sends a chunk. Returns Stored once it is on the server's disk, or the state of a source that is
-   * elsewhere. If it `canShrink`, returns "slow" when it failed by time: it may be stored or not.
+   * elsewhere, or how many of its bytes the server takes. If it `canShrink`, returns "slow" when it failed by time: it may be stored or not.
    */
   async function send(
     source: string,
     chunk: Chunk,
     canShrink: boolean,
-  ): Promise<Stored | SourceState | "slow"> {
+  ): Promise<Stored | SourceState | { fits: number } | "slow"> {
     const path = `/sources/${encodeURIComponent(source)}?errors=${MAX_LISTED_ERRORS}`;
     const headers = {
       "content-type": "application/x-ndjson",
@@ -121,6 +121,10 @@ export function openApi(options: ApiOptions) {
     const answer = await request(path, { method: "PATCH", headers, body }, canShrink);
     if (answer === "slow") return answer;
     if (answer.status === 409) return stateIn(answer);
+    // The answer could not list all rejected lines; it can for the first of them.
+    const { bytes: fits } = (answer.body ?? {}) as { bytes?: unknown };
+    const isSmaller = typeof fits === "number" && fits > 0 && fits < chunk.bytes.length;
+    if (answer.status === 413 && isSmaller) return { fits };
     if (answer.status !== 200) throw failure(answer);
     const stored = answer.body as Partial<Stored> | null;
     if (!Array.isArray(stored?.errors))

@@ -343,8 +343,10 @@ async function sendChunks(
  */
 async function* sendPieces(upload: Upload, chunk: Chunk) {
   const { api, source } = upload;
+  let fits = Infinity;
   for (let rest: Chunk | null = chunk, passedOver = 0; rest;) {
-    const [piece, next]: [Chunk, Chunk | null] = splitChunk(rest, upload.maxBytes);
+    const maxBytes = Math.min(upload.maxBytes, fits);
+    const [piece, next]: [Chunk, Chunk | null] = splitChunk(rest, maxBytes);
     const startedMs = performance.now();
     const canShrink = piece.tooLong === null && piece.bytes.length > MIN_CHUNK_BYTES;
     const answer = await api.send(source, piece, canShrink);
@@ -352,10 +354,15 @@ async function* sendPieces(upload: Upload, chunk: Chunk) {
       upload.maxBytes = Math.max(MIN_CHUNK_BYTES, Math.floor(piece.bytes.length / 2));
       continue;
     }
+    if ("fits" in answer) {
+      ({ fits } = answer);
+      continue;
+    }
     const hasLess = !("accepted" in answer) && answer.offset < piece.start.offset;
     if (hasLess && passedOver++ < MAX_PASSED_OVER) continue;
     passedOver = 0;
     yield { piece, answer };
+    fits = Infinity;
     rest = next;
     if (performance.now() - startedMs < FAST_MS)
       upload.maxBytes = Math.min(CHUNK_BYTES, 2 * upload.maxBytes);

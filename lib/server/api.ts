@@ -16,6 +16,7 @@ import { type Access, openAuth } from "./auth.ts";
 import { MAX_LISTED_USERS, openBalances, streamedFormat } from "./balances.ts";
 import { type Lines, readEvent, readLines, sortLines } from "./body.ts";
 import type { EventSchema } from "./event-schema.ts";
+import { holdAnswer } from "./held-answer.ts";
 import { observe } from "./listener.ts";
 import { openMemoryBudget } from "./memory.ts";
 import type { Metrics } from "./metrics.ts";
@@ -295,10 +296,12 @@ export function createApi(parts: Parts) {
   async function storeEvents(request: Request, maxErrors = DEFAULT_LISTED_ERRORS) {
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
-    const { good, counts } = await sortLines(await readLines(received), received, maxErrors);
-    const position = formatPosition(await stored(journal.append(good)));
-    metrics.accepted(counts.accepted);
-    return { ...counts, position };
+    const lines = await sortLines(await readLines(received), received, maxErrors);
+    using held = holdAnswer(budget);
+    held.reserve(lines.errorBytes);
+    const position = formatPosition(await stored(journal.append(lines.good)));
+    metrics.accepted(lines.counts.accepted);
+    return held.answer({ ...lines.counts, position }, 201);
   }
 
   async function storeSource(request: Request, source: string, maxErrors = DEFAULT_LISTED_ERRORS) {
@@ -308,14 +311,27 @@ export function createApi(parts: Parts) {
     const received = { request, reservation, schema, onRejected: metrics.rejected };
     const body = await readLines(received);
     const to = from + body.length;
+    using held = holdAnswer(budget);
     let lines: Lines | undefined;
-    const sort = async () => (lines = await sortLines(body, received, maxErrors, from));
+    const sort = async () => {
+      lines = await sortLines(body, received, maxErrors, from);
+      if (lines.fits !== undefined) throw unlisted(lines.fits);
+      held.reserve(lines.errorBytes);
+      return lines;
+    };
     const result = await stored(sources.store({ name, from, digest }, body, sort));
     const { counts } = lines ?? (await sort());
     if ("state" in result) throw refusal(result, { from, lines: counts });
     metrics.accepted(counts.accepted);
     const headers = sourceHeaders({ offset: to, digest });
-    return { headers, counts: { ...counts, position: formatPosition(result.position) } };
+    const position = formatPosition(result.position);
+    return { headers, counts: held.answer({ ...counts, position }, 200) };
+  }
+
+  /** The sender of a source asked for errors that no answer holds: of fewer bytes it gets all. */
+  function unlisted(bytes: number): Problem {
+    const detail = `the answer cannot list all rejected lines; send the first ${bytes} bytes first`;
+    return new Problem(413, detail, { bytes });
   }
 
   /** Why a piece of a source was not stored: for its sender. */
@@ -430,6 +446,7 @@ export function createApi(parts: Parts) {
       journalHealth.recovered();
       return result;
     } catch (error) {
+      if (error instanceof Problem) throw error;
       // Only the ledger may know how much of a source is stored.
       if (error instanceof Unavailable) return queried(Promise.reject(error));
       const { message } = error as Error;

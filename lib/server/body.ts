@@ -14,17 +14,22 @@ import {
 import { eachEventFrom, withoutBom } from "../event/lines.ts";
 import { watchArrivals } from "./arrivals.ts";
 import type { EventSchema } from "./event-schema.ts";
-import type { Reservation } from "./memory.ts";
+import { Gather } from "./gather.ts";
+import { REQUEST_BYTES, type Reservation } from "./memory.ts";
 import { Problem } from "./problem.ts";
 import { nextTurn, SLICE_WORK } from "./turns.ts";
 import { zstdContentBytes } from "./zstd.ts";
 
 /** The limit of a body of many events, as sent and decompressed. */
 export const MAX_EVENTS_BYTES = 16 * 1024 * 1024;
-/** A body that announces no more than this is read in one go: a chunk costs more than such a body. */
-const MAX_SMALL_BYTES = 64 * 1024;
+/** A body that announces no more than what each request reserves is read in one go: chunks cost more. */
+const MAX_SMALL_BYTES = REQUEST_BYTES;
+/** An answer is below 1 MiB, whatever it lists. */
+const MAX_ANSWER_BYTES = 1024 * 1024 - 4096;
 /** Compression makes incompressible bytes slightly larger. */
 const COMPRESSION_OVERHEAD_BYTES = 64 * 1024;
+/** Chunks read between two turns of the event loop. */
+const MAX_CHUNKS = 4096;
 
 const LF = 10;
 const CR = 13;
@@ -161,13 +166,20 @@ export async function sortLines(
   const good = body.at(-1) === LF ? body : new Uint8Array(body.length + 1);
   const ends: number[] = [];
   const errors: { line: number; message: string }[] = [];
+  let errorBytes = 0;
+  /** How many bytes of the body hold no more errors than fit; absent while all of them do. */
+  let fits: number | undefined;
   let goodBytes = 0;
   let rejected = 0;
   let isPlain = true;
   const sort = (line: number, at: number, end: number, invalid?: InvalidEvent | null) => {
     if (invalid) {
       onRejected(invalid);
-      if (rejected++ < maxErrors) errors.push({ line, message: invalid.reason });
+      if (rejected++ >= maxErrors || fits !== undefined) return;
+      const error = { line, message: invalid.reason };
+      errorBytes += Buffer.byteLength(JSON.stringify(error)) + 1;
+      if (errorBytes < MAX_ANSWER_BYTES) errors.push(error);
+      else fits = bomBytes + body.lastIndexOf(LF, at) + 1;
       return;
     }
     if (goodBytes !== at || good !== body) good.set(body.subarray(at, end), goodBytes);
@@ -199,6 +211,10 @@ export async function sortLines(
     good: good.subarray(0, goodBytes),
     /** How many lines are good and bad, with the first bad ones by their number in the body. */
     counts: { accepted: ends.length, rejected, errors },
+    /** What the list of errors holds in memory until it is sent. */
+    errorBytes: Math.min(errorBytes, MAX_ANSWER_BYTES),
+    /** If fewer errors are listed than were asked for: how many bytes have no more than these. */
+    ...(fits === undefined || rejected > maxErrors ? {} : { fits }),
     /** Where each good line ends in the body, before its newline; absent if their lengths say it. */
     ...(isPlain ? {} : { ends }),
   };
@@ -252,7 +268,6 @@ async function readBytes(
   const isSmall = announced <= MAX_SMALL_BYTES;
   using arrival = arrivals.expect({ isSmall });
   try {
-    if (isSmall) reservation.reserve(announced);
     return await Promise.race([isSmall ? request.bytes() : readChunks(), arrival.tooSlow]);
   } catch (error) {
     // The sender is gone, so nobody reads this; but it is not our fault either.
@@ -261,16 +276,16 @@ async function readBytes(
 
   /** Reserves what has arrived, not what is announced: slow senders hold little. */
   async function readChunks(): Promise<Uint8Array> {
-    const chunks: Uint8Array[] = [];
-    let bytes = 0;
+    const { reserve, reserveLarge } = reservation;
+    const gather = new Gather(announced <= MAX_EVENT_BYTES ? reserve : reserveLarge);
+    let chunks = 0;
     for await (const chunk of request.body ?? []) {
-      bytes += chunk.length;
       arrival.arrived(chunk.length);
-      if (bytes > limit) throw tooLarge(limit);
-      reservation.reserveLarge(chunk.length);
-      chunks.push(chunk);
+      if (gather.bytes + chunk.length > limit) throw tooLarge(limit);
+      gather.add(chunk);
+      if (++chunks % MAX_CHUNKS === 0) await nextTurn();
     }
-    return chunks.length === 1 ? (chunks[0] as Uint8Array) : Buffer.concat(chunks, bytes);
+    return gather.whole();
   }
 }
 

@@ -15,7 +15,7 @@ const SMALL_REQUESTS_BYTES = 4 * 1024 * 1024;
  */
 const GARBAGE_BYTES = 16 * 1024 * 1024;
 /** What a request costs besides its body. It bounds their number too, to 14,336. */
-const REQUEST_BYTES = 4096;
+export const REQUEST_BYTES = 4096;
 
 /** What one request holds; `using` releases it. */
 export type Reservation = ReturnType<ReturnType<typeof openMemoryBudget>["admit"]>;

@@ -24,6 +24,8 @@ export class Problem extends Error {
       headers?: Record<string, string>;
       /** What the lines of a body are that was not stored (an extension member). */
       lines?: object;
+      /** How many bytes of the body would be stored (an extension member). */
+      bytes?: number;
     } = {},
   ) {
     super(detail);
@@ -94,8 +96,16 @@ function fits(route: string, path: string): boolean {
   return path.startsWith(route.slice(0, parameter)) && /^[^/]+$/.test(path.slice(parameter));
 }
 
-function respond({ status, detail, more: { errors, headers, lines } }: Problem): Response {
-  const document = { type: "about:blank", title: TITLES[status], status, detail, errors, lines };
+function respond({ status, detail, more: { errors, headers, lines, bytes } }: Problem): Response {
+  const document = {
+    type: "about:blank",
+    title: TITLES[status],
+    status,
+    detail,
+    errors,
+    lines,
+    bytes,
+  };
   return new Response(JSON.stringify(document), {
     status,
     headers: { "content-type": "application/problem+json", ...headers },

@@ -154,6 +154,15 @@ test("a last line without newline that is a complete event is sent once", async 
   expect(readRejected(file)).toMatchObject([{ line: 3, text: "bad" }]);
 });
 
+test("every rejected line is kept, also where no answer can list those of a chunk", async () => {
+  await using server = await openServer();
+  const file = server.write("bad.jsonl", `${line("ann", 1)}${'{"id":0}\n'.repeat(20_000)}`);
+  expect((await server.send(file)).code).toBe(1);
+  const numbers = rejected(file).map((record) => (record as { line: number }).line);
+  expect(numbers).toEqual(Array.from({ length: 20_000 }, (_, i) => i + 2));
+  expect(server.journal()).toEqual([line("ann", 1)]);
+});
+
 test("a second run sends nothing, prints what is stored already, and keeps the rejected lines", async () => {
   await using server = await openServer();
   const text = `${line("ann", 1)}bad\n`;

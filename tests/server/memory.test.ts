@@ -100,6 +100,25 @@ test("2,000 bodies of 60 KiB as fast as possible are each stored or answered 503
   expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
 });
 
+test("senders that announce bodies and send nothing hold no room for them", async () => {
+  const senders = await Promise.all(
+    Array.from({ length: 900 }, () => openSender(app, 65_000, false)),
+  );
+  expect((await app.post(line("announced", 60 * KIB))).status).toBe(201);
+  for (const sender of senders) sender[Symbol.dispose]();
+});
+
+test("a body of 16 MB in chunks of one byte is stored in bounded memory", async () => {
+  const sender = await openSender(app, 16_000_000, true);
+  for (let left = 16_000_000; left > 0; left -= 50_000) {
+    const last = left === 50_000 ? "0\r\n\r\n" : "";
+    await sender.write("1\r\n\n\r\n".repeat(50_000) + last);
+  }
+  await until(() => sender.text().startsWith("HTTP/1.1 201 "));
+  expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
+  sender[Symbol.dispose]();
+});
+
 test("the memory budget of senders that disconnect is released", async () => {
   const piece = "\n".repeat(2 * MIB);
   for (let round = 0; round < (IS_LONG ? 3 : 2); round++) {
@@ -173,6 +192,8 @@ async function openSender(app: App, bodyBytes: number, chunked: boolean) {
   let left = bodyBytes;
   return {
     text: () => text,
+    /** Sends bytes as they are, and returns once they are on their way. */
+    write: (bytes: string) => new Promise<void>((resolve) => socket.write(bytes, () => resolve())),
     send(piece: string) {
       left -= piece.length;
       if (!chunked) return socket.write(piece);

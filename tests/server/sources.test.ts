@@ -115,6 +115,44 @@ for (const [what, header, value] of [
     expect((await look(name)).status).toBe(404);
   });
 
+test("of a body whose rejected lines no answer can list, nothing is stored but for a part that is named", async () => {
+  const name = newName();
+  const bytes = bytesOf(line("before"), '{"id":0}\n'.repeat(20_000), line("after"));
+  const listing = (from: number, to: number) =>
+    fetch(`${app.url}/sources/${name}?errors=20000`, {
+      method: "PATCH",
+      headers: headersOf(from, bytes, to),
+      body: bytes.subarray(from, to),
+    });
+  const errors: number[] = [];
+  let requests = 0;
+  for (let from = 0; from < bytes.length; requests++) {
+    const whole = await listing(from, bytes.length);
+    const text = await whole.text();
+    expect(text.length).toBeLessThan(1024 * 1024);
+    const fits = whole.status === 413 ? (JSON.parse(text) as { bytes: number }).bytes : null;
+    const to = fits === null ? bytes.length : from + fits;
+    const stored = fits === null ? whole : await listing(from, to);
+    const answer = JSON.parse(fits === null ? text : await stored.text()) as Answer;
+    expect(stored.status).toBe(200);
+    expect(stored.headers.get("upload-offset")).toBe(`${to}`);
+    expect(answer.errors.length).toBe(answer.rejected);
+    errors.push(answer.rejected);
+    // Sent again, its answer is the 409 with the same list.
+    const again = await listing(from, to);
+    expect(again.status).toBe(409);
+    const { lines } = (await again.json()) as { lines: Answer };
+    expect(lines.errors).toEqual(answer.errors);
+    from = to;
+  }
+  expect(requests).toBeGreaterThan(1);
+  expect(errors.reduce((sum, count) => sum + count)).toBe(20_000);
+  // Asked for fewer of them, it is stored whole.
+  const { answer } = await patch(newName(), 0, bytes);
+  expect(answer).toMatchObject({ accepted: 2, rejected: 20_000 });
+  expect(answer.errors.length).toBe(100);
+});
+
 test("a Source-Digest may be in upper case", async () => {
   const name = newName();
   const bytes = lines(1, 1);
