@@ -207,6 +207,15 @@ begin
     loop
       execute format('create index quarantine_lines on %s using hash (line)', legacy.name);
     end loop;
+    -- To 2: `GET /quarantine` lists the newest lines first.
+    for legacy in
+      select to_regclass('quarantine') as name
+      where to_regclass('quarantine_newest') is null and 3 = (
+        select count(*) from pg_attribute
+        where attrelid = to_regclass('quarantine') and attname in ('at', 'source', 'position'))
+    loop
+      execute format('create index quarantine_newest on %s (at, source, position)', legacy.name);
+    end loop;
     -- To 2: the order of "C" never changes. That of a language changes with the system's library, and
     -- then an index no longer finds its rows: for a journal it would seem as if nothing was posted. (Only
     -- small tables: the others may take longer than a start has time for.)

@@ -5,7 +5,7 @@
  */
 import { formatAmount } from "../event/amount.ts";
 import type { Change } from "../event/event.ts";
-import { type Database, LEDGER_VERSION, type Statements } from "./database.ts";
+import { type Database, LEDGER_VERSION, READ_DEADLINE_MS, type Statements } from "./database.ts";
 import { type Quarantined, SAME_ID } from "./ledger.ts";
 
 const ROWS_PER_PAGE = 500;
@@ -28,11 +28,38 @@ export async function readQuarantine(
     order by source, quarantine.position limit ${ROWS_PER_PAGE}`;
 }
 
+<<<<<<< HEAD
 /** What is known of a line beside its event. */
 interface Released {
   event: string | null;
   /** When a server stored it; `null` for a line of a file. */
   atMs: number | null;
+=======
+/** A line as the API answers it; `at` has microseconds, because all lines of a batch have the same time. */
+export interface ListedLine {
+  source: string;
+  position: number;
+  reason: string;
+  line: string;
+  at: string;
+}
+
+/** Up to `limit` lines in quarantine, the newest first, behind `after`. Throws Unavailable. */
+export async function readNewestQuarantine(
+  database: Database,
+  { after, limit }: { after: Pick<ListedLine, "at" | "source" | "position"> | null; limit: number },
+): Promise<ListedLine[]> {
+  const { at = "infinity", source = "", position = 0 } = after ?? {};
+  const rows = await database.use(
+    (sql) => sql<ListedLine[]>`
+      select source, position::float8, reason, line, to_json(at at time zone 'UTC') #>> '{}' || 'Z' as at
+      from quarantine
+      where (at, source, position) < (${at}::text::timestamptz, ${source}, ${position}::bigint)
+      order by quarantine.at desc, source desc, quarantine.position desc limit ${limit}`,
+    READ_DEADLINE_MS,
+  );
+  return [...rows];
+>>>>>>> ee7756d (GET /quarantine: the lines that were set aside, the newest first)
 }
 
 /**

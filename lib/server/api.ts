@@ -24,6 +24,7 @@ import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts
 import { type ApiDocument, openApiPage } from "./openapi-page.ts";
 import type { PostedWatch } from "./posted.ts";
 import { allowedMethods, Problem, problems, routeOf, unavailable } from "./problem.ts";
+import { listQuarantined, MAX_LISTED_LINES } from "./quarantined.ts";
 import {
   type NotStored,
   openSources,
@@ -250,6 +251,33 @@ export function createApi(parts: Parts) {
           "Revenue over time: events and amounts by name and the time they were stored (UTC)",
       },
     })
+    .get("/quarantine", ({ query, set }) => listQuarantine(query, set), {
+      grants: "balances:read",
+      query: t.Object(
+        {
+          limit: t.Optional(
+            t.Integer({ minimum: 1, maximum: MAX_LISTED_LINES, description: "100" }),
+          ),
+          cursor: t.Optional(t.String({ description: "the `next` of the page before" })),
+        },
+        openObject,
+      ),
+      response: {
+        200: t.Object({
+          lines: t.Array(
+            t.Object({
+              source: t.String(),
+              position: t.Integer(),
+              reason: t.String(),
+              line: t.String(),
+              at: t.String(),
+            }),
+          ),
+          next: t.Union([t.String(), t.Null()]),
+        }),
+      },
+      detail: { summary: "Lines that were set aside, each with its reason, the newest first" },
+    })
     .get("/openapi", describeApi, { detail: { hide: true } })
     .get("/healthz", () => ({ status: "ok" }), {
       detail: { summary: "200 while the process serves" },
@@ -398,6 +426,11 @@ export function createApi(parts: Parts) {
   function listRevenue(query: Parameters<typeof readRevenue>[1], set: ResponseHeaders) {
     set.headers["cache-control"] = "no-store";
     return queried(readRevenue(database, query));
+  }
+
+  function listQuarantine(query: Parameters<typeof listQuarantined>[1], set: ResponseHeaders) {
+    set.headers["cache-control"] = "no-store";
+    return queried(listQuarantined(database, query));
   }
 
   function invalidQuery(name: string, message: string): Problem {

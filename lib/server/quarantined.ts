@@ -1,0 +1,35 @@
+/** The lines in quarantine, for readers: the newest first, a page at a time. */
+import type { Database } from "../ledger/database.ts";
+import { type ListedLine, readNewestQuarantine } from "../ledger/quarantine.ts";
+import { Problem } from "./problem.ts";
+
+export const MAX_LISTED_LINES = 1_000;
+const CURSOR = /^(\d{4,6}-[\d:.T-]{8,40}Z) (\d{1,15}) (.+)$/s;
+
+/** A page of them. Throws Unavailable, and a Problem for a bad cursor. */
+export async function listQuarantined(
+  database: Database,
+  { limit = 100, cursor }: { limit?: number | undefined; cursor?: string | undefined },
+) {
+  const after = cursor === undefined ? null : decodeCursor(cursor);
+  // One more than asked for says whether there is a next page.
+  const rows = await readNewestQuarantine(database, { after, limit: limit + 1 });
+  const lines = rows.slice(0, limit);
+  const next = rows.length > limit ? encodeCursor(lines.at(-1) as ListedLine) : null;
+  return { lines, next };
+}
+
+function encodeCursor({ at, position, source }: Pick<ListedLine, "at" | "position" | "source">) {
+  return Buffer.from(`${at} ${position} ${source}`).toString("base64url");
+}
+
+function decodeCursor(cursor: string) {
+  const text = Buffer.from(cursor, "base64url").toString();
+  const [, at = "", position, source = ""] = CURSOR.exec(text) ?? [];
+  const place = { at, position: Number(position), source };
+  if (Number.isNaN(Date.parse(at)) || source.includes("\0") || encodeCursor(place) !== cursor)
+    throw new Problem(422, "`cursor` must be the `next` of an answer of this route", {
+      errors: [{ path: "/cursor", message: "is not a cursor of this route" }],
+    });
+  return place;
+}
