@@ -27,6 +27,7 @@ import { createApi, type Parts } from "./lib/server/api.ts";
 import type { Access } from "./lib/server/auth.ts";
 import { watchDescriptors } from "./lib/server/descriptors.ts";
 import { listen, readCertificate } from "./lib/server/listener.ts";
+import { openLive } from "./lib/server/live.ts";
 import { openMetrics } from "./lib/server/metrics.ts";
 import { watchPosted } from "./lib/server/posted.ts";
 import { openTokens, printToken, SCOPES } from "./lib/server/token.ts";
@@ -73,7 +74,8 @@ async function main(): Promise<number> {
   posted.compared.catch(() => stop.abort());
   await Promise.race([posted.asked, Bun.sleep(COMPARE_MS)]);
   const metrics = openMetrics(journal, posted);
-  const parts = { journal, database, access, schema, log, posted, metrics, isHttps };
+  const live = openLive({ journal, database, posted, metrics });
+  const parts = { journal, database, access, schema, log, posted, metrics, live, isHttps };
   const server = listen(createApi(parts), settings);
   stack.use(watchDescriptors(server, log));
   if (isHttps) process.on("SIGHUP", () => server.renewCertificate(log));
@@ -83,6 +85,7 @@ async function main(): Promise<number> {
   run?.catch(() => stop.abort());
   await aborted(stop.signal);
   log.info("stopping");
+  live.close();
   await server.finish();
   posted.close();
   try {

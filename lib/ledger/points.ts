@@ -47,6 +47,7 @@ export async function readPoints(
   return [...rows];
 }
 
+<<<<<<< HEAD
 /**
  * Folds minutes that are older than a day into hours, and hours older than 90 days into days, by the
  * ledger's own day (boundary.ts): of every checkpoint that has any and that nobody is posting at the moment.
@@ -187,4 +188,22 @@ export async function correctPoints(
       events = known.events + excluded.events, amount = known.amount + excluded.amount`;
   await tx`
     delete from points where source = any(${source}::text::text[]) and events = 0 and amount = 0`;
+=======
+/** All events that the points hold. `since`: from when on, where a ledger is older than its points. */
+export interface PostedTotal {
+  events: number;
+  since: string | null;
+}
+
+/** Throws Unavailable. */
+export async function readPostedTotal(database: Database): Promise<PostedTotal> {
+  const [row] = await database.use(
+    (sql) => sql<{ events: number; since: Date | null }[]>`
+      select coalesce(sum(events), 0)::float8 as events,
+        case when exists (select from checkpoints where points_from > 0) then min(at) end as since
+      from points`,
+    READ_DEADLINE_MS,
+  );
+  return { events: row?.events ?? 0, since: row?.since?.toISOString() ?? null };
+>>>>>>> 2beb1ea (GET /live: each second's figures, computed once for all viewers)
 }

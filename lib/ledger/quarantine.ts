@@ -62,6 +62,16 @@ export async function readNewestQuarantine(
 >>>>>>> ee7756d (GET /quarantine: the lines that were set aside, the newest first)
 }
 
+/** How many lines are in quarantine, of which `most` are counted. Throws Unavailable. */
+export async function countQuarantine(database: Database, most: number): Promise<number> {
+  const [row] = await database.use(
+    (sql) => sql<{ count: number }[]>`
+      select count(*)::int as count from (select from quarantine limit ${most}) as line`,
+    READ_DEADLINE_MS,
+  );
+  return row?.count ?? 0;
+}
+
 /**
  * Posts the event of a line and removes the line from the quarantine, in one statement. An event that has
  * already counted does not count again. Changes nothing if its id belongs to another event (`disputed`), or the

@@ -18,6 +18,7 @@ import { type Lines, readEvent, readLines, sortLines } from "./body.ts";
 import type { EventSchema } from "./event-schema.ts";
 import { holdAnswer } from "./held-answer.ts";
 import { observe } from "./listener.ts";
+import type { Live } from "./live.ts";
 import { openMemoryBudget } from "./memory.ts";
 import type { Metrics } from "./metrics.ts";
 import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
@@ -94,12 +95,13 @@ export interface Parts {
   log: Log;
   posted: PostedWatch;
   metrics: Metrics;
+  live: Live;
   isHttps: boolean;
 }
 
 /** The routes, ready to listen. */
 export function createApi(parts: Parts) {
-  const { journal, database, access, schema, log, posted, metrics, isHttps } = parts;
+  const { journal, database, access, schema, log, posted, metrics, live, isHttps } = parts;
   const authorize = openAuth(access, log);
   const budget = openMemoryBudget();
   const sources = openSources(journal, database);
@@ -277,6 +279,14 @@ export function createApi(parts: Parts) {
         }),
       },
       detail: { summary: "Lines that were set aside, each with its reason, the newest first" },
+    })
+    .get("/live", ({ request }) => live.view(request), {
+      grants: "balances:read",
+      detail: {
+        summary:
+          "Server-Sent Events, one a second: the figures of the last ten minutes, then of each second; " +
+          "what this server accepts and rejects, what the ledger posts, the lag, and how it all is",
+      },
     })
     .get("/openapi", describeApi, { detail: { hide: true } })
     .get("/healthz", () => ({ status: "ok" }), {

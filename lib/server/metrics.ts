@@ -64,6 +64,8 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
   const rejected = counted("events_rejected", "Lines rejected, by their first fault.", ["reason"]);
   const labels = ["method", "route", "status"];
   const requests = counted("http_requests", "Requests answered, by route and status.", labels);
+  /** The same numbers for `GET /live`. */
+  const totals = { accepted: 0, rejected: {} as Record<string, number> };
   let failedMs = Number.NEGATIVE_INFINITY;
   const isWritable = () =>
     journal.trouble() === null && performance.now() - failedMs > NOT_WRITABLE_MS;
@@ -86,7 +88,12 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
   return {
     answered: (method: string, route: string, status: number) =>
       requests(METHODS.has(method) ? method : OTHER, route, `${status}`),
-    accepted: (events: number) => accepted.inc(events),
+    accepted(events: number) {
+      totals.accepted += events;
+      accepted.inc(events);
+    },
+    /** What this process has accepted, and rejected by reason. */
+    totals: () => structuredClone(totals),
     /** The journal could not store an event. */
     failed() {
       failedMs = performance.now();
@@ -94,7 +101,9 @@ export function openMetrics(journal: Journal, posted: PostedWatch) {
     rejected({ kind, faults }: InvalidEvent) {
       const path = faults[0]?.path ?? "";
       // Any other path holds a sender's or a schema's words.
-      rejected(path === "" ? kind : FIELDS.has(path) ? path.slice(1) : "schema");
+      const reason = path === "" ? kind : FIELDS.has(path) ? path.slice(1) : "schema";
+      totals.rejected[reason] = (totals.rejected[reason] ?? 0) + 1;
+      rejected(reason);
     },
     posted(posting: Posting) {
       postedEvents.inc(posting.events);
