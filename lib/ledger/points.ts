@@ -47,7 +47,6 @@ export async function readPoints(
   return [...rows];
 }
 
-<<<<<<< HEAD
 /**
  * Folds minutes that are older than a day into hours, and hours older than 90 days into days, by the
  * ledger's own day (boundary.ts): of every checkpoint that has any and that nobody is posting at the moment.
@@ -188,7 +187,8 @@ export async function correctPoints(
       events = known.events + excluded.events, amount = known.amount + excluded.amount`;
   await tx`
     delete from points where source = any(${source}::text::text[]) and events = 0 and amount = 0`;
-=======
+}
+
 /** All events that the points hold. `since`: from when on, where a ledger is older than its points. */
 export interface PostedTotal {
   events: number;
@@ -205,5 +205,4 @@ export async function readPostedTotal(database: Database): Promise<PostedTotal> 
     READ_DEADLINE_MS,
   );
   return { events: row?.events ?? 0, since: row?.since?.toISOString() ?? null };
->>>>>>> 2beb1ea (GET /live: each second's figures, computed once for all viewers)
 }

@@ -28,13 +28,13 @@ export async function readQuarantine(
     order by source, quarantine.position limit ${ROWS_PER_PAGE}`;
 }
 
-<<<<<<< HEAD
 /** What is known of a line beside its event. */
 interface Released {
   event: string | null;
   /** When a server stored it; `null` for a line of a file. */
   atMs: number | null;
-=======
+}
+
 /** A line as the API answers it; `at` has microseconds, because all lines of a batch have the same time. */
 export interface ListedLine {
   source: string;
@@ -59,7 +59,6 @@ export async function readNewestQuarantine(
     READ_DEADLINE_MS,
   );
   return [...rows];
->>>>>>> ee7756d (GET /quarantine: the lines that were set aside, the newest first)
 }
 
 /** How many lines are in quarantine, of which `most` are counted. Throws Unavailable. */
