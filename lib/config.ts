@@ -29,6 +29,8 @@ interface Setting {
 export const DEFAULT_SECRET = "secret";
 /** On a non-loopback address: 16 random characters are beyond guessing. */
 const MIN_SECRET_LENGTH = 16;
+/** HS256 requires a key as long as its digest (RFC 7518). */
+const MIN_JWT_SECRET_BYTES = 32;
 const SECRETS = ["AUTH_SECRET", "READ_SECRET", "JWT_SECRET"] as const;
 /** These may be given as NAME_FILE. */
 const FROM_FILES = [...SECRETS, "AUTH_TOKEN", "DATABASE_URL"] as readonly string[];
@@ -80,12 +82,26 @@ export const SETTINGS = {
   JWT_SECRET: {
     programs: ["app"],
     meaning: "accept tokens (JWT) signed with this secret, HS256",
-    kind: secret(textLike(/^[ -~]+$/, "a secret of printable ASCII")),
+    kind: secret(
+      textLike(
+        new RegExp(`^(?=( *[!-~]){${MIN_JWT_SECRET_BYTES}})[ -~]+$`),
+        `${MIN_JWT_SECRET_BYTES} or more characters of printable ASCII, blanks not counted, for example ` +
+          "from `openssl rand -base64 32`; tokens that the old one signed have to be made again",
+      ),
+    ),
   },
   JWKS_URL: {
     programs: ["app"],
     meaning: "accept tokens signed with one of the keys at this URL: RS256, ES256 or EdDSA",
-    kind: secret(url("http://… or https://…")), // its user or query may be one
+    kind: secret({
+      requires: "https://…, or http://… of a loopback address", // else anybody on the way signs tokens
+      parse: (text) => {
+        if (!URL.canParse(text)) return undefined;
+        const { protocol, hostname } = new URL(text);
+        const isSafe = protocol === "https:" || (protocol === "http:" && isLoopback(hostname));
+        return isSafe ? text : undefined;
+      },
+    }), // its user or query may be one
   },
   JWT_ISSUER: {
     programs: ["app"],
@@ -266,6 +282,11 @@ function checkTogether(settings: Partial<Settings<SettingName>>): string[] {
           `${name} is too short: use at least ${MIN_SECRET_LENGTH} characters, as HOST is ${HOST}`,
         );
     }
+  const { AUTH_SECRET = [], READ_SECRET = [] } = settings;
+  if (READ_SECRET.some((each) => AUTH_SECRET.includes(each)))
+    invalid.push(
+      "a secret is in both READ_SECRET and AUTH_SECRET, so its readers may write: use another one in READ_SECRET",
+    );
   if (JWT_SECRET && JWKS_URL) invalid.push("set JWT_SECRET or JWKS_URL, not both");
   if (!TLS_CERT !== !TLS_KEY)
     invalid.push(`TLS_${TLS_CERT ? "KEY" : "CERT"} is not set: set both TLS_CERT and TLS_KEY`);

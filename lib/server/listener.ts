@@ -7,12 +7,19 @@ import type { AnyElysia } from "elysia";
 import { InvalidSetting, type SettingsOf } from "../config.ts";
 import type { Log } from "../log.ts";
 import type { Metrics } from "./metrics.ts";
+import { Problem, respond } from "./problem.ts";
+import { mustClose } from "./refused-body.ts";
 
 /** Requests in progress at SIGTERM may take this long; with all the rest the stop takes under 5 s. */
 const FINISH_MS = 1_500;
 const IDLE_S = 30;
 /** A sender's own request id is kept if it can stand in a log. */
 const REQUEST_ID = /^[\w.:+/=-]{1,128}$/;
+
+/** A proxy before this server may have decided by the other one. Bun joins them with a comma. */
+const TWO_HOSTS = new Problem(400, "send one Host header");
+/** Elysia looks for the path of an HTTPS URL behind this index. */
+const PATH_AFTER = 11;
 
 /** Where to listen; with the paths of PEM files, over HTTPS. */
 type Address = Pick<SettingsOf<"app">, "HOST" | "PORT" | "TLS_CERT" | "TLS_KEY">;
@@ -32,10 +39,14 @@ export function observe(log: Log, metrics: Metrics, routeOf: (path: string) => s
       const given = request.headers.get("x-request-id");
       const id =
         given !== null && REQUEST_ID.test(given) ? given : `${prefix}-${(requests++).toString(36)}`;
-      const response = await handle(request, ...rest);
+      lengthenHost(request);
+      const isAmbiguous = request.headers.get("host")?.includes(",");
+      const response = isAmbiguous ? respond(TWO_HOSTS) : await handle(request, ...rest);
       response.headers.set("x-request-id", id);
       const { method } = request;
       const { status } = response;
+      if (status >= 400 && (await mustClose(request, response)))
+        response.headers.set("connection", "close");
       const route = routeOf(pathOf(request.url));
       metrics.answered(method, route, status);
       if (!isLogged) return response;
@@ -129,6 +140,15 @@ function readPem(name: string, path: string): string {
   } catch (error) {
     throw new InvalidSetting(`${name}: cannot read ${path} (${(error as { code?: string }).code})`);
   }
+}
+
+/** Of `https://x/healthz`, Elysia would not find the path, and of `https://x/q/healthz` another one. */
+function lengthenHost(request: Request): void {
+  const { url } = request;
+  if (!url.startsWith("https:")) return;
+  const path = url.indexOf("/", "https://".length);
+  if (path >= PATH_AFTER) return;
+  Object.defineProperty(request, "url", { value: `https://localhost${url.slice(path)}` });
 }
 
 /** The path without the origin and the query. */

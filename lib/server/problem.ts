@@ -96,7 +96,12 @@ function fits(route: string, path: string): boolean {
   return path.startsWith(route.slice(0, parameter)) && /^[^/]+$/.test(path.slice(parameter));
 }
 
-function respond({ status, detail, more: { errors, headers, lines, bytes } }: Problem): Response {
+/** The document of a failure. */
+export function respond({
+  status,
+  detail,
+  more: { errors, headers, lines, bytes },
+}: Problem): Response {
   const document = {
     type: "about:blank",
     title: TITLES[status],

@@ -20,6 +20,7 @@ import type { Health } from "../log.ts";
 import { print, say } from "../progress.ts";
 
 const TOLERANCE_S = 30;
+const MAX_KEYS_BYTES = 1024 * 1024;
 const KEY_ALGORITHMS = ["RS256", "ES256", "EdDSA"];
 
 /**
@@ -82,7 +83,9 @@ export function openTokens(
   };
   return async (token: string) => {
     const verified = await jwtVerify(token, key as JWTVerifyGetKey, options).catch(toInvalidToken);
-    const { scope, sub } = verified.payload;
+    const { scope, sub, exp, nbf = 0, iat = 0 } = verified.payload;
+    // 1e999 is Infinity: it would never expire.
+    if (![exp, nbf, iat].every(Number.isFinite)) throw new InvalidToken("malformed");
     return { scopes: typeof scope === "string" ? scope.split(" ") : [], sub };
   };
 }
@@ -120,7 +123,11 @@ export async function printToken(
  * every 30 s, else after 10 minutes. While the issuer is down, the keys that it served last stay valid.
  */
 function remoteKeys(url: string, health: Health, fetchKeys: FetchImplementation): JWTVerifyGetKey {
-  const remote = createRemoteJWKSet(new URL(url), { [customFetch]: fetchKeys });
+  const bounded: FetchImplementation = async (from, init) => {
+    const response = await fetchKeys(from, { ...init, redirect: "manual" });
+    return new Response(await readKeys(response), { status: response.status });
+  };
+  const remote = createRemoteJWKSet(new URL(url), { [customFetch]: bounded });
   return async (header, token) => {
     try {
       const key = await remote(header, token);
@@ -140,6 +147,19 @@ function remoteKeys(url: string, health: Health, fetchKeys: FetchImplementation)
       });
     }
   };
+}
+
+/** An issuer's answer, which must be small: it stays in memory. */
+async function readKeys(response: Response): Promise<Uint8Array<ArrayBuffer>> {
+  const chunks: Uint8Array[] = [];
+  let bytes = 0;
+  for await (const chunk of response.body ?? []) {
+    bytes += chunk.length;
+    if (bytes > MAX_KEYS_BYTES)
+      throw new Error(`the answer is larger than ${MAX_KEYS_BYTES} bytes`);
+    chunks.push(chunk);
+  }
+  return new Uint8Array(Buffer.concat(chunks));
 }
 
 function toInvalidToken(error: Error): never {

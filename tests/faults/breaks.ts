@@ -40,6 +40,19 @@ export const BREAKS: readonly Break[] = [
     "for (const go of waiting.splice(0)) go();",
     "unit/turns",
   ),
+  without(
+    "the end of a connection whose body is refused",
+    'if (status >= 400 && (await mustClose(request, response)))\n        response.headers.set("connection", "close");',
+    "",
+    "server/listener",
+  ),
+  without("the path behind a short host", "lengthenHost(request);", "", "server/listener"),
+  without(
+    "the requirement that times in a token are finite",
+    'if (![exp, nbf, iat].every(Number.isFinite)) throw new InvalidToken("malformed");',
+    "",
+    "server/auth",
+  ),
   without("the sync of a frame", "await sync();", "", "faults/disk"),
   without(
     "the order: sync first, then acknowledge",

@@ -2,6 +2,8 @@
  * Authorization: every kind of route with every kind of credential, on servers that accept secrets,
  * tokens signed with a secret, and tokens signed with keys that this test serves.
  */
+import { createHmac } from "node:crypto";
+
 import { afterAll, beforeAll, expect, setDefaultTimeout, setSystemTime, test } from "bun:test";
 
 import { exportJWK, generateKeyPair, type JWTPayload, SignJWT, UnsecuredJWT } from "jose";
@@ -17,6 +19,7 @@ setDefaultTimeout(30_000);
 const OLD = "old-secret-of-a-writer";
 const NEW = "new-secret-of-a-writer";
 const READER = "secret-of-a-dashboard";
+const SOON_S = Math.floor(Date.now() / 1000) + 3600;
 const JWT_SECRET = "a-secret-that-signs-tokens-and-is-long-enough";
 const ISSUER = { JWT_ISSUER: "https://issuer.test/", JWT_AUDIENCE: "daybook" };
 const GOOD = { iss: ISSUER.JWT_ISSUER, aud: ISSUER.JWT_AUDIENCE };
@@ -276,6 +279,9 @@ test.concurrent("tokens of a secret: each route for each kind of credential", as
     ["RS256", await signWith(rsa, both), NONE, "wrong_algorithm"],
     ["none as algorithm", unsigned, NONE, "wrong_algorithm"],
     ["other secret", await sign({ ...GOOD, ...both }, OLD), NONE, "wrong_signature"],
+    ["exp of 1e999", signedText('{"exp":1e999,"scope":"events:write"'), NONE, "malformed"],
+    ["nbf of -1e999", signedText(`{"exp":${SOON_S},"nbf":-1e999`), NONE, "malformed"],
+    ["iat of -1e999", signedText(`{"exp":${SOON_S},"iat":-1e999`), NONE, "malformed"],
     [
       "missing audience",
       await sign({ iss: GOOD.iss, ...both }, JWT_SECRET),
@@ -284,6 +290,37 @@ test.concurrent("tokens of a secret: each route for each kind of credential", as
     ],
   ];
   for (const row of rows) await expectRow(secretly, row);
+});
+
+/** A token of claims as they are written, with those that the server requires. */
+function signedText(claims: string): string {
+  const { iss, aud } = GOOD;
+  const payload = `${claims},${JSON.stringify({ iss, aud }).slice(1)}`;
+  const encoded = [`{"alg":"HS256"}`, payload].map((part) =>
+    Buffer.from(part).toString("base64url"),
+  );
+  const text = encoded.join(".");
+  return `${text}.${createHmac("sha256", JWT_SECRET).update(text).digest("base64url")}`;
+}
+
+test("an issuer's answer is read up to 1 MiB, and a redirect is not followed", async () => {
+  const reported: string[] = [];
+  const health = { failing: (line: string) => reported.push(line), recovered() {} };
+  const answers = [
+    () => new Response(" ".repeat(2 ** 20) + JSON.stringify({ keys: [ec.jwk] })),
+    () => Response.redirect("http://elsewhere.test/", 302),
+  ];
+  for (const answer of answers) {
+    const asked: unknown[] = [];
+    const verify = openTokens({ JWKS_URL: "http://issuer.test/" }, health, async (_, init) => {
+      asked.push(init?.redirect);
+      return answer();
+    })!;
+    const token = await signWith(ec, both);
+    expect(await verify(token).catch((error) => error)).toBeInstanceOf(KeysUnavailable);
+    expect(asked).toEqual(["manual"]);
+  }
+  expect(reported[0]).toContain("larger than 1048576 bytes");
 });
 
 test("app.ts --token prints a token that the server accepts, and names what is missing", async () => {

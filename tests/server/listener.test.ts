@@ -1,5 +1,6 @@
 /** HTTPS served by the server itself, and certificates renewed while it serves. */
 import { expect, setDefaultTimeout, test } from "bun:test";
+import { connect as connectPlain } from "node:net";
 import { connect } from "node:tls";
 
 import { event } from "../support/events.ts";
@@ -52,6 +53,57 @@ test("with a certificate the server and the client speak HTTPS", async () => {
   expect({ code: sent.code, stderr: sent.stderr }).toEqual({ code: 0, stderr: "" });
   const plain = await fetch(app.url.replace("https", "http")).catch(() => null);
   expect(plain?.ok ?? false).toBe(false);
+});
+
+test("over HTTPS the path is found behind a host of any length, and two hosts are refused", async () => {
+  using folder = tempDir();
+  certify(folder, "first");
+  await using app = await startApp({
+    ...{ dataDir: folder.file("data"), databaseUrl: NO_DATABASE, env: settings(folder) },
+    args: ["--no-processor"],
+  });
+  const port = Number(new URL(app.url).port);
+  const statusOf = (path: string, ...hosts: string[]) =>
+    new Promise<number>((resolve, reject) => {
+      const socket = connect({ port, host: "127.0.0.1", rejectUnauthorized: false });
+      const head = hosts.map((host) => `Host: ${host}\r\n`).join("");
+      socket.write(`GET ${path} HTTP/1.1\r\n${head}Connection: close\r\n\r\n`);
+      socket.on("data", (bytes) => resolve(Number(String(bytes).split(" ")[1])));
+      socket.on("error", reject);
+    });
+  for (const host of ["x", "xy", "xyz", "x.example.com", "x:1"]) {
+    expect([host, await statusOf("/healthz", host)]).toEqual([host, 200]);
+    expect([host, await statusOf("/q/healthz", host)]).toEqual([host, 404]);
+  }
+  expect(await statusOf("/healthz", "x", "y")).toBe(400);
+});
+
+test("a refused flood is cut off behind the answer, and an honest sender gets its answer whole", async () => {
+  using folder = tempDir();
+  const dataDir = folder.file("data");
+  const args = ["--no-processor"];
+  await using app = await startApp({ dataDir, databaseUrl: NO_DATABASE, args });
+  const head = (length: string) =>
+    `POST /liveEvents HTTP/1.1\r\nHost: x\r\nAuthorization: wrong\r\n${length}\r\n\r\n`;
+  for (const length of ["Content-Length: 10000000000", "Transfer-Encoding: chunked"]) {
+    let isClosed = false;
+    const socket = connectPlain(Number(new URL(app.url).port), "127.0.0.1");
+    socket.on("error", () => {}).on("close", () => void (isClosed = true));
+    socket.resume();
+    socket.write(head(length));
+    const piece = `100000\r\n${"x".repeat(2 ** 20)}\r\n`;
+    // Far more than all buffers on the way.
+    for (let i = 0; i < 200 && !isClosed; i++)
+      await new Promise((resolve) => socket.write(piece, resolve));
+    await until(() => isClosed);
+  }
+  const headers = { authorization: "wrong", "content-type": "application/x-ndjson" };
+  const body = "x".repeat(2 ** 20);
+  for (let i = 0; i < 20; i++) {
+    const answer = await fetch(`${app.url}/liveEvents`, { method: "POST", headers, body });
+    expect(answer.status).toBe(401);
+    expect(await answer.text()).toContain("Authorization");
+  }
 });
 
 test("SIGHUP under load: new connections get the new certificate, and no request fails for long", async () => {

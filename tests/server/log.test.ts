@@ -14,7 +14,7 @@ const NO_DATABASE = `postgres://daybook:${MARKER}@127.0.0.1:1/daybook`;
 
 test("the log is JSON lines: the start with masked secrets, and the stop", async () => {
   using dir = tempDir();
-  const env = { AUTH_SECRET: MARKER, READ_SECRET: MARKER, JWT_SECRET: MARKER };
+  const env = { AUTH_SECRET: MARKER, READ_SECRET: `${MARKER}-2`, JWT_SECRET: MARKER.repeat(2) };
   await using app = await startApp({
     ...{ dataDir: dir.path, databaseUrl: NO_DATABASE, env },
     args: ["--no-processor"],

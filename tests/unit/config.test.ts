@@ -59,9 +59,9 @@ for (const HOST of [
       expect(readSettings(NAMES, { HOST, AUTH_SECRET }).invalid).toEqual([
         expect.stringMatching(/^AUTH_SECRET is too short.*HOST/),
       ]);
-    const others = { READ_SECRET: "short", JWT_SECRET: "short" };
-    const names = [...NAMES, "READ_SECRET", "JWT_SECRET"] as const;
-    expect(readSettings(names, { HOST, AUTH_SECRET: LONG, ...others }).invalid).toHaveLength(2);
+    const others = { READ_SECRET: "short" };
+    const names = [...NAMES, "READ_SECRET"] as const;
+    expect(readSettings(names, { HOST, AUTH_SECRET: LONG, ...others }).invalid).toHaveLength(1);
     expect(readSettings(NAMES, { HOST, AUTH_SECRET: `${LONG},${LONG}` }).invalid).toEqual([]);
   });
 
@@ -100,11 +100,43 @@ test("a setting is parsed, an empty one is unset, and the settings cannot change
 
 test("JWT_SECRET and JWKS_URL exclude each other, and TLS_CERT requires TLS_KEY", () => {
   const names = ["JWT_SECRET", "JWKS_URL", "TLS_CERT", "TLS_KEY"] as const;
-  const env = { JWT_SECRET: "s", JWKS_URL: "http://127.0.0.1/keys", TLS_CERT: "cert.pem" };
+  const env = {
+    JWT_SECRET: "s".repeat(32),
+    JWKS_URL: "http://127.0.0.1/keys",
+    TLS_CERT: "cert.pem",
+  };
   expect(readSettings(names, env).invalid).toEqual([
     "set JWT_SECRET or JWKS_URL, not both",
     "TLS_KEY is not set: set both TLS_CERT and TLS_KEY",
   ]);
+});
+
+test.each(["s".repeat(31), `${"s".repeat(31)} `, " ".repeat(40), `${"s ".repeat(31)}`])(
+  "JWT_SECRET %j is too short, and the message says how to make one",
+  (JWT_SECRET) => {
+    const { invalid } = readSettings(["JWT_SECRET"], { JWT_SECRET });
+    expect(invalid).toEqual([expect.stringMatching(/^JWT_SECRET is invalid.*openssl rand/)]);
+    expect(
+      readSettings(["JWT_SECRET"], { JWT_SECRET: `${JWT_SECRET}${"s".repeat(32)}` }).invalid,
+    ).toEqual([]);
+  },
+);
+
+test("a secret that grants writing cannot be one that only grants reading", () => {
+  const names = ["AUTH_SECRET", "READ_SECRET"] as const;
+  const { invalid } = readSettings(names, { AUTH_SECRET: "a,b", READ_SECRET: "c,b" });
+  expect(invalid).toEqual([expect.stringContaining("both READ_SECRET and AUTH_SECRET")]);
+  expect(readSettings(names, { AUTH_SECRET: "a,b", READ_SECRET: "c" }).invalid).toEqual([]);
+});
+
+test("keys that verify tokens come over https, or from this machine", () => {
+  const invalid = (JWKS_URL: string) => readSettings(["JWKS_URL"], { JWKS_URL }).invalid.length;
+  expect(["https://issuer.test/k", "http://localhost/k", "http://[::1]:8/k"].map(invalid)).toEqual([
+    0, 0, 0,
+  ]);
+  expect(
+    ["http://issuer.test/k", "http://10.0.0.1/k", "http://127.0.0.1.evil.test/"].map(invalid),
+  ).toEqual([1, 1, 1]);
 });
 
 test("a log shows of a secret only that it is set", () => {
