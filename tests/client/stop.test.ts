@@ -94,7 +94,7 @@ test.each(["SIGTERM", "SIGINT"] as const)(
       await using processor = spawn("processor.ts", { args: [file, next], env });
       // pg_locks shows every database of this Postgres, and other tests use others.
       const waiting = () => sql`
-        select from pg_locks where locktype = 'advisory' and not granted
+        select from pg_locks where locktype = 'advisory' and objid = 7 and not granted
           and database = (select oid from pg_database where datname = current_database())`;
       await until(async () => (await waiting()).length > 0);
       processor.kill(signal);

@@ -141,7 +141,9 @@ const ROUTES: Record<"write" | "ann" | "other" | "open", [RequestInit, () => str
 
 test("/openapi/json says which routes need a credential", async () => {
   const writes = ["/liveEvent", "/liveEvents", "/sources/{source}"];
-  const reads = ["/metrics", "/revenue", "/userEvents", "/userEvents/{userid}"];
+  const reads = [
+    ...["/live", "/metrics", "/quarantine", "/revenue", "/userEvents", "/userEvents/{userid}"],
+  ];
   const secured = async ({ url }: App) => {
     const { paths } = (await (await fetch(`${url}/openapi/json`)).json()) as {
       paths: Record<string, Record<string, { security?: unknown }>>;
