@@ -45,6 +45,13 @@ export function openBalances(database: Database) {
   let largest: Largest | null = null;
   let scan: Promise<Largest> | null = null;
   let streams = 0;
+  let reading: Promise<unknown> = Promise.resolve();
+  /** A page of a stream. One at a time, so that streams leave the other connections to everybody else. */
+  const readPage = (after: string): Promise<UserBalance[]> => {
+    const page = reading.then(() => readBalances(database, { after, limit: STREAM_PAGE }));
+    reading = page.catch(() => {});
+    return page;
+  };
 
   return {
     /** A page of balances in the order of users. Throws Unavailable, and a Problem for a bad cursor. */
@@ -78,8 +85,8 @@ export function openBalances(database: Database) {
       const ended = () => void streams--;
       streams++;
       try {
-        const first = await readBalances(database, { after: "", limit: STREAM_PAGE });
-        const body = streamOf(database, { first, format, ended });
+        const first = await readPage("");
+        const body = streamOf(readPage, { first, format, ended });
         const type = format === "text/csv" ? "text/csv; charset=utf-8" : format;
         return new Response(body, { headers: { "content-type": type } });
       } catch (error) {
@@ -99,7 +106,7 @@ export function openBalances(database: Database) {
 }
 
 function streamOf(
-  database: Database,
+  readPage: (after: string) => Promise<UserBalance[]>,
   { first, format, ended }: { first: UserBalance[]; format: Format; ended(): void },
 ): ReadableStream<Uint8Array> {
   const { head, line } = FORMATS[format];
@@ -129,7 +136,7 @@ function streamOf(
           end();
         };
         stalled = setTimeout(fail, STALLED_MS);
-        page = readBalances(database, { after: last.user_id, limit: STREAM_PAGE });
+        page = readPage(last.user_id);
         page.catch(() => {}); // awaited by the next pull
       } catch (error) {
         end();
