@@ -229,17 +229,23 @@ test("SIGTERM stops the embedded Postgres, a start after kill -9 resumes, and pr
   }
 });
 
-const NONE = { lost: [], wrong: [], unlikeJournal: [] };
+const NONE = { lost: [], wrong: [], unlikeJournal: [], unlikePoints: [] };
 
 /**
  * Acknowledged events that are missing; balances that are not the value of the one event that was
- * sent for the user; users whose balance is not what the journal says.
+ * sent for the user; users whose balance is not what the journal says; and the sums of balances and of
+ * points of revenue over time, where they differ.
  */
 async function faults(ledger: Ledger, { sent, acknowledged }: Load) {
   const found = await ledger.balances();
   const journal = journalEvents(ledger.journal);
   const users = new Set([...Object.keys(found), ...journal.keys()]);
+  const unlikePoints = await ledger.select(`
+    select * from (select sum(revenue) as balances from users_revenue) as ledger,
+      (select sum(amount) as points from points) as chart
+    where balances is distinct from points`);
   return {
+    unlikePoints: [...unlikePoints],
     lost: [...acknowledged].filter((user) => !(user in found)),
     wrong: Object.entries(found).filter(([user, revenue]) => revenue !== `${sent.get(user)}`),
     unlikeJournal: [...users].filter((user) => found[user] !== `${journal.get(user)}`),
