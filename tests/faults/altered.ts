@@ -34,7 +34,15 @@ export interface Alteration {
 const PROGRAM = ["app.ts", "client.ts", "processor.ts", "schema.sql", "lib"];
 /** What its tests need besides. */
 const AROUND = [
-  ...["README.md", "ARCHITECTURE.md", "package.json", "tsconfig.json", "bunfig.toml", "bun.lock"],
+  ...[
+    "README.md",
+    "ARCHITECTURE.md",
+    "deploy",
+    "package.json",
+    "tsconfig.json",
+    "bunfig.toml",
+    "bun.lock",
+  ],
   ...["patches", "tests"],
 ];
 

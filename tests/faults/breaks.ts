@@ -331,7 +331,7 @@ export const BREAKS: readonly Break[] = [
     "the deadline of a statement",
     "Promise.race([result, deadline])",
     "result",
-    "faults/postgres",
+    "ledger/connection",
   ),
   without(
     "the new connection after one that can only be read",

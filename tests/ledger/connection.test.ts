@@ -62,6 +62,17 @@ for (const [where, text] of [
     expect(next.stderr.text()).not.toContain("waiting");
   });
 
+test("a read is answered 503 while the connection to the database is silent", async () => {
+  await using ledger = await openLedger();
+  await using proxy = await openProxy(ledger.url);
+  await using server = await ledger.start({ DATABASE_URL: proxy.url });
+  await server.post(event("ann"));
+  await untilBalance(server, "ann", "1");
+  proxy.silence("users_revenue");
+  const signal = AbortSignal.timeout(60_000);
+  expect((await fetch(`${server.url}/userEvents/ann`, { signal })).status).toBe(503);
+});
+
 test("of several hosts, one that is silent and one that is closed are passed over", async () => {
   await using ledger = await openLedger();
   await using proxy = await openProxy(ledger.url);
