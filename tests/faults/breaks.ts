@@ -328,12 +328,6 @@ export const BREAKS: readonly Break[] = [
     "faults/postgres",
   ),
   without(
-    "the deadline of a statement",
-    "Promise.race([result, deadline])",
-    "result",
-    "ledger/connection",
-  ),
-  without(
     "the new connection after one that can only be read",
     "if (!(unavailable instanceof RowRefused && used.isReady)) forget(used);",
     'if (!unavailable.message.includes("read-only")) forget(used);',
