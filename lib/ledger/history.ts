@@ -20,6 +20,10 @@ export async function readReason(sql: Statements, key: string, position: number)
     union all
     select 'in quarantine: ' || reason from quarantine
     where source = ${key} and position = ${position}
+    union all
+    select 'in quarantine: ' || reason from packed_quarantine
+    where source = ${key} and from_position <= ${position}
+      and ${position}::bigint - from_position = any(positions)
     limit 1`;
   return row?.why ?? "does not count";
 }

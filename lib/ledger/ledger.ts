@@ -203,8 +203,10 @@ async function move(tx: Transaction, batch: Batch) {
 export async function countQuarantined(database: Database, { key, from, to }: Batch) {
   const [row] = await database.use(
     (sql) => sql<{ count: number }[]>`
-      select count(*)::int from quarantine
-      where source = ${key} and position >= ${from} and position < ${to}`,
+      select count(*)::int + coalesce((
+        select sum(cardinality(positions)) from packed_quarantine
+        where source = ${key} and from_position = ${from}), 0)::int as count
+      from quarantine where source = ${key} and position >= ${from} and position < ${to}`,
   );
   return row?.count ?? 0;
 }

@@ -14,7 +14,7 @@
 --     conflict ────────────────> late ──┬──>  left_out   (uncounted) if it is the same event
 --                                  │    └──>  set_aside  (quarantine) if it is another one, each once
 --     point ───────────────────> charted      revenue over time, without what came later
---     lines that are not events ───────────>  set_aside
+--     lines that are not events ───────────>  set_aside, those beyond a bound in one row
 --     ranges that do not count ────────────>  left_out, or if there are many: packed, in one row
 --
 -- The error of `fence` is that of a setting which does not exist (42704). It is outside the classes 22 and
@@ -81,11 +81,14 @@ with move as (
   ) as is_known
   from late
 ), set_aside as (
-  insert into quarantine (source, position, reason, line)
-  select $1, line.* from unnest($21::text::bigint[], $22::text::text[], $23::text::text[]) as line
-  union all
-  select $1, begins, $24, event from judged where not is_known
-  on conflict do nothing
+  select daybook_set_aside(
+    $1, $34::bigint, array_agg(position), array_agg(reason), array_agg(line)) as is_done
+  from (
+    select * from unnest($21::text::bigint[], $22::text::text[], $23::text::text[]) as line
+    union all
+    select begins, $24, event from judged where not is_known
+  ) as line (position, reason, line)
+  having count(*) > 0
 ), range as (
   select * from unnest(
     $25::text::bigint[], $26::text::bigint[], $27::text::text[]
@@ -140,6 +143,7 @@ select
   (select count(*)::int from claimed where not fresh) as late,
   (select count(*)::int from judged where not is_known) as disputed,
   (select count(*)::int from judged where is_known) as repeated,
+  (select is_done from set_aside),
   daybook_require_balances($29)
 from fence
 -- A call, for psql of any version, from the folder of schema.sql, on a database that has it applied:

@@ -5,10 +5,19 @@
  */
 import { formatAmount } from "../event/amount.ts";
 import type { Change } from "../event/event.ts";
-import { type Database, LEDGER_VERSION, READ_DEADLINE_MS, type Statements } from "./database.ts";
+import {
+  arrayLiteral,
+  columns,
+  type Database,
+  LEDGER_VERSION,
+  READ_DEADLINE_MS,
+  type Statements,
+  type Transaction,
+} from "./database.ts";
 import { type Quarantined, SAME_ID } from "./ledger.ts";
 
 const ROWS_PER_PAGE = 500;
+const PACKED_PER_PAGE = 2_000;
 const MAX_DISMISSED = 10_000;
 
 /** `key` is the checkpoint key of the line's source; `line` may be cut. */
@@ -26,6 +35,103 @@ export async function readQuarantine(
     select source as key, position::float8, reason, line, at from quarantine
     where (source, position) > (${last?.key ?? ""}, ${last?.position ?? -1})
     order by source, quarantine.position limit ${ROWS_PER_PAGE}`;
+}
+
+/** A line of which the ledger knows its position alone. Its batch begins at `from`. */
+export type PackedLine = Omit<QuarantinedLine, "line"> & { from: number };
+
+/** The packed lines behind `last`, a page of them and of one batch, in the order of key and position. */
+export async function readPackedQuarantine(
+  sql: Statements,
+  last?: PackedLine,
+): Promise<PackedLine[]> {
+  const { key = "", from = -1, position = -1 } = last ?? {};
+  return sql<PackedLine[]>`
+    with next as (
+      select source, from_position from packed_quarantine
+      where (source, from_position) >= (${key}, ${from}::bigint)
+        and (source, from_position, from_position + positions[cardinality(positions)])
+          > (${key}, ${from}::bigint, ${position}::bigint)
+      order by source, from_position limit 1
+    )
+    select source as key, from_position::float8 as "from", (from_position + index)::float8 as position, reason, at
+    from packed_quarantine join next using (source, from_position), unnest(positions) as index
+    where (source, from_position + index) > (${key}, ${position}::bigint)
+    order by from_position + index limit ${PACKED_PER_PAGE}`;
+}
+
+/** The events that claimed `ids`, by id. */
+export async function readClaims(
+  sql: Statements,
+  ids: Iterable<string>,
+): Promise<Map<string, string>> {
+  const rows = await sql<{ id: string; event: string }[]>`
+    select id, event from event_ids where id = any(${arrayLiteral(ids)}::text::text[])`;
+  return new Map(rows.map(({ id, event }) => [id, event]));
+}
+
+/**
+ * Takes lines of one batch out of what is packed: one with a text becomes a line in quarantine, so that it can
+ * be released; one whose `line` is `null` has come before, and counts no more. A row is rewritten once, for all
+ * of them. Returns the positions of the lines that were still there.
+ */
+export async function unpack(
+  tx: Transaction,
+  { key, from }: Pick<PackedLine, "key" | "from">,
+  lines: { position: number; line: string | null }[],
+): Promise<Set<number>> {
+  await tx`
+    select from packed_quarantine where source = ${key} and from_position = ${from} for update`;
+  const [positions, texts] = columns(lines, "position", "line") as [string, string];
+  const rows = await tx<{ position: number }[]>`
+    with wanted as (
+      select * from unnest(${positions}::text::bigint[], ${texts}::text::text[]) as wanted (position, line)
+    ), taken as (
+      select source, wanted.position, index, reason, line, at
+      from packed_quarantine cross join unnest(positions) as index
+        join wanted on wanted.position = from_position + index
+      where source = ${key} and from_position = ${from}
+    ), kept as (
+      update packed_quarantine as packed set positions = array(
+        select unnest(packed.positions) except select index from taken order by 1)
+      where source = ${key} and from_position = ${from}
+    ), unpacked as (
+      insert into quarantine (source, position, reason, line, at)
+      select source, position, reason, line, at from taken where line is not null
+    ), repeated as (
+      insert into packed_uncounted as packed (source, from_position, why, starts, ends)
+      select source, ${from}::bigint, ${SAME_ID}, array_agg(index order by index), array_agg(index + 1 order by index)
+      from taken where line is null group by source
+      on conflict (source, from_position, why) do update set
+        starts = array(select unnest(packed.starts || excluded.starts) order by 1),
+        ends = array(select unnest(packed.ends || excluded.ends) order by 1)
+    )
+    select position::float8 from taken`;
+  await tx`
+    delete from packed_quarantine
+    where source = ${key} and from_position = ${from} and positions = '{}'`;
+  return new Set(rows.map(({ position }) => position));
+}
+
+/** Packs again what `unpack` took out and could not be released. */
+export async function repack(
+  database: Database,
+  { key, from }: Pick<PackedLine, "key" | "from">,
+  positions: number[],
+): Promise<void> {
+  await database.use(
+    (sql) => sql`
+      with lines as (
+        delete from quarantine
+        where source = ${key} and position = any(${arrayLiteral(positions)}::text::bigint[])
+        returning source, reason, at, (position - ${from}::bigint)::int as index
+      )
+      insert into packed_quarantine as packed (source, from_position, reason, positions, at)
+      select source, ${from}::bigint, reason, array_agg(index order by index), min(at)
+      from lines group by source, reason
+      on conflict (source, from_position, reason) do update set
+        positions = array(select unnest(packed.positions || excluded.positions) order by 1)`,
+  );
 }
 
 /** What is known of a line beside its event. */
@@ -65,7 +171,10 @@ export async function readNewestQuarantine(
 export async function countQuarantine(database: Database, most: number): Promise<number> {
   const [row] = await database.use(
     (sql) => sql<{ count: number }[]>`
-      select count(*)::int as count from (select from quarantine limit ${most}) as line`,
+      select count(*)::int as count from (
+        (select 1 from quarantine limit ${most}) union all
+        (select unnest(positions) from packed_quarantine limit ${most}) limit ${most}
+      ) as line`,
     READ_DEADLINE_MS,
   );
   return row?.count ?? 0;
@@ -169,6 +278,41 @@ export async function dismiss(database: Database, place: Place | null): Promise<
         select count(*)::int as count from dismissed`,
     );
     total += row?.count ?? 0;
-    if ((row?.count ?? 0) < MAX_DISMISSED) return total;
+    if ((row?.count ?? 0) < MAX_DISMISSED) break;
   }
+  return total + (await dismissPacked(database, place));
+}
+
+/** The same for what is packed. The row of a single line is replaced by one without it. */
+async function dismissPacked(database: Database, place: Place | null): Promise<number> {
+  const { key, position } = place ?? { key: null, position: null };
+  const [row] = await database.use(
+    (sql) => sql<{ count: number }[]>`
+      with found as (
+        delete from packed_quarantine
+        where source = coalesce(${key}, source)
+          and (${position}::bigint is null or ${position}::bigint - from_position = any(positions))
+        returning *
+      ), dismissed as (
+        select *, case when ${position}::bigint is null then positions
+          else array[(${position}::bigint - from_position)::int] end as starts
+        from found
+      ), kept as (
+        insert into packed_quarantine (source, from_position, reason, positions, at)
+        select source, from_position, reason, array_remove(positions, starts[1]), at
+        from dismissed where ${position}::bigint is not null and cardinality(positions) > 1
+      ), left_out as (
+        insert into packed_uncounted as packed (source, from_position, why, starts, ends)
+        select source, from_position, 'dismissed: ' || reason, starts, array(select unnest(starts) + 1)
+        from dismissed
+        where not exists (
+          select from removed where removed.source = dismissed.source
+            and removed.position > from_position + starts[cardinality(starts)])
+        on conflict (source, from_position, why) do update set
+          starts = array(select unnest(packed.starts || excluded.starts) order by 1),
+          ends = array(select unnest(packed.ends || excluded.ends) order by 1)
+      )
+      select coalesce(sum(cardinality(starts)), 0)::int as count from dismissed`,
+  );
+  return row?.count ?? 0;
 }

@@ -245,6 +245,11 @@ export async function openExclusions(
     union all
     select position, position + 1 from quarantine
     where source = ${key} and position >= ${from} and position < ${to}
+    union all
+    select from_position + index, from_position + index + 1
+    from packed_quarantine, unnest(positions) as index
+    where source = ${key} and from_position < ${to}
+      and from_position + index >= ${from} and from_position + index < ${to}
     order by 1`;
   let ranges: { from: number; to: number }[] = [];
   let next = 0;

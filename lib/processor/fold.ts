@@ -168,9 +168,7 @@ export class Fold {
   }
 
   quarantine(line: Uint8Array, position: number, reason: string): void {
-    // Postgres' text holds no NUL; what is not UTF-8 is shown as U+FFFD.
-    const shown = Buffer.from(line.subarray(0, SHOWN_BYTES)).toString().replaceAll("\0", "\ufffd");
-    this.quarantined.push({ position, reason, line: shown });
+    this.quarantined.push({ position, reason, line: shownLine(line) });
   }
 
   /** Notes that whatever begins in bytes `from` to `to` does not count. */
@@ -272,6 +270,11 @@ export class Fold {
   private get run(): number {
     return this.events + this.conflicts.size + this.quarantined.length;
   }
+}
+
+/** A line as the quarantine keeps it: Postgres' text holds no NUL; what is not UTF-8 is shown as U+FFFD. */
+export function shownLine(line: Uint8Array): string {
+  return Buffer.from(line.subarray(0, SHOWN_BYTES)).toString().replaceAll("\0", "\ufffd");
 }
 
 /** The identity of an event with an id: whatever has the same identity is the same event. */

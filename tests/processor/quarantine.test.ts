@@ -83,6 +83,93 @@ test("duplicates that alternate with fresh events take a row for each batch, and
   }
 });
 
+/** What the quarantine takes in Postgres. */
+async function sizeOf({ select }: Awaited<ReturnType<typeof openLedger>>) {
+  const [size] = await select<{ whole: number; packed: number; bytes: number }>(`
+    select (select count(*)::int from quarantine) as whole,
+      (select count(*)::int from packed_quarantine) as packed,
+      (pg_total_relation_size('quarantine') + pg_total_relation_size('packed_quarantine'))::int as bytes`);
+  return size as { whole: number; packed: number; bytes: number };
+}
+
+const clash = (i: number, ids: number) => line(`other ${i}`, 1, { id: `id ${i % ids}` });
+
+test("200,000 clashes take a few rows and bytes, and a recount, a retry and a dismissal know each of them", async () => {
+  await using ledger = await openLedger();
+  const count = 200_000;
+  const ids = 1_000;
+  const first = Array.from({ length: ids }, (_, i) => line("ann", 1, { id: `id ${i}` }));
+  // A freed id goes to the first of its clashes. Three ids have theirs, two each, among the last lines.
+  const clashes = Array.from({ length: count }, (_, i) =>
+    i < count - 6 ? clash(i, 900) : line(`other ${i}`, 1, { id: `id ${997 + (i % 3)}` }),
+  );
+  const before = ledger.write("first.jsonl", first.join(""));
+  const file = ledger.write("clashes.jsonl", clashes.join(""));
+  await ledger.tool([before]);
+  const { stdout } = await ledger.tool([file]);
+  expect(stdout).toStartWith(`posted 0 events (${count} lines quarantined)`);
+  const size = await sizeOf(ledger);
+  expect(size.whole).toBe(1_000);
+  expect(size.packed).toBeLessThan(100);
+  expect(size.bytes).toBeLessThan(3_000_000);
+  const verify = () => ledger.tool(["--verify", before, file]);
+  expect(await verify()).toMatchObject({ code: 0 });
+  expect((await ledger.tool(["--quarantine"])).stdout).toEndWith(`lines in quarantine: ${count}\n`);
+
+  // Two of these have their first clash among the lines that are kept whole.
+  const freed = [997, 998, 999, 7, 8];
+  await ledger.select(
+    `delete from event_ids where id = any('{${freed.map((i) => `id ${i}`).join()}}')`,
+  );
+  const retried = await ledger.tool(["--quarantine=retry", file]);
+  expect(retried).toMatchObject({ code: 1, stderr: "" });
+  expect(retried.stdout).toEndWith(`lines posted: 5; remaining in quarantine: ${count - 5}\n`);
+  const posted = { "other 199994": "1", "other 199995": "1", "other 199996": "1" };
+  const balances = { ann: "1000", "other 7": "1", "other 8": "1", ...posted };
+  expect(await ledger.balances()).toEqual(balances);
+  expect(await verify()).toMatchObject({ code: 0 });
+  expect(await sizeOf(ledger)).toMatchObject({ whole: 998 });
+
+  const places = await ledger.select<{ place: string }>(`
+    select source || '@' || from_position + positions[1] as place from packed_quarantine limit 1`);
+  const dismissed = await ledger.tool(["--quarantine=dismiss", places[0]?.place ?? ""]);
+  expect(dismissed).toMatchObject({ code: 0, stdout: "lines dismissed: 1\n" });
+  expect(await verify()).toMatchObject({ code: 0 });
+  const { stdout: all } = await ledger.tool(["--quarantine=dismiss"]);
+  expect(all).toBe(`lines dismissed: ${count - 6}\n`);
+  expect(await ledger.tool(["--quarantine"])).toMatchObject({ code: 0 });
+  await ledger.select("delete from event_ids");
+  await ledger.select("update users_revenue set revenue = revenue + 7");
+  expect(await ledger.tool(["--rebuild", before, file])).toMatchObject({ code: 0 });
+  expect(await ledger.balances()).toEqual(balances);
+}, 240_000);
+
+test("lines beyond the bound are retried from the journal as long as it has them", async () => {
+  await using ledger = await openLedger({ JOURNAL_SEGMENT_BYTES: "200000" });
+  await using server = await ledger.start();
+  await server.post(line("ann", 1, { id: "id 0" }).trim());
+  const clashes = Array.from({ length: 6_000 }, (_, i) => clash(i, 1));
+  const again = clashes.slice(-10);
+  for (const body of [clashes.slice(0, 3_000), clashes.slice(3_000), again, again])
+    await server.postLines(body.join(""));
+  await server.post(line("ann", 1).trim());
+  await untilBalance(server, "ann", "2");
+  expect(await sizeOf(ledger)).toMatchObject({ whole: 1_000 });
+  // The first 1,000 are gone: the one that is posted is packed.
+  await ledger.select("delete from quarantine where line not like '%other 0\"%'");
+  await ledger.select(`update event_ids set event = (
+    select replace(line, 'other 0', 'other 5995') from quarantine)`);
+  const same = await ledger.tool(["--quarantine=retry"]);
+  // Clashes of one batch are one: it was packed once, twice or three times.
+  expect(same.stdout).toMatch(/lines posted: [123]; remaining/);
+  expect((await ledger.tool(["--history", "other 5995"])).stdout).toContain(
+    "the same event came before",
+  );
+  expect((await ledger.tool(["--history", "other 5994"])).stdout).toContain(
+    "in quarantine: its id",
+  );
+});
+
 test("an id conflict is logged and counted by its reason, and never again once it is dismissed", async () => {
   await using ledger = await openLedger();
   await using app = await ledger.start();
