@@ -144,6 +144,30 @@ test("200,000 clashes take a few rows and bytes, and a recount, a retry and a di
   expect(await ledger.balances()).toEqual(balances);
 }, 240_000);
 
+test("lines that are no events are bounded as well, whatever their reasons, and posted once they are events", async () => {
+  await using ledger = await openLedger({ EVENT_TYPES: "add_revenue:+" });
+  const types = Array.from({ length: 20 }, (_, i) => `type${i}`);
+  const later = { EVENT_TYPES: ["add_revenue:+", ...types.map((name) => `${name}:+`)].join() };
+  const lines = Array.from({ length: 100 }, (_, i) => line("ann", 1, { name: types[i % 20] }));
+  // Postgres holds no NUL, and half of a character is no UTF-8.
+  const nonsense = Buffer.concat([
+    Buffer.from("nonsense\0\n".repeat(1_500)),
+    Buffer.from([0xe2, 10]),
+  ]);
+  const file = ledger.write("bad.jsonl", Buffer.concat([nonsense, Buffer.from(lines.join(""))]));
+  const { stdout } = await ledger.tool([file]);
+  expect(stdout).toStartWith("posted 0 events (1601 lines quarantined)");
+  const size = await sizeOf(ledger);
+  expect(size.whole).toBe(1_000);
+  expect(size.packed).toBeLessThanOrEqual(6);
+  const unnamed = await ledger.tool(["--quarantine=retry"], later);
+  expect(unnamed.stdout).toEndWith("lines posted: 0; remaining in quarantine: 1601\n");
+  const retried = await ledger.tool(["--quarantine=retry", file], later);
+  expect(retried.stdout).toEndWith("lines posted: 100; remaining in quarantine: 1501\n");
+  expect(await ledger.balances()).toEqual({ ann: "100" });
+  expect(await ledger.tool(["--verify", file], later)).toMatchObject({ code: 0 });
+});
+
 test("lines beyond the bound are retried from the journal as long as it has them", async () => {
   await using ledger = await openLedger({ JOURNAL_SEGMENT_BYTES: "200000" });
   await using server = await ledger.start();
