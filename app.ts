@@ -56,6 +56,8 @@ async function main(): Promise<number> {
   if (note) log.info(note);
   const stop = new AbortController();
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+  let reload = () => log.info("SIGHUP: there is nothing to reload");
+  process.on("SIGHUP", () => reload()); // without a handler it ends the process
 
   await using stack = new AsyncDisposableStack(); // closes in reverse order
   const journal = await openServerJournal(settings, logLine);
@@ -78,7 +80,7 @@ async function main(): Promise<number> {
   const parts = { journal, database, access, schema, log, posted, metrics, live, isHttps };
   const server = listen(createApi(parts), settings);
   stack.use(watchDescriptors(server, log));
-  if (isHttps) process.on("SIGHUP", () => server.renewCertificate(log));
+  if (isHttps) reload = () => server.renewCertificate(log);
   print(`listening on ${server.origin}`);
   log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
   const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, parts);

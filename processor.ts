@@ -46,6 +46,7 @@ async function main(): Promise<number> {
   const log = isFollowing ? (await import("./lib/log.ts")).openLog(settings.LOG_LEVEL) : null;
   const tell: Tell = log ? (line, level = "info") => log[level](line) : say;
   if (note) tell(note);
+  if (isFollowing) process.on("SIGHUP", () => tell("SIGHUP: there is nothing to reload"));
   const needsCluster = !databaseUrl && tool !== "check";
   const cluster = needsCluster ? await openCluster(join(dataDir, "postgres"), tell) : null;
   try {

@@ -123,6 +123,12 @@ export const SETTINGS = {
     meaning: "PEM file of its key",
     kind: textLike(ANY_TEXT, "the path of a file"),
   },
+  IDLE_SECONDS: {
+    programs: ["app"],
+    default: "75",
+    meaning: "a connection that is idle for longer is closed; more than your load balancer's",
+    kind: whole(6, 255, "a whole number from 6 to 255"),
+  },
   DATA_DIR: {
     programs: ["app", "processor"],
     default: "./data",

@@ -190,6 +190,19 @@ export const BREAKS: readonly Break[] = [
     "undefined",
     "server/descriptors",
   ),
+  without(
+    "the seconds by which Bun closes an idle connection early",
+    "address.IDLE_SECONDS + EARLY_S",
+    "address.IDLE_SECONDS",
+    "server/listener",
+  ),
+  without("IDLE_SECONDS", "address.IDLE_SECONDS + EARLY_S", "MAX_IDLE_S", "server/listener"),
+  without(
+    "the handler of SIGHUP where there is no certificate",
+    'process.on("SIGHUP", () => reload());',
+    "",
+    "server/listener",
+  ),
   without("the closing of idle connections", "server.closeIdle();", "", "server/descriptors"),
   without(
     "the blanks of a line as a part of its length",

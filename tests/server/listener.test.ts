@@ -4,7 +4,8 @@ import { connect as connectPlain } from "node:net";
 import { connect } from "node:tls";
 
 import { event } from "../support/events.ts";
-import { run, startApp, tempDir, until } from "../support/programs.ts";
+import { testDatabase } from "../support/postgres.ts";
+import { run, spawn, startApp, tempDir, until } from "../support/programs.ts";
 
 setDefaultTimeout(30_000);
 
@@ -154,6 +155,65 @@ test("SIGHUP under load: new connections get the new certificate, and no request
   expect(await app.exit()).toBe(0);
   expect(app.stderr.text()).not.toContain("PRIVATE KEY");
 });
+
+test("SIGHUP without a certificate ends neither the server nor a processor that follows", async () => {
+  using folder = tempDir();
+  const env = { DATABASE_URL: NO_DATABASE, DATA_DIR: folder.file("data") };
+  const options = { dataDir: env.DATA_DIR, databaseUrl: NO_DATABASE, args: ["--no-processor"] };
+  await using app = await startApp(options);
+  await using processor = spawn("processor.ts", { env });
+  await until(() => processor.stderr.text().includes("following"));
+  for (const program of [app, processor]) {
+    program.kill("SIGHUP");
+    await until(() => program.stderr.text().includes("SIGHUP: there is nothing to reload"));
+  }
+  expect((await app.post(EVENT)).status).toBe(201);
+  for (const program of [app, processor]) {
+    program.kill("SIGTERM");
+    expect(await program.exit()).toBe(0);
+  }
+});
+
+// It mostly waits.
+test.concurrent(
+  "IDLE_SECONDS closes idle connections, and cuts off no answer that takes less",
+  async () => {
+    using folder = tempDir();
+    await using database = await testDatabase();
+    const start = (name: string, IDLE_SECONDS: string) =>
+      startApp({
+        ...{ dataDir: folder.file(name), databaseUrl: database.url, args: ["--no-processor"] },
+        env: { IDLE_SECONDS },
+      });
+    await using soon = await start("soon", "6");
+    await using late = await start("late", "255");
+    const { position } = (await (await soon.post(EVENT)).json()) as { position: string };
+    let lateIsClosed = false;
+    const kept = await openIdle(late.url, () => (lateIsClosed = true));
+    const closed = Promise.withResolvers<void>();
+    await openIdle(soon.url, closed.resolve);
+    // Bun looks at all connections every 4 s: whatever part of these the wait begins in.
+    const waits = Array.from({ length: 8 }, async (_, i) => {
+      await Bun.sleep(i * 500);
+      return (await fetch(`${soon.url}/userEvents/ann?after=${position}`)).status;
+    });
+    expect(await Promise.all(waits)).toEqual(waits.map(() => 504));
+    await closed.promise;
+    expect(lateIsClosed).toBe(false);
+    kept.end();
+  },
+);
+
+/** A connection that has had an answer. */
+async function openIdle(url: string, close: () => void) {
+  const answered = Promise.withResolvers<void>();
+  const port = Number(new URL(url).port);
+  const socket = { data: () => answered.resolve(), close };
+  const connection = await Bun.connect({ hostname: "127.0.0.1", port, socket });
+  connection.write("GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  await answered.promise;
+  return connection;
+}
 
 test("an unusable certificate or a port in use ends the start with one line", async () => {
   using folder = tempDir();
