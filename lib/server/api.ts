@@ -23,6 +23,7 @@ import { openMemoryBudget } from "./memory.ts";
 import type { Metrics } from "./metrics.ts";
 import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
 import { type ApiDocument, openApiPage } from "./openapi-page.ts";
+import { openPage, PAGE_PATHS } from "./page.ts";
 import type { PostedWatch } from "./posted.ts";
 import { allowedMethods, Problem, problems, routeOf, unavailable } from "./problem.ts";
 import { listQuarantined, MAX_LISTED_LINES } from "./quarantined.ts";
@@ -313,6 +314,10 @@ export function createApi(parts: Parts) {
         detail: { summary: "Prometheus metrics" },
       },
     );
+  // Not chained: a typed client has no use for them.
+  const page = openPage();
+  for (const path of PAGE_PATHS)
+    app.get(path, ({ request }) => page(path, request), { detail: { hide: true } });
   routes.push(...app.routes);
   // Its type is wrong: it describes a function that returns functions.
   return app.wrap(observe(log, metrics, (path) => routeOf(routes, path)) as never);
