@@ -58,13 +58,15 @@ export interface BatchSource {
   refused?: ReadonlyMap<number, string>;
   /** Called with each event that counts (see Fold). */
   counted?: ((position: number, change: Change) => void) | undefined;
+  /** Called with the offset up to which lines are folded, block after block. */
+  folded?(offset: number): void;
 }
 
 /**
  * Batches of `journal` from its checkpoint on. `leftOver` is told what of its end is no whole frame. Throws JournalBehind, JournalDamage or Unavailable.
  */
 export async function openJournalBatches(
-  { database, path, limit, ahead, refused, counted }: BatchSource,
+  { database, path, limit, ahead, refused, counted, folded }: BatchSource,
   journal: JournalReader,
   leftOver?: (what: string) => void,
 ): Promise<BatchReader> {
@@ -93,6 +95,7 @@ export async function openJournalBatches(
           position = to;
           if (fold.isFull) break;
         }
+        if (frames.length > 0) folded?.(position);
         if (frames.length > 0) continue;
         if (position === start || !isPosting) break;
         await Promise.race([ready, Bun.sleep(POLL_MS)]);
@@ -187,7 +190,7 @@ async function checkCheckpoint(
  * meanwhile; `note` that it is another file than before. Throws Unavailable.
  */
 export async function openFileBatches(
-  { database, path, limit, refused, counted }: BatchSource,
+  { database, path, limit, refused, counted, folded }: BatchSource,
   { leftOver, note }: { leftOver(what: string): void; note(line: string): void },
 ): Promise<BatchReader> {
   await using opening = new AsyncDisposableStack();
@@ -223,6 +226,7 @@ export async function openFileBatches(
         addBlock(fold, block);
         hash.update(block.bytes);
         offset = block.to;
+        folded?.(offset);
       }
       if (offset === start) return null;
       const digest = hash.copy().digest("hex");

@@ -90,6 +90,7 @@ interface Posting extends Context {
   /** Opens the batches at the checkpoint; `null` if there is nothing to post yet. */
   open(counted?: BatchSource["counted"]): Promise<BatchReader | null>;
   opened?(batches: BatchReader): void;
+  folded?(offset: number): void;
   posted(posted: Posted): void;
   /** Work to do between two batches. */
   between?(): Promise<void>;
@@ -193,6 +194,9 @@ export async function postFile(path: string, context: Context): Promise<boolean>
       fileOffset = batches.fileOffset ?? ((offset) => offset);
       offset = from;
       report({ type: "opened", file: path, bytes, from: fileOffset(from) });
+    },
+    folded(offset) {
+      report({ type: "folded", fileOffset: fileOffset(offset) });
     },
     posted(posted) {
       offset += posted.bytes;

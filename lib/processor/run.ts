@@ -16,7 +16,7 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
   const startedMs = performance.now();
   const total = { events: 0, quarantined: 0, duplicates: 0, bytes: 0 };
   let progress: Progress | undefined;
-  let current = { file: job.files[0] ?? "", bytes: 0, offset: 0 };
+  let current = { file: job.files[0] ?? "", bytes: 0, offset: 0, folded: 0 };
   let isDone = false;
   let eventsBefore = 0;
   let hasFailed = false;
@@ -27,8 +27,12 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
     if (report.type === "opened") {
       progress?.stop();
       progress = showProgress(basename(report.file), report.bytes, report.from);
-      current = { ...report, offset: report.from };
+      current = { ...report, offset: report.from, folded: report.from };
       eventsBefore = total.events;
+    }
+    if (report.type === "folded") {
+      current.folded = report.fileOffset;
+      showFolded();
     }
     if (report.type === "posted") {
       total.events += report.events;
@@ -36,7 +40,7 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
       total.duplicates += report.duplicates;
       total.bytes += report.bytes;
       current.offset = report.fileOffset ?? current.offset + report.bytes;
-      progress?.update(current.offset, total.events - eventsBefore);
+      showFolded();
     }
     if (report.type === "leftOver") {
       tell(report.line, "warn");
@@ -50,6 +54,12 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
     }
     isDone ||= report.type === "done";
   });
+  /** A first batch may be the whole file, so what is folded is half done. */
+  function showFolded() {
+    const { offset, folded } = current;
+    progress?.update((offset + Math.max(offset, folded)) / 2, total.events - eventsBefore);
+  }
+
   stop.addEventListener("abort", () => processor.stop());
   if (stop.aborted) await processor.stop();
   await processor.ended;

@@ -31,6 +31,8 @@ export type Quarantined = Record<(typeof QUARANTINE_REASONS)[number], number>;
 export type Report =
   | { type: "say"; line: string; level?: "warn" | "error" }
   | { type: "opened"; file: string; bytes: number; from: number }
+  /** How far the file is folded: the next batches. */
+  | { type: "folded"; fileOffset: number }
   | {
       type: "posted";
       /** Events that count. Those that came before are beside them. */

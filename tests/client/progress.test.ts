@@ -4,7 +4,7 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 
 import { line } from "../support/events.ts";
-import { testDatabase } from "../support/postgres.ts";
+import { connectTest, testDatabase } from "../support/postgres.ts";
 import { root, until, SECRET, startApp, tempDir, untilBalance } from "../support/programs.ts";
 
 setDefaultTimeout(60_000);
@@ -50,6 +50,31 @@ test("on a terminal, a bar shows the progress, and the result is the same as wit
   expect(posted).toEqual({ code: 0, shown: expect.stringContaining(`posted ${EVENTS} events`) });
   expect(posted.shown).toMatch(bar);
   for (const { shown } of [sent, verified, posted]) expect(shown).not.toMatch(/^ +at |is not a/m);
+});
+
+test("processor.ts FILE shows what it has read, before any of it is posted", async () => {
+  using dir = tempDir();
+  await using database = await testDatabase();
+  const env = { ...process.env, TERM: "xterm", DATA_DIR: dir.path, DATABASE_URL: database.url };
+  const small = dir.file("small.jsonl");
+  writeFileSync(small, line("ann"));
+  expect((await onTerminal(env, "processor.ts", small)).code).toBe(0);
+  const file = dir.file("events.jsonl");
+  writeFileSync(file, line("ann", 1, { note: "n".repeat(1_000) }).repeat(4_000));
+  let shown = "";
+  await using sql = connectTest(database.url);
+  await sql.unsafe(`
+    create function hold() returns trigger language plpgsql as
+      'begin perform pg_advisory_xact_lock_shared(7); return null; end';
+    create trigger hold before insert on users_revenue for each statement execute function hold();`);
+  await sql`select pg_advisory_lock(7)`;
+  const child = Bun.spawn([process.execPath, "run", join(root, "processor.ts"), file], {
+    env,
+    terminal: { data: (_, bytes) => void (shown += Buffer.from(bytes).toString()) },
+  });
+  await until(() => / [1-9]\d?% \|/.test(shown), 30_000);
+  await sql`select pg_advisory_unlock(7)`;
+  expect(await child.exited).toBe(0);
 });
 
 test("a bar fits the terminal as it is now, hides no message, and ^C leaves a summary and the terminal as it was", async () => {
