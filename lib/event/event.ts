@@ -113,7 +113,10 @@ export function decodeEvent(
 function toChange(event: Record<string, unknown>, written: string): Change | InvalidEvent {
   const { userId, name, id } = event;
   const faults: Fault[] = [];
-  const reject = (path: string, message: string) => faults.push({ path, message });
+  const reject = (path: string, rule: string) => {
+    const isMissing = !Object.hasOwn(event, path.slice(1));
+    faults.push({ path, message: isMissing ? `is missing; it ${rule}` : rule });
+  };
   if (typeof userId !== "string" || !isUserId(userId))
     reject("/userId", textRule(MAX_USER_ID_BYTES));
   const sign = eventTypes.get(name as string);
