@@ -82,7 +82,11 @@ async function main(): Promise<number> {
   stack.use(watchDescriptors(server, log));
   if (isHttps) reload = () => server.renewCertificate(log);
   print(`listening on ${server.origin}`);
-  log.info({ settings: maskSettings(settings) }, `listening on ${server.origin}`);
+  log.info(`listening on ${server.origin}`);
+  log.info(firstSteps(server.origin));
+  // A person at a terminal has set them, or has set none.
+  const settingsLevel = process.stderr.isTTY ? "debug" : "info";
+  log[settingsLevel]({ settings: maskSettings(settings) }, "settings");
   const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, parts);
   run?.catch(() => stop.abort());
   await aborted(stop.signal);
@@ -124,6 +128,12 @@ const COMMAND = {
 } as const;
 
 type AppSettings = SettingsOf<"app">;
+
+/** What can be done with a server that listens. */
+function firstSteps(origin: string): string {
+  const server = origin === "http://127.0.0.1:8000" ? "" : `SERVER_URL=${origin} `;
+  return `send events with: ${server}bun run client.ts events.jsonl; see them at ${origin}/`;
+}
 
 function openAccess(settings: AppSettings, log: Log): Access {
   const { AUTH_SECRET: writers, READ_SECRET: readers = [], HOST, JWT_SECRET } = settings;

@@ -3,6 +3,7 @@
  * checked once, when a program starts, and never change.
  */
 import { closeSync, openSync, readSync } from "node:fs";
+import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 
 import { version } from "../package.json";
@@ -302,6 +303,7 @@ function checkTogether(settings: Partial<Settings<SettingName>>): string[] {
 /** The settings for a log. Of a secret, it shows only whether it is the default or set. */
 export function maskSettings(settings: Partial<Settings<SettingName>>): Record<string, unknown> {
   const masked: Record<string, unknown> = { ...settings };
+  if (settings.DATA_DIR) masked["DATA_DIR"] = resolve(settings.DATA_DIR);
   for (const name of Object.keys(settings) as SettingName[])
     if (settings[name] && "isSecret" in SETTINGS[name].kind) {
       const { default: fallback }: Setting = SETTINGS[name];

@@ -214,6 +214,8 @@ for (const signal of ["SIGTERM", "SIGINT"] as const)
     expect(app.stdout.text()).toBe(`listening on ${app.url}\n`);
     expect(messages(app.stderr.text())).toEqual([
       `info: listening on ${app.url}`,
+      expect.stringContaining("bun run client.ts"),
+      "info: settings",
       "info: stopping",
       "info: stopped",
     ]);

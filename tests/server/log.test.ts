@@ -23,10 +23,12 @@ test("the log is JSON lines: the start with masked secrets, and the stop", async
   await app.exit();
   expect(messages(app.stderr.text())).toEqual([
     `info: listening on ${app.url}`,
+    `info: send events with: SERVER_URL=${app.url} bun run client.ts events.jsonl; see them at ${app.url}/`,
+    "info: settings",
     "info: stopping",
     "info: stopped",
   ]);
-  const { settings, time } = JSON.parse(app.stderr.text().split("\n")[0]!);
+  const { settings, time } = JSON.parse(app.stderr.text().split("\n")[2]!);
   expect(settings).toMatchObject({ AUTH_SECRET: "(set)", DATABASE_URL: "(set)", PORT: 0 });
   expect(new Date(time).toISOString()).toBe(time);
   expect(app.stderr.text()).not.toContain(MARKER);
@@ -73,7 +75,7 @@ test.if(isInstalled("prlimit"))(
     for (let i = 0; i < 5; i++) expect(await send()).toBe(507);
     limit("1000000");
     expect(await send()).toBe(201);
-    expect(messages(app.stderr.text()).slice(1)).toEqual([
+    expect(messages(app.stderr.text()).slice(3)).toEqual([
       expect.stringMatching(/^error: cannot append to /),
       "info: journal: events are stored again",
     ]);
@@ -127,12 +129,12 @@ test("each request has its sender's id or a new one, and a log line only at debu
     const balance = await fetch(`${url}/userEvents/${MARKER}?after=${MARKER}`);
     expect(balance.headers.get("x-request-id")).toMatch(/^[0-9a-f]{8}-[0-9a-z]+$/);
   }
-  await until(() => loud.stderr.text().trimEnd().split("\n").length === 7);
+  await until(() => loud.stderr.text().trimEnd().split("\n").length === 9);
   const requests = loud.stderr
     .text()
     .trimEnd()
     .split("\n")
-    .slice(1)
+    .slice(3)
     .map((line) => JSON.parse(line));
   expect(requests[0]).toMatchObject({
     id: "order-17:a",
@@ -142,7 +144,7 @@ test("each request has its sender's id or a new one, and a log line only at debu
   });
   expect(requests[4]).toMatchObject({ id: "b", route: "other", status: 404 });
   expect(requests[5]).toMatchObject({ route: "/userEvents/:userid", status: 422 });
-  expect(messages(quiet.stderr.text())).toHaveLength(1);
+  expect(messages(quiet.stderr.text())).toHaveLength(3);
   expect(loud.stderr.text() + quiet.stderr.text()).not.toContain(MARKER);
 });
 
@@ -157,7 +159,10 @@ test("on a terminal the log has readable lines", async () => {
     },
   );
   try {
-    await until(() => /^\d\d:\d\d:\d\d info {2}listening on http:.* {2}settings=\{/m.test(said));
+    await until(() =>
+      /^\d\d:\d\d:\d\d info {2}listening on http:\S+\r\n.*send events with: /m.test(said),
+    );
+    expect(said).not.toContain("settings");
   } finally {
     app.kill("SIGTERM");
     await app.exited;
