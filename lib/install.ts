@@ -9,7 +9,7 @@
 import { existsSync, rmSync } from "node:fs";
 import { dirname } from "node:path";
 
-import { engines } from "../package.json";
+import { dependencies, engines } from "../package.json";
 
 const root = dirname(import.meta.dir);
 
@@ -40,4 +40,13 @@ if (!existsSync(`${root}/node_modules`)) {
     [process.execPath, ...process.execArgv, ...process.argv.slice(1)],
     process.env,
   );
+}
+
+// An installation that was interrupted: an import would fail with a stack, and name only the first.
+const missing = Object.keys(dependencies).filter(
+  (name) => !existsSync(`${root}/node_modules/${name}/package.json`),
+);
+if (missing.length > 0) {
+  process.stderr.write(`packages are missing (${missing.join(", ")}): run "bun install"\n`);
+  process.exit(1);
 }

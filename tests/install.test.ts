@@ -27,10 +27,20 @@ test("a failed installation says why, and leaves nothing that makes the next one
 
 test("a Bun that is too old is told so in one line", async () => {
   using folder = tempDir();
-  const started = await start(folder.path, { engines: { bun: ">=99.0.0" } });
+  const started = await start(folder.path, { engines: { bun: ">=99.0.0" }, dependencies: {} });
   expect(started).toEqual({
     code: 1,
     stdout: "",
     stderr: `this is Bun ${Bun.version}, required is >=99.0.0: run "bun upgrade"\n`,
   });
+});
+
+test("an installation that was interrupted is named in one line", async () => {
+  using folder = tempDir();
+  mkdirSync(folder.file("node_modules/pino"), { recursive: true });
+  writeFileSync(folder.file("node_modules/pino/package.json"), "{}");
+  const dependencies = { pino: "1.0.0", postgres: "1.0.0" };
+  const started = await start(folder.path, { engines: { bun: ">=1.0.0" }, dependencies });
+  const stderr = 'packages are missing (postgres): run "bun install"\n';
+  expect(started).toEqual({ code: 1, stdout: "", stderr });
 });
