@@ -4,6 +4,7 @@
  */
 import "./lib/install.ts";
 
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
 import {
@@ -81,6 +82,7 @@ async function main(): Promise<number> {
   const server = listen(createApi(parts), settings);
   stack.use(watchDescriptors(server, log));
   if (isHttps) reload = () => server.renewCertificate(log);
+  noteServer(dataDir, server.origin);
   print(`listening on ${server.origin}`);
   log.info(`listening on ${server.origin}`);
   log.info(firstSteps(server.origin));
@@ -154,12 +156,37 @@ async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings) {
 /** An embedded Postgres on the same disk keeps some room for itself. */
 function openServerJournal(settings: AppSettings, say: (line: string) => void): Promise<Journal> {
   const { DATA_DIR: directory, DATABASE_URL, JOURNAL_SEGMENT_BYTES: segmentBytes } = settings;
-  return openJournal({
+  const opening = openJournal({
     directory,
     say,
     disk: DATABASE_URL ? disk : leavingRoom(disk),
     segmentBytes,
   });
+  return opening.catch((error: Error) => {
+    const last = error.message.includes("written by another process") && readServer(directory);
+    throw last ? new Error(`${error.message}; the last server here was ${last}`) : error;
+  });
+}
+
+/** Beside the lock, for people: which process holds it, and where it answers. */
+const SERVER_FILE = "server.txt";
+
+function noteServer(dataDir: string, origin: string): void {
+  try {
+    writeFileSync(join(dataDir, SERVER_FILE), `process ${process.pid} at ${origin}\n`);
+  } catch {
+    // On a full disk a server starts without it.
+  }
+}
+
+/** Only text: after a kill it is that of a process that has ended. */
+function readServer(dataDir: string): string | null {
+  try {
+    const text = readFileSync(join(dataDir, SERVER_FILE), "utf8");
+    return /^process \d{1,10} at https?:\/\/[\w.:[\]-]{1,255}$/m.exec(text)?.[0] ?? null;
+  } catch {
+    return null;
+  }
 }
 
 /** Runs the processor beside the server, once no other one follows this journal. */

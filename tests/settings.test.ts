@@ -178,7 +178,7 @@ test("a second server on the port or the DATA_DIR of the first fails to start an
   const PORT = new URL(app.url).port;
   for (const [own, named] of [
     [{ DATA_DIR: other.path, PORT }, PORT],
-    [{ DATA_DIR: dir.path }, dir.path],
+    [{ DATA_DIR: dir.path }, `process ${app.pid} at ${app.url}`],
   ] as const)
     expectFailedStart(await run("app.ts", { env: { ...env, ...own } }), named);
   expect(journal()).toBe(before);
