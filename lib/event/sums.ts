@@ -70,6 +70,21 @@ export class Sums {
     this.add(bytes, 0, bytes.length, hash, Number(amount / UNITS), Number(amount % UNITS));
   }
 
+  /** Adds all sums of `other`. */
+  addAll(other: Sums): void {
+    for (let row = 0; row < other.size; row++) {
+      const from = other.bounds[row] as number;
+      const to = other.bounds[row + 1] as number;
+      const hash = hashOf(other.ids, from, to);
+      const whole = other.sums[2 * row] as number;
+      this.add(other.ids, from, to, hash, whole, other.sums[2 * row + 1] as number);
+      const large = other.large.get(row);
+      if (large === undefined) continue;
+      const own = this.find(other.ids, from, to, hash);
+      this.large.set(own, (this.large.get(own) ?? 0n) + large);
+    }
+  }
+
   /** The users as the literal of a Postgres text array. */
   userArray(): string {
     const array = Buffer.allocUnsafe(2 * (this.bounds[this.size] as number) + 3 * this.size + 2);

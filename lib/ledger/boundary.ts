@@ -7,6 +7,8 @@ import { arrayLiteral, type Database } from "./database.ts";
 
 /** The most ids that one statement deletes, so that no posting waits for long. */
 const MAX_PRUNED = 10_000;
+/** As many are in this many blocks of the table `ids`. */
+const MAX_BLOCKS = 100;
 
 /** The ledger's day, and whether the database's clock is past it. Throws Unavailable. */
 export async function readDay(database: Database): Promise<{ day: string; isDue: boolean }> {
@@ -26,8 +28,36 @@ export async function moveDay(database: Database, day: string): Promise<void> {
   );
 }
 
-/** Deletes some ids that are older than `days`; returns whether more may be left. Throws Unavailable. */
-export async function pruneIds(database: Database, days: number): Promise<boolean> {
+/**
+ * Returns a function that deletes some ids that are older than `days`, and returns whether it is to be called
+ * again. It walks through the table once for each day of the ledger, and at its first calls. Throws Unavailable.
+ */
+export function openPruning(database: Database, days: number) {
+  let walkedOn = "";
+  let block = 0;
+  return async (): Promise<boolean> => {
+    const hasOldIds = await pruneOldIds(database, days);
+    const { day } = await readDay(database);
+    if (day === walkedOn) return hasOldIds;
+    const [table] = await database.use(
+      (sql) => sql<{ blocks: number }[]>`
+        with pruned as (
+          delete from ids
+          where ctid >= ${`(${block},0)`}::text::tid and ctid < ${`(${block + MAX_BLOCKS},0)`}::text::tid
+            and ids.day < (select daybook_day(boundary.day - ${days}::int) from boundary)
+        )
+        select (pg_relation_size('ids') / current_setting('block_size')::int)::int as blocks`,
+    );
+    block += MAX_BLOCKS;
+    if (block < (table?.blocks ?? 0)) return true;
+    block = 0;
+    walkedOn = day;
+    return hasOldIds;
+  };
+}
+
+/** Deletes some of the ids of 0.1.0; returns whether more may be left. */
+async function pruneOldIds(database: Database, days: number): Promise<boolean> {
   const { count } = await database.use(
     (sql) => sql`
       delete from event_ids where id in (

@@ -19,9 +19,11 @@ import {
   LEDGER_VERSION,
   READ_DEADLINE_MS,
   RowRefused,
+  type Sql,
   transact,
   type Transaction,
 } from "./database.ts";
+import { hashOfIdentity, keyOf } from "./ids.ts";
 import postSql from "./post.sql" with { type: "text" };
 import type { Points } from "../event/points.ts";
 import type { Sums } from "../event/sums.ts";
@@ -30,6 +32,8 @@ import type { Sums } from "../event/sums.ts";
 const GRACE_MS = 5_000;
 /** The error of the fence in post.sql. */
 const CHECKPOINT_HAS_MOVED = "daybook.checkpoint_has_moved";
+/** The error of post.sql where it cannot decide about a claim. */
+const UNDECIDED = "daybook.undecided";
 
 /** Without its comments: `pg_stat_activity` shows only the first 1,024 bytes of a statement. */
 const STATEMENT = postSql.replace(/^ *--.*\n/gm, "");
@@ -51,6 +55,8 @@ export interface Move {
 export interface Batch extends Move {
   /** By how much each user's balance changes. */
   changes: Sums;
+  /** The same with the claims as if all of them counted. */
+  totals: Sums;
   /** The same by minute and name, with the claims as if all of them counted. */
   points: Points;
   /** Events that count only if their id is free, by the id's keyed digest; each with the index of its point. */
@@ -136,23 +142,35 @@ export async function noteEventTypes(database: Database, types: ReadonlyMap<stri
  * batch may then have been posted or not.
  */
 export function post(database: Database, batch: Batch, timeoutMs: number): Promise<Outcome> {
-  const posting = async (tx: Transaction): Promise<Outcome> => {
-    const [checkpoint] = await tx<{ position: number }[]>`
-      select position::float8 from checkpoints where source = ${batch.key} for update`;
-    if (checkpoint?.position !== batch.from) return { state: "elsewhere" };
-    const posted = await lockSources(tx, batch.sources);
-    if (posted) return { state: "ahead", posted };
-    const { late, disputed, repeated } = await move(tx, batch);
-    const duplicates = batch.duplicates + repeated;
-    return { state: "posted", events: batch.events - late, conflicts: disputed, duplicates };
-  };
-  const outcome = database.use((sql) => transact(sql, timeoutMs, posting), timeoutMs + GRACE_MS);
-  return outcome.catch((error: Error) => {
-    if (error instanceof RowRefused) return { state: "refused", batch, reason: error.reason };
-    // The driver ran the statement outside its transaction, after another processor had posted the batch.
-    if (error.message.includes(CHECKPOINT_HAS_MOVED)) return { state: "elsewhere" };
-    throw error;
-  });
+  const posting =
+    (withLines: boolean) =>
+    async (tx: Transaction): Promise<Outcome> => {
+      // The newest of the old ids: of those that were pruned, the index still has entries.
+      const [checkpoint] = await tx<{ position: number; hasOldIds: boolean }[]>`
+      select position::float8,
+        (select claimed_on from event_ids order by claimed_on desc limit 1) is not null as "hasOldIds"
+      from checkpoints where source = ${batch.key} for update`;
+      if (checkpoint?.position !== batch.from) return { state: "elsewhere" };
+      const posted = await lockSources(tx, batch.sources);
+      if (posted) return { state: "ahead", posted };
+      const { hasOldIds } = checkpoint;
+      const { late, disputed, repeated } = await move(tx, batch, { hasOldIds, withLines });
+      const duplicates = batch.duplicates + repeated;
+      return { state: "posted", events: batch.events - late, conflicts: disputed, duplicates };
+    };
+  const decide = async (sql: Sql, withLines = false): Promise<Outcome> =>
+    transact(sql, timeoutMs, posting(withLines)).catch((error: Error) => {
+      if (error.message.includes(UNDECIDED)) return decide(sql, true);
+      throw error;
+    });
+  return database
+    .use((sql) => decide(sql), timeoutMs + GRACE_MS)
+    .catch((error: Error) => {
+      if (error instanceof RowRefused) return { state: "refused", batch, reason: error.reason };
+      // The driver ran the statement outside its transaction, after another processor had posted the batch.
+      if (error.message.includes(CHECKPOINT_HAS_MOVED)) return { state: "elsewhere" };
+      throw error;
+    });
 }
 
 /** Locks the sources in order; returns the positions of all of them if one is not at `from`. */
@@ -175,17 +193,25 @@ async function lockSources(
 }
 
 /** Runs `post.sql`. Returns how many claims came late, and how many events are in dispute or repeated. */
-async function move(tx: Transaction, batch: Batch) {
+async function move(
+  tx: Transaction,
+  batch: Batch,
+  { hasOldIds, withLines }: { hasOldIds: boolean; withLines: boolean },
+) {
   const claims = [...batch.claims.values()];
+  const conflicts = [...batch.conflicts.values()];
+  const { changes, totals } = batch;
+  const isPlain = claims.length === 0;
   const [row] = await tx.unsafe<{ late: number; disputed: number; repeated: number }[]>(
     STATEMENT,
     [
       batch.key,
       ...columns([batch, ...batch.sources.values()], "key", "from", "to", "digest"),
-      batch.changes.userArray(),
-      batch.changes.amountArray(),
-      ...columns(claims, "id", "event", "userId", "amount", "from", "to", "run", "point"),
-      ...columns([...batch.conflicts.values()], "id", "event", "from", "to", "run"),
+      ...(isPlain ? ["{}", "{}"] : [changes.userArray(), changes.amountArray()]),
+      ...stored(claims),
+      ...columns(claims, "userId", "amount", "from", "to", "run", "point"),
+      ...stored(conflicts),
+      ...columns(conflicts, "from", "to", "run"),
       ...columns(batch.quarantined, "position", "reason", "line"),
       OTHER_EVENT,
       ...columns(batch.uncounted, "from", "to", "why"),
@@ -193,10 +219,23 @@ async function move(tx: Transaction, batch: Batch) {
       LEDGER_VERSION,
       ...columns(batch.points.rows(), "at", "name", "events", "amount"),
       batch.from,
+      totals.userArray(),
+      totals.amountArray(),
+      ...columns(hasOldIds ? claims : [], "id"),
+      ...columns(withLines ? claims : [], "event"),
+      ...columns(conflicts, "event"),
     ],
     { prepare: true },
   );
   return row as { late: number; disputed: number; repeated: number };
+}
+
+/** The ids of claims, and the identities of their events, as the ledger stores them. */
+function stored(claims: Claim[]): string[] {
+  return [
+    arrayLiteral(claims.map(({ id }) => keyOf(id))),
+    arrayLiteral(claims.map(({ event }) => hashOfIdentity(event))),
+  ];
 }
 
 /** How many lines of the bytes of a batch are in quarantine. Throws Unavailable. */

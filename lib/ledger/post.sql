@@ -7,11 +7,11 @@
 --
 --     move ──────> moved ──────> fence        each checkpoint moves, only if it is where it `begins`
 --
---     change ──────────────────> posted       balances are added to, never overwritten
---                                  ^
+--     total ───────────────────> posted       balances are added to, never overwritten: by the totals if
+--     change ──────────────────────^          all claims are fresh, else by changes and fresh claims
 --     claim ─────> claimed ────────┤          an id counts for the event that claims it first;
 --                                  v          what comes later under it does not count:
---     conflict ────────────────> late ──┬──>  left_out   (uncounted) if it is the same event
+--     conflict ──> taken ──────> late ──┬──>  left_out   (uncounted) if it is the same event
 --                                  │    └──>  set_aside  (quarantine) if it is another one, each once
 --     point ───────────────────> charted      revenue over time, without what came later
 --     lines that are not events ───────────>  set_aside, those beyond a bound in one row
@@ -26,19 +26,27 @@
 -- Rows are locked in one order, in every processor, so that no two wait for each other in a circle:
 --
 --     1. checkpoints: `fence` is read first, and the transaction has locked them in order before
---     2. ids, in the order of their bytes: `posted` and the last SELECT read `claimed`
+--     2. ids, in the order of their bytes: all that follows reads `claimed`
 --     3. users, in the order of their bytes, each as it is updated or inserted
 --     4. rows that belong to the batch's own checkpoint, which no other batch touches
 --
--- An id that is known already is updated, not skipped: only so does the statement see a row that another
--- transaction committed after the statement began. `xmax = 0` tells that the row was inserted: the id
--- was free.
+-- `whole` compares the number of ids that were inserted with that of the claims, and one-time filters switch
+-- off what is not needed: where every id is free, as in nearly every batch, nothing is looked up, and the
+-- sums per user are those of the program. (In Postgres alone: 113,000 to 121,000 fresh ids a second, against
+-- 90,000 to 107,000 with the join.)
+-- A batch without claims is always whole.
 --
--- Each array is one parameter of text, in Postgres' notation. What is empty ('{}') does nothing. `posted`
--- has one form for batches with ids and one without, and a one-time filter switches the other one off:
--- with the first form alone, batches without ids took 13 % longer. A batch of 100,000 users without ids
--- takes as long as if the rest of the statement were not there; starting and ending the idle parts costs
--- 0.2 ms.
+-- Of an id that another transaction claimed after this statement began, the row cannot be seen. And the
+-- lines of claims ($38) are needed only for the quarantine, so they are sent only after one was missed. Both
+-- end in the error `undecided`: nothing has happened, and the batch is posted once more in a new
+-- transaction, with the lines. Each time at least one more of its ids is known, so this ends.
+--
+-- The ids of 0.1.0 are in `event_ids`, which nobody adds to. As long as it has rows, claims have the text of
+-- their ids too ($37), and what is there is not inserted again.
+--
+-- Each array is one parameter of text, in Postgres' notation. What is empty ('{}') does nothing. A batch of
+-- 100,000 users without ids takes as long as if the rest of the statement were not there; starting and
+-- ending the idle parts costs 0.2 ms.
 with move as (
   select * from unnest(
     $2::text::text[], $3::text::bigint[], $4::text::bigint[], $5::text::text[]
@@ -55,29 +63,45 @@ with move as (
   from moved
 ), change as not materialized (
   select * from unnest($6::text::text[], $7::text::numeric[]) as change (user_id, amount)
+), total as not materialized (
+  select * from unnest($35::text::text[], $36::text::numeric[]) as total (user_id, amount)
 ), claim as (
   select * from unnest(
-    $8::text::text[], $9::text::text[], $10::text::text[], $11::text::numeric[],
-    $12::text::bigint[], $13::text::bigint[], $14::text::bigint[], $15::text::int[]
-  ) as claim (id, event, user_id, amount, begins, ends, run, point)
+    $8::text::bytea[], $9::text::uuid[], $10::text::text[], $11::text::numeric[], $12::text::bigint[],
+    $13::text::bigint[], $14::text::bigint[], $15::text::int[], $37::text::text[], $38::text::text[]
+  ) as claim (id, event, user_id, amount, begins, ends, run, point, old_id, line)
+), old as (
+  select claim.id, daybook_identity(known.event) as event
+  from claim join event_ids as known on known.id = claim.old_id
+  where $37::text <> '{}'
 ), claimed as (
-  insert into event_ids as known (id, event, claimed_on)
-  select id, event, greatest((now() at time zone 'UTC')::date, (select day from boundary))
-  from claim order by id collate "C"
-  on conflict (id) do update set id = excluded.id
-  returning id, event, xmax = 0 as fresh
+  insert into ids (id, event, day)
+  select id, event, daybook_day(greatest((now() at time zone 'UTC')::date, (select day from boundary)))
+  from claim where not exists (select from old where old.id = claim.id)
+  order by id
+  on conflict do nothing
+  returning id
+), whole as (
+  select (select count(*) from claimed) = (select count(*) from claim) as is_fresh
+), taken as (
+  select * from claim
+  where not (select is_fresh from whole) and not exists (select from claimed where claimed.id = claim.id)
+), known as (
+  select taken.id, coalesce(ids.event, old.event) as event
+  from taken left join ids using (id) left join old using (id)
 ), conflict as (
   select * from unnest(
-    $16::text::text[], $17::text::text[], $18::text::bigint[], $19::text::bigint[], $20::text::bigint[]
-  ) as conflict (id, event, begins, ends, run)
+    $16::text::bytea[], $17::text::uuid[], $18::text::bigint[], $19::text::bigint[], $20::text::bigint[],
+    $39::text::text[]
+  ) as conflict (id, event, begins, ends, run, line)
 ), late as (
-  select claim.event, begins, ends, run, claim.event = claimed.event as is_same, point, amount
-  from claim join claimed using (id) where not fresh union all
-  select conflict.event, begins, ends, run, conflict.event = claimed.event, null, null
-  from conflict join claimed using (id)
+  select line, begins, ends, run, taken.event = known.event as is_same, point, amount
+  from taken join known using (id) union all
+  select line, begins, ends, run, coalesce(conflict.event = known.event, false), null, null
+  from conflict left join known using (id)
 ), judged as (
   select *, is_same or exists (
-    select from quarantine where reason = $24 and line = late.event
+    select from quarantine as held where reason = $24 and held.line = late.line
   ) as is_known
   from late
 ), set_aside as (
@@ -86,7 +110,7 @@ with move as (
   from (
     select * from unnest($21::text::bigint[], $22::text::text[], $23::text::text[]) as line
     union all
-    select begins, $24, event from judged where not is_known
+    select begins, $24, line from judged where not is_known
   ) as line (position, reason, line)
   having count(*) > 0
 ), range as (
@@ -128,19 +152,22 @@ with move as (
 ), posted as (
   insert into users_revenue as balance (user_id, revenue)
   select * from (
-    select user_id, amount from change where $8::text = '{}' union all
+    select user_id, amount from total where (select is_fresh from whole) union all
     select user_id, sum(amount) from (
       select user_id, amount from change union all
-      select user_id, amount from claim join claimed using (id) where fresh
+      select user_id, amount from claim join claimed using (id)
     ) as counted
-    where $8::text <> '{}' group by user_id
-  ) as total
+    where not (select is_fresh from whole) group by user_id
+  ) as counted
   order by user_id collate "C"
   on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue
 )
 select
   holds,
-  (select count(*)::int from claimed where not fresh) as late,
+  case when exists (select from known where event is null)
+      or exists (select from late where line is null and not is_same)
+    then current_setting('daybook.undecided')::int end as undecided,
+  (select count(*)::int from taken) as late,
   (select count(*)::int from judged where not is_known) as disputed,
   (select count(*)::int from judged where is_known) as repeated,
   (select is_done from set_aside),
@@ -154,10 +181,11 @@ from fence
 -- execute post('file:a.jsonl#1',
 --   '{file:a.jsonl#1}', '{0}', '{200}', '{null}',
 --   '{ann,ben}', '{10.5,-2}',
---   '{id1}', '{an event}', '{ann}', '{7}', '{120}', '{160}', '{3}', '{1}',
---   '{id1}', '{another event}', '{170}', '{200}', '{4}',
+--   '{\\x696431}', '{00000000000000000000000000000001}', '{ann}', '{7}', '{120}', '{160}', '{3}', '{1}',
+--   '{\\x696431}', '{00000000000000000000000000000002}', '{170}', '{200}', '{4}',
 --   '{100}', '{not JSON}', '{nonsense}', 'its id belongs to another event, which came first',
 --   '{}', '{}', '{}', 'the same event came before', 2,
---   '{1795651200}', '{add_revenue}', '{4}', '{15.5}', 0);
+--   '{1795651200}', '{add_revenue}', '{4}', '{15.5}', 0,
+--   '{ann,ben}', '{17.5,-2}', '{}', '{}', '{another event}');
 -- select * from users_revenue;
 -- rollback;

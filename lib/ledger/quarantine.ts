@@ -14,6 +14,7 @@ import {
   type Statements,
   type Transaction,
 } from "./database.ts";
+import { hashOfIdentity, keyOf } from "./ids.ts";
 import { type Quarantined, SAME_ID } from "./ledger.ts";
 
 const ROWS_PER_PAGE = 500;
@@ -60,14 +61,20 @@ export async function readPackedQuarantine(
     order by from_position + index limit ${PACKED_PER_PAGE}`;
 }
 
-/** The events that claimed `ids`, by id. */
+/** The hashes of the identities of the events that claimed `ids`, by id. */
 export async function readClaims(
   sql: Statements,
   ids: Iterable<string>,
 ): Promise<Map<string, string>> {
-  const rows = await sql<{ id: string; event: string }[]>`
-    select id, event from event_ids where id = any(${arrayLiteral(ids)}::text::text[])`;
-  return new Map(rows.map(({ id, event }) => [id, event]));
+  const pairs = Array.from(ids, (id) => ({ id, key: keyOf(id) }));
+  const [texts, keys] = columns(pairs, "id", "key") as [string, string];
+  const rows = await sql<{ id: string; hash: string }[]>`
+    select wanted.id, replace(coalesce(known.event, daybook_identity(old.event))::text, '-', '') as hash
+    from unnest(${texts}::text::text[], ${keys}::text::bytea[]) as wanted (id, key)
+      left join ids as known on known.id = wanted.key
+      left join event_ids as old on old.id = wanted.id
+    where known.id is not null or old.id is not null`;
+  return new Map(rows.map(({ id, hash }) => [id, hash]));
 }
 
 /**
@@ -191,15 +198,23 @@ export async function release(
   { key, position }: QuarantinedLine,
   { userId, name, sign, amount, id = "", event, atMs }: Change & Released,
 ): Promise<"posted" | "disputed" | "gone"> {
+  const hash = event === null ? null : hashOfIdentity(event);
   const [row] = await sql<{ disputed: boolean; released: boolean }[]>`
     with line as (
       select from quarantine where source = ${key} and position = ${position} for update
-    ), claimed as (
-      insert into event_ids as known (id, event, claimed_on)
-      select ${id}, ${event}, greatest((now() at time zone 'UTC')::date, day)
-      from line, boundary where ${event !== null}
+    ), old as (
+      select daybook_identity(event) as event from event_ids, line where id = ${id} and ${event !== null}
+    ), tried as (
+      insert into ids as known (id, event, day)
+      select ${keyOf(id)}::text::bytea, ${hash}::text::uuid,
+        daybook_day(greatest((now() at time zone 'UTC')::date, day))
+      from line, boundary where ${event !== null} and not exists (select from old)
+      -- Only so is a row seen that another transaction committed after this statement began.
       on conflict (id) do update set id = excluded.id
-      returning event, event <> ${event} as is_other, xmax = 0 as fresh
+      returning event, xmax = 0 as fresh
+    ), claimed as (
+      select event <> ${hash}::text::uuid as is_other, fresh
+      from (select * from tried union all select event, false from old) as owner
     ), released as (
       delete from quarantine where source = ${key} and position = ${position}
         and not exists (select from claimed where is_other)

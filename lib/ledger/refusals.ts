@@ -3,6 +3,7 @@
  * to `users_revenue`. The functions in schema.sql try the parts of a batch one by one, and undo everything.
  */
 import { arrayLiteral, columns, type Database, transact, type Transaction } from "./database.ts";
+import { keyOf } from "./ids.ts";
 import type { Batch } from "./ledger.ts";
 
 /** 100,000 users, or 100,000 lines of one user, take between one and two seconds. */
@@ -34,13 +35,14 @@ export function findRefusedBalances(
 
 /** The users whose change Postgres refuses. Throws Unavailable. */
 export function findRefusedUsers(database: Database, batch: Batch): Promise<Set<string>> {
-  const [ids, users, amounts] = columns([...batch.claims.values()], "id", "userId", "amount");
+  const claims = Array.from(batch.claims.values(), (claim) => ({ ...claim, key: keyOf(claim.id) }));
+  const [ids, keys, users, amounts] = columns(claims, "id", "key", "userId", "amount");
   return search(database, async (tx) => {
     const rows = await tx<{ user: string }[]>`
       select refused_user as user from daybook_refused_users(
         ${batch.changes.userArray()}::text::text[], ${batch.changes.amountArray()}::text::numeric[],
-        ${ids as string}::text::text[], ${users as string}::text::text[],
-        ${amounts as string}::text::numeric[])`;
+        ${ids as string}::text::text[], ${keys as string}::text::bytea[],
+        ${users as string}::text::text[], ${amounts as string}::text::numeric[])`;
     return new Set(rows.map(({ user }) => user));
   });
 }
@@ -53,10 +55,12 @@ export function findRefusedLines(
   const users = arrayLiteral(lines.map(({ userId }) => userId));
   const amounts = arrayLiteral(lines.map(({ amount }) => amount));
   const ids = arrayLiteral(lines.map(({ id }) => id));
+  const keys = arrayLiteral(lines.map(({ id }) => (id === null ? null : keyOf(id))));
   return search(database, async (tx) => {
     const rows = await tx<{ index: string; why: string }[]>`
       select index, why from daybook_refused_lines(
-        ${users}::text::text[], ${amounts}::text::numeric[], ${ids}::text::text[])`;
+        ${users}::text::text[], ${amounts}::text::numeric[], ${ids}::text::text[],
+        ${keys}::text::bytea[])`;
     return new Map(rows.map(({ index, why }) => [lines[Number(index) - 1]?.position ?? 0, why]));
   });
 }

@@ -74,6 +74,8 @@ interface MarkedEvents {
 export class Fold {
   /** By how much each user's balance changes. */
   readonly changes = new Sums();
+  /** The same of the claims, as if all of them counted. */
+  private readonly claimed = new Sums();
   /** The same by minute and name, with the claims as if all of them counted. */
   readonly points = new Points();
   /** Events with an id, by its keyed digest; the ledger decides whether they count. */
@@ -181,7 +183,8 @@ export class Fold {
 
   /** What is folded, to be posted together with this move of the checkpoint. */
   batch(move: Move): Batch {
-    return { ...this, ...move };
+    if (this.claims.size > 0) this.claimed.addAll(this.changes);
+    return { ...this, ...move, totals: this.claims.size > 0 ? this.claimed : this.changes };
   }
 
   /** Adds the event that the scanner found at `index` of `bytes`, which begin at `position`. */
@@ -254,6 +257,7 @@ export class Fold {
       this.events++;
       const point = this.points.addAmount(change.name, change.amount);
       this.claims.set(key, { ...claim, point });
+      this.claimed.addTo(userId, change.amount);
       this.counted?.(from, change);
     } else if (first.event !== event && !this.conflicts.has(keyedDigest(event)))
       this.conflicts.set(keyedDigest(event), claim);

@@ -15,7 +15,7 @@ import { getEventTypes } from "../event/event.ts";
 import { keyedDigest } from "../event/keyed-digest.ts";
 import { openJournalReader, openNamedJournal } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
-import { pruneIds } from "../ledger/boundary.ts";
+import { openPruning } from "../ledger/boundary.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
 import {
   type Batch,
@@ -110,6 +110,7 @@ export async function follow(
   let trouble = "";
   let paused: string | null | undefined;
   const age = openAging(database);
+  const prune = openPruning(database, ID_DAYS);
   const noteQuarantined = openQuarantineNotice((line) =>
     report({ type: "say", level: "warn", line }),
   );
@@ -133,7 +134,7 @@ export async function follow(
       if (performance.now() < agingDueMs) return;
       await age();
       while (await foldPoints(database));
-      agingDueMs = performance.now() + ((await pruneIds(database, ID_DAYS)) ? 0 : AGE_EVERY_MS);
+      agingDueMs = performance.now() + ((await prune()) ? 0 : AGE_EVERY_MS);
     },
     more() {
       works();

@@ -16,6 +16,7 @@ import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
 import { journalKey, parseKey } from "../ledger/checkpoints.ts";
 import { CannotProceed, RowRefused, type Transaction } from "../ledger/database.ts";
 import { noteEventTypes, OTHER_EVENT } from "../ledger/ledger.ts";
+import { hashOfIdentity } from "../ledger/ids.ts";
 import {
   dismiss,
   type PackedLine,
@@ -208,7 +209,8 @@ async function judge(tx: Transaction, lines: PackedLine[], sent: Map<number, Sen
     const text = shownLine(sent.get(position)?.line as Uint8Array);
     if (claimed === undefined)
       wanted.push({ position, line: reason === OTHER_EVENT ? (event ?? text) : text });
-    else if (claimed === event) wanted.push({ position, line: null });
+    else if (event !== null && claimed === hashOfIdentity(event))
+      wanted.push({ position, line: null });
     else remaining.set(position, OTHER_EVENT);
   }
   return { wanted, remaining };

@@ -315,7 +315,30 @@ export const BREAKS: readonly Break[] = [
     "1",
     "ledger/ledger",
   ),
-  without("the claim of ids", "using (id) where fresh", "using (id)", "processor/ids"),
+  without(
+    "the claim of ids",
+    "select user_id, amount from claim join claimed using (id)",
+    "select user_id, amount from claim",
+    "processor/ids",
+  ),
+  without(
+    "the count of the ids that were inserted",
+    "(select count(*) from claimed) = (select count(*) from claim)",
+    "true",
+    "processor/post-ids",
+  ),
+  without(
+    "the look at the ids of 0.1.0",
+    "where $37::text <> '{}'",
+    "where false",
+    "processor/post-ids",
+  ),
+  without(
+    "the error where a claim cannot be decided",
+    "then current_setting('daybook.undecided')::int end",
+    "then 1 end",
+    "processor/post-ids",
+  ),
   without(
     "the addition to the balance that is there",
     "do update set revenue = balance.revenue + excluded.revenue ) select",

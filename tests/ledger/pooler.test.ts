@@ -49,7 +49,7 @@ test.if(hasPgBouncer)(
     for (const { code, stderr } of await Promise.all(rebuilds)) expect(code, stderr).toBe(0);
     const { stdout, stderr } = await ledger.tool(["--verify", other], pooled);
     expect(stdout, stderr).toBe("802 balances match their sources\n");
-    await ledger.select("delete from event_ids");
+    await ledger.select("delete from ids");
     const retried = await ledger.tool(["--quarantine=retry"], pooled);
     expect(retried.stdout, retried.stderr).toStartWith("lines posted: 1");
     expect((await ledger.balances())["ann"]).toBe("5");

@@ -71,7 +71,7 @@ test("rights: a server reads, a processor changes rows, a tool also makes tempor
   await ledger.select("update users_revenue set revenue = 7 where user_id = 'bob'");
   expect(await ledger.tool(["--rebuild", ...sources], operator.env)).toMatchObject({ code: 0 });
   expect(await ledger.balances()).toEqual({ ann: "3", bob: "1", cay: "1" });
-  await ledger.select("delete from event_ids");
+  await ledger.select("delete from ids");
   const retried = await ledger.tool(["--quarantine=retry"], writer.env);
   expect(retried.stdout, retried.stderr).toStartWith("lines posted: 1");
 });

@@ -4,7 +4,7 @@
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 
-import { pruneIds, readDay } from "../../lib/ledger/boundary.ts";
+import { openPruning, readDay } from "../../lib/ledger/boundary.ts";
 import { openDatabase } from "../../lib/ledger/database.ts";
 import { openAging } from "../../lib/processor/aging.ts";
 import { openRetention } from "../../lib/processor/retention.ts";
@@ -43,9 +43,11 @@ async function openClock() {
       await ledger.select(`update clock.ahead set days = ${days}`);
     },
     ids: async () =>
-      (await ledger.select<{ id: string }>("select id from event_ids order by id")).map(
-        (r) => r.id,
-      ),
+      (
+        await ledger.select<{ id: string }>(
+          "select convert_from(id, 'UTF8') as id from ids order by id",
+        )
+      ).map((r) => r.id),
     async [Symbol.asyncDispose]() {
       await faked.close();
       await ledger.select(`
@@ -106,18 +108,18 @@ test("ids are remembered while the database's clock is wrong, ahead or behind", 
   await send("ann", "a");
   await untilBalance(app, "ann", "1");
   await setClock(40);
-  expect(await pruneIds(database, 30)).toBe(false);
+  expect(await openPruning(database, 30)()).toBe(false);
   await send("ben", "b");
   await untilBalance(app, "ben", "1");
   await setClock(-40);
   await send("cid", "c");
   await untilBalance(app, "cid", "1");
   await setClock(0);
-  expect(await pruneIds(database, 30)).toBe(false);
+  expect(await openPruning(database, 30)()).toBe(false);
   expect(await ids()).toEqual(["a", "b", "c"]);
   // Once the ledger's day has moved on, what is older than that goes.
   await ledger.select("update boundary set day = day + 31");
-  expect(await pruneIds(database, 30)).toBe(false);
+  expect(await openPruning(database, 30)()).toBe(false);
   expect(await ids()).toEqual(["b"]); // it was claimed while the clock was ahead
 });
 

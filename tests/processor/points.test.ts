@@ -253,7 +253,7 @@ test("points of removed segments are kept in their snapshot, and recounts still 
   expect((await ledger.tool(["--rebuild"])).code).toBe(0);
   expect(await pointsOf(ledger)).toEqual(before);
   // A line of a removed segment that leaves the quarantine counts in its minute, also in the snapshot.
-  await ledger.select("delete from event_ids");
+  await ledger.select("delete from ids");
   const { stdout } = await ledger.tool(["--quarantine=retry"]);
   const posted = Number(/lines posted: (\d+);/.exec(stdout)?.[1]);
   expect(posted).toBeGreaterThan(0);

@@ -51,7 +51,7 @@ test("a journal and a file that are gone are retired one after the other, and re
   await server.post(event("ann", 2));
   await untilBalance(server, "ann", "18");
   await ledger.select(
-    "delete from event_ids; update users_revenue set revenue = revenue + 1 where user_id = 'ann'",
+    "delete from ids; update users_revenue set revenue = revenue + 1 where user_id = 'ann'",
   );
   expect((await ledger.tool(["--rebuild"])).stdout).toContain("balances corrected: 1");
   expect((await ledger.tool(["--quarantine=retry"])).stdout).toContain("lines posted: 1");

@@ -86,7 +86,7 @@ test(
     expect(code).toBe(0);
 
     // The recount does not need the claims of ids, which are deleted after ID_DAYS.
-    await sql`truncate event_ids`;
+    await sql`truncate ids`;
     await sql`update users_revenue set revenue = revenue * 2 where user_id < 'u2'`;
     await sql`delete from users_revenue where user_id = 'u3'`;
     await sql`insert into users_revenue values ('unknown', 7)`;
@@ -270,7 +270,7 @@ test("--quarantine=retry posts a line once when its id is free again; other line
 
   const stayed = await ledger.tool(["--quarantine=retry"]);
   expect(stayed.stdout).toEndWith("lines posted: 0; remaining in quarantine: 3\n");
-  await ledger.select("delete from event_ids where id = 'a'");
+  await ledger.select("delete from ids where id = 'a'");
   const [again, once] = await Promise.all([
     ledger.tool(["--quarantine=retry"]),
     ledger.tool(["--quarantine=retry"]),
@@ -289,7 +289,7 @@ test("--quarantine=retry posts an event of a file when its id, which belonged to
   const lines = line("ann", 1, { id: "x" }) + line("ann", 2.5, { id: "x" });
   const path = ledger.write("a.jsonl", lines);
   expect((await ledger.tool([path])).code).toBe(1);
-  await ledger.select("delete from event_ids");
+  await ledger.select("delete from ids");
   expect((await ledger.tool(["--quarantine=retry", path])).stdout).toStartWith("lines posted: 1");
   expect(await ledger.balances()).toEqual({ ann: "3.5" });
 });
