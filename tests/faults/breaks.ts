@@ -322,6 +322,12 @@ export const BREAKS: readonly Break[] = [
     "processor/ids",
   ),
   without(
+    "the pace of postings",
+    "(!isBusy || ++polls > GATHERING_POLLS)",
+    "true",
+    "processor/pace",
+  ),
+  without(
     "the count of the ids that were inserted",
     "(select count(*) from claimed) = (select count(*) from claim)",
     "true",
