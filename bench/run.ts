@@ -2,7 +2,8 @@
  * `bun run bench [--json FILE] [--large] [PART…]`: how fast Daybook is beside what one would use instead,
  * in one run on one machine. Each row and its reference are measured alternately, A B A B A B, and the
  * medians are compared. Every total is checked: a run with a wrong total has no figures. `--large` adds a
- * file of 2 GB. PART selects parts by the beginning of their names: single, bulk, post, end, lag, others.
+ * file of 2 GB, and tables that hold millions of users and ids. PART selects parts by the beginning of their
+ * names: single, bulk, post, end, lag, ids, others, known.
  */
 import { closeSync, existsSync, mkdtempSync, openSync, rmSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -16,6 +17,7 @@ import { openTestCluster } from "../tests/support/cluster.ts";
 const EVENTS = 2_000_000;
 const USERS = 100_000;
 const ROUNDS = 3;
+const ID_EVENTS = 400_000;
 const root = join(import.meta.dir, "..");
 
 const { values: options, positionals: parts } = parseArgs({
@@ -48,8 +50,10 @@ async function bench() {
     wants("post") || wants("end") || wants("others") ? await post(file, total) : Number.NaN;
   if (wants("end")) await endToEnd(file, total, bulkMs, postMs);
   if (wants("lag")) await lag();
+  if (wants("ids")) await ids();
   if (wants("others")) await others(postMs);
-  if (options.large) await large();
+  if (options.large && wants("large")) await large();
+  if (options.large && wants("known")) await known();
   for (const [name, bytes] of peaks)
     add(`memory: ${name}`, null, `at most ${Math.round(bytes / 1e6)} MB`);
 
@@ -65,11 +69,16 @@ async function bench() {
 async function single() {
   const ours: Load[] = [];
   const bare: Load[] = [];
+  const posting: Load[] = [];
   for (let round = 0; round < ROUNDS; round++) {
     await using database = await openDatabase();
     await using server = await serve(database.url, "--no-processor");
     ours.push(await load(server.url));
     notePeak("server", server.pid);
+    {
+      await using whole = await serve(database.url);
+      posting.push(await load(whole.url));
+    }
     await using reference = await serveBare();
     bare.push(await load(reference.url));
   }
@@ -80,6 +89,9 @@ async function single() {
   add("single / bare server", rate / bareRate, `${many(rate)} vs. ${many(bareRate)} requests/s`);
   const p99s = `${p99Ms.toFixed(2)} vs. ${bareP99Ms.toFixed(2)} ms (less is better)`;
   add("single p99 / bare server's", p99Ms / bareP99Ms, p99s);
+  const postingRate = median(posting.map(({ rate }) => rate));
+  const rates = `${many(postingRate)} vs. ${many(rate)} requests/s`;
+  add("single with the processor / without", postingRate / rate, rates);
 }
 
 /** client.ts until the last 201; a sender and a server that only write and sync. */
@@ -172,20 +184,86 @@ async function lag() {
 async function others(postMs: number) {
   const events = EVENTS / 4;
   const eventsPerMs = EVENTS / postMs;
-  const shapes: [string, ChooseUser, boolean][] = [
-    ["one hot user", () => 0, false],
-    ["all users new", (_, i) => i, false],
-    ["ids on every event", (random) => Math.floor(random() * USERS), true],
+  const shapes: [string, ChooseUser, ChooseId?][] = [
+    ["one hot user", () => 0],
+    ["all users new", (_, i) => i],
+    ["ids on every event", userOf(USERS), (i) => `event-${i}`],
   ];
-  for (const [what, user, hasIds] of shapes) {
+  for (const [what, user, id] of shapes) {
     const file = join(folder, `${what}.jsonl`);
-    const total = writeEvents(file, events, user, hasIds);
+    const total = writeEvents(file, events, user, id);
     const times: number[] = [];
     for (let round = 0; round < ROUNDS; round++) times.push(await posting(file, total));
     const rate = events / median(times);
     add(`${what} / post`, rate / eventsPerMs, `${many(rate * 1000)} events/s`);
     rmSync(file);
   }
+}
+
+/** A random id on every event, all of them fresh, or 1 of 10,000 known; COPY and SQL. */
+async function ids() {
+  const file = join(folder, "ids.jsonl");
+  const total = writeEvents(file, ID_EVENTS, userOf(50_000), randomId);
+  const repeated = join(folder, "repeated.jsonl");
+  const repeatedTotal = writeEvents(repeated, ID_EVENTS, userOf(50_000), randomId, true);
+  const times: number[][] = [[], [], []];
+  for (let round = 0; round < ROUNDS; round++) {
+    times[0]?.push(await posting(file, total));
+    if (Bun.which("psql")) times[1]?.push(await copying(file, total, true));
+    times[2]?.push(await posting(repeated, repeatedTotal));
+  }
+  const [ours = 0, sql = 0, late = 0] = times.map(median);
+  const rate = (ms: number) => many(ID_EVENTS / (ms / 1000));
+  add("fresh ids / COPY and SQL", sql / ours, `${rate(ours)} vs. ${rate(sql)} events/s`);
+  add("1 of 10,000 ids repeated / fresh ids", ours / late, `${rate(late)} events/s`);
+}
+
+/** Posting to tables that hold millions of users or ids already. */
+async function known() {
+  const shapes: [string, string, ChooseId?][] = [
+    [
+      "users",
+      "insert into users_revenue select 'user' || i, 0 from generate_series(0, $1::int - 1) i",
+    ],
+    [
+      "ascending ids",
+      seedIds("convert_to('order-' || lpad(i::text, 12, '0'), 'UTF8')"),
+      ascendingId,
+    ],
+    ["random ids", seedIds("'\\xff'::bytea || uuid_send(gen_random_uuid())"), randomId],
+  ];
+  for (const millions of [1, 10])
+    for (const [what, seed, id] of shapes) {
+      const file = join(folder, "known.jsonl");
+      const users = id ? 50_000 : millions * 1e6;
+      const total = writeEvents(
+        file,
+        ID_EVENTS,
+        userOf(users),
+        id && ((i) => id(i + millions * 1e6)),
+      );
+      await using database = await openDatabase();
+      await database.run(seed.replaceAll("$1", `${millions * 1e6}`));
+      for (const statement of ["vacuum analyze", "checkpoint"]) await database.run(statement);
+      const [before] = await database.run("select pg_current_wal_lsn() as lsn");
+      const env = { DATABASE_URL: database.url, DATA_DIR: join(folder, "data") };
+      const ms = await timed(["bun", "run", "processor.ts", file], { env });
+      await database.check(total);
+      const [after] = await database.run(`
+        select (pg_wal_lsn_diff(pg_current_wal_lsn(), '${before?.["lsn"]}') / 1e6)::int as wal,
+          pg_total_relation_size('ids') / greatest((select count(*) from ids), 1) as bytes`);
+      const size = id ? `, ${after?.["bytes"]} bytes an id` : "";
+      const figures = `${many(ID_EVENTS / (ms / 1000))} events/s, ${after?.["wal"]} MB of WAL${size}`;
+      add(`${millions} M ${what} known`, null, figures);
+    }
+}
+
+function seedIds(key: string): string {
+  return `
+    alter table ids drop constraint ids_pkey;
+    insert into ids (id, event, day)
+    select ${key}, gen_random_uuid(), daybook_day(current_date) from generate_series(0, $1 - 1) i;
+    alter table ids add primary key (id)`;
 }
 
 async function large() {
@@ -215,15 +293,23 @@ async function posting(file: string, total: string, peak = "processor"): Promise
   return ms;
 }
 
-async function copying(file: string, total: string): Promise<number> {
+async function copying(file: string, total: string, hasIds = false): Promise<number> {
   await using database = await openDatabase();
+  const counted = hasIds ? "fresh" : "events";
+  const claims = `create table claims (id text primary key);
+    create temp table fresh (event jsonb);
+    with claimed as (
+      insert into claims select event->>'id' from events on conflict do nothing returning id
+    )
+    insert into fresh select event from events join claimed on claimed.id = event->>'id';`;
   const script = `
     create temp table events (event jsonb);
     \\copy events from '${file}' with (format csv, quote e'\\x01', delimiter e'\\x02')
+    ${hasIds ? claims : ""}
     insert into users_revenue as balance (user_id, revenue)
     select event->>'userId', sum(case event->>'name' when 'add_revenue' then 1 else -1 end
       * (event->>'value')::numeric)
-    from events group by 1
+    from ${counted} group by 1
     on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue;`;
   const path = join(folder, "copy.sql");
   await Bun.write(path, script);
@@ -296,6 +382,12 @@ async function openDatabase() {
   await sql.unsafe(await Bun.file(join(root, "schema.sql")).text());
   return {
     url: url.href,
+    run: (statements: string) =>
+      sql
+        .unsafe(statements)
+        .then(
+          (all) => (all.at(-1) instanceof Array ? all.at(-1) : all) as Record<string, unknown>[],
+        ),
     async check(total: string) {
       const [row] = await sql`select trim_scale(sum(revenue))::text as total from users_revenue`;
       if (row?.["total"] !== total)
@@ -395,9 +487,34 @@ function keepPeak(name: string, bytes: number): void {
 
 /** The user of event `index`. */
 type ChooseUser = (random: () => number, index: number) => number;
+type ChooseId = (index: number) => string;
 
-/** Writes `events` events; returns the sum of their balances. */
-function writeEvents(path: string, events: number, user: ChooseUser, hasIds = false): string {
+function userOf(users: number): ChooseUser {
+  return (random) => Math.floor(random() * users);
+}
+
+function ascendingId(i: number): string {
+  return `order-${`${i}`.padStart(12, "0")}`;
+}
+
+/** A UUIDv4, the same for the same index. */
+function randomId(i: number): string {
+  const hex = Bun.CryptoHasher.hash("sha256", `id ${i}`, "hex");
+  return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-4${hex.slice(12, 15)}-8${hex.slice(15, 18)}-${hex.slice(18, 30)}`;
+}
+
+/**
+ * Writes `events` events; returns the sum of their balances. With `repeats`, one of 10,000 is one that came
+ * 30,000 before.
+ */
+function writeEvents(
+  path: string,
+  events: number,
+  user: ChooseUser,
+  id?: ChooseId,
+  repeats = false,
+): string {
+  const kept: string[] = [];
   let state = 1;
   const random = () => {
     state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0;
@@ -409,8 +526,11 @@ function writeEvents(path: string, events: number, user: ChooseUser, hasIds = fa
   for (let i = 0; i < events; i++) {
     const value = Math.floor(random() * 100_000);
     const change = random() < 0.6 ? value : -value;
-    cents += change;
-    text += line(`user${user(random, i)}`, change, hasIds ? `event-${i}` : undefined);
+    const written = line(`user${user(random, i)}`, change, id?.(i));
+    if (i % 10_000 === 0) kept.push(written);
+    const again = repeats && i % 10_000 === 9_999 ? kept.at(-4) : undefined;
+    if (!again) cents += change;
+    text += again ?? written;
     if (text.length > 1 << 20) {
       writeSync(fd, text);
       text = "";
