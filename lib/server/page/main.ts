@@ -172,6 +172,12 @@ function keep({ seconds }: Message) {
       rejected: Object.fromEntries(rejected.filter(([, count]) => count > 0)),
     });
   }
+  if (seconds.at.length > 1) {
+    // Behind a balancer, another server may bring seconds from before those that are there.
+    const sorted = [...rows].toSorted(([a], [b]) => a - b);
+    rows.clear();
+    for (const [at, row] of sorted) rows.set(at, row);
+  }
   const last = Math.max(...rows.keys());
   for (const at of rows.keys()) if (at <= last - KEPT_SECONDS) rows.delete(at);
 }
