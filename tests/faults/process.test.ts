@@ -45,8 +45,8 @@ const POINTS: Record<string, Alteration> = {
     `${DIE} header = begun;`,
   ),
   "after the statement is sent": inLedger(
-    "const { late, disputed, repeated } = await move(tx, batch);",
-    `const moving = move(tx, batch); setTimeout(() => { ${DIE} }, 1); const { late, disputed, repeated } = await moving;`,
+    "const { late, disputed, repeated } = await move(tx, batch, { hasOldIds, withLines });",
+    `const moving = move(tx, batch, { hasOldIds, withLines }); setTimeout(() => { ${DIE} }, 1); const { late, disputed, repeated } = await moving;`,
   ),
   "after the statement, before COMMIT": inLedger(
     'return { state: "posted", events:',

@@ -28,7 +28,7 @@ test("posting continues, on a new connection, once a database that could only be
 
 // `where` the processor's machine disappears: the text that it has sent last.
 for (const [where, text] of [
-  ["after it has locked the checkpoint", "set_aside"],
+  ["after it has locked the checkpoint", "judged as ("],
   ["while its statement waits for a user", "zoe"],
 ] as const)
   test(`a processor's machine disappears ${where}: its checkpoint is free after the timeout`, async () => {

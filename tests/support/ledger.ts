@@ -48,6 +48,15 @@ export async function openLedger(settings: Record<string, string> = {}) {
         database.url,
         "select source, position::int, reason, line from quarantine order by source, position",
       ),
+    /** How many lines are in quarantine, whole or by their positions. */
+    async countQuarantined(): Promise<number> {
+      const [row] = await select<{ count: number }>(
+        database.url,
+        `select ((select count(*) from quarantine) +
+           (select coalesce(sum(cardinality(positions)), 0) from packed_quarantine))::int as count`,
+      );
+      return row?.count ?? 0;
+    },
     async [Symbol.asyncDispose]() {
       folder[Symbol.dispose]();
       await database.drop();
