@@ -4,34 +4,27 @@
  */
 import "./lib/install.ts";
 
-import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
-import {
-  DEFAULT_SECRET,
-  InvalidSetting,
-  isLoopback,
-  maskSettings,
-  readCommand,
-  type SettingsOf,
-} from "./lib/config.ts";
+import { InvalidSetting, readCommand, type SettingsOf } from "./lib/config.ts";
 import { setEventTypes } from "./lib/event/event.ts";
 import { disk, leavingRoom } from "./lib/journal/disk.ts";
 import { type Journal, openJournal } from "./lib/journal/writer.ts";
 import { LedgerRefused, openDatabase, requireLedger } from "./lib/ledger/database.ts";
 import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
-import { type Log, openLog, watchHealth } from "./lib/log.ts";
+import { type Log, openLog } from "./lib/log.ts";
 import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
-import { print, say } from "./lib/progress.ts";
+import { say } from "./lib/progress.ts";
+import { announce, readServer } from "./lib/server/announce.ts";
 import { createApi, type Parts } from "./lib/server/api.ts";
-import type { Access } from "./lib/server/auth.ts";
+import { readAccess } from "./lib/server/auth.ts";
 import { watchDescriptors } from "./lib/server/descriptors.ts";
 import { listen, readCertificate } from "./lib/server/listener.ts";
 import { openLive } from "./lib/server/live.ts";
 import { openMetrics } from "./lib/server/metrics.ts";
 import { watchPosted } from "./lib/server/posted.ts";
-import { openTokens, printToken, SCOPES } from "./lib/server/token.ts";
+import { printToken, SCOPES } from "./lib/server/token.ts";
 
 export type { App } from "./lib/server/api.ts";
 
@@ -47,27 +40,20 @@ async function main(): Promise<number> {
   process.umask(0o077); // what is in DATA_DIR is for its owner
   const { settings, options } = readCommand(COMMAND);
   if (options["token"]) return printToken(settings, options);
-  const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl } = settings;
+  const { DATABASE_URL: databaseUrl } = settings;
   const log = openLog(settings.LOG_LEVEL);
   const logLine = (line: string) => log.info(line);
-  const access = openAccess(settings, log);
+  const access = readAccess(settings, log);
   const schema = await openSchema(settings);
   const isHttps = readCertificate(settings) !== null; // throws before anything is created
   const { note = null } = databaseUrl ? parseDatabaseUrl(databaseUrl) : {};
   if (note) log.info(note);
-  const stop = new AbortController();
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
-  let reload = () => log.info("SIGHUP: there is nothing to reload");
-  process.on("SIGHUP", () => reload()); // without a handler it ends the process
+  const { stop, onReload } = handleSignals(log);
 
   await using stack = new AsyncDisposableStack(); // closes in reverse order
   const journal = await openServerJournal(settings, logLine);
   stack.defer(() => journal.close());
-  if (!databaseUrl) {
-    const opening = openCluster(join(dataDir, "postgres"), logLine);
-    const cluster = await Promise.race([opening, aborted(stop.signal)]);
-    stack.defer(() => cluster?.close());
-  }
+  if (!databaseUrl) stack.use(await openEmbedded(settings, stop.signal, logLine));
   if (stop.signal.aborted) return 0;
   const database = openDatabase(ledgerUrl(settings), "server", 4);
   stack.defer(() => database.close());
@@ -81,14 +67,8 @@ async function main(): Promise<number> {
   const parts = { journal, database, access, schema, log, posted, metrics, live, isHttps };
   const server = listen(createApi(parts), settings);
   stack.use(watchDescriptors(server, log));
-  if (isHttps) reload = () => server.renewCertificate(log);
-  noteServer(dataDir, server.origin);
-  print(`listening on ${server.origin}`);
-  log.info(`listening on ${server.origin}`);
-  log.info(firstSteps(server.origin));
-  // A person at a terminal has set them, or has set none.
-  const settingsLevel = process.stderr.isTTY ? "debug" : "info";
-  log[settingsLevel]({ settings: maskSettings(settings) }, "settings");
+  if (isHttps) onReload(() => server.renewCertificate(log));
+  announce(server.origin, settings, log);
   const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, parts);
   run?.catch(() => stop.abort());
   await aborted(stop.signal);
@@ -131,20 +111,13 @@ const COMMAND = {
 
 type AppSettings = SettingsOf<"app">;
 
-/** What can be done with a server that listens. */
-function firstSteps(origin: string): string {
-  const server = origin === "http://127.0.0.1:8000" ? "" : `SERVER_URL=${origin} `;
-  return `send events with: ${server}bun run client.ts events.jsonl; see them at ${origin}/`;
-}
-
-function openAccess(settings: AppSettings, log: Log): Access {
-  const { AUTH_SECRET: writers, READ_SECRET: readers = [], HOST, JWT_SECRET } = settings;
-  const hosts = [HOST.toLowerCase(), ...(settings.ALLOWED_HOSTS ?? [])];
-  const health = watchHealth(log, "error", "tokens: the issuer's keys are available again");
-  const readingIsOpen = readers.length === 0 && isLoopback(HOST);
-  const tokens = openTokens(settings, health);
-  const tokensAreLocal = JWT_SECRET === DEFAULT_SECRET;
-  return { writers, readers, readingIsOpen, hosts, tokens, tokensAreLocal };
+/** SIGTERM and SIGINT abort `stop`. SIGHUP reloads, once there is something to reload. */
+function handleSignals(log: Log) {
+  const stop = new AbortController();
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+  let reload = () => log.info("SIGHUP: there is nothing to reload");
+  process.on("SIGHUP", () => reload()); // without a handler it ends the process
+  return { stop, onReload: (work: () => void) => (reload = work) };
 }
 
 /** Sets the event types. Loads the schema compiler only where a schema is set. */
@@ -153,40 +126,22 @@ async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings) {
   return path ? (await import("./lib/server/event-schema.ts")).openEventSchema(path) : null;
 }
 
+/** The embedded Postgres; `null` if the start is stopped before it runs. */
+async function openEmbedded(settings: AppSettings, stop: AbortSignal, say: (line: string) => void) {
+  const opening = openCluster(join(settings.DATA_DIR, "postgres"), say);
+  const cluster = await Promise.race([opening, aborted(stop)]);
+  return cluster && { [Symbol.asyncDispose]: () => cluster.close() };
+}
+
 /** An embedded Postgres on the same disk keeps some room for itself. */
 function openServerJournal(settings: AppSettings, say: (line: string) => void): Promise<Journal> {
   const { DATA_DIR: directory, DATABASE_URL, JOURNAL_SEGMENT_BYTES: segmentBytes } = settings;
-  const opening = openJournal({
-    directory,
-    say,
-    disk: DATABASE_URL ? disk : leavingRoom(disk),
-    segmentBytes,
-  });
+  const shared = DATABASE_URL ? disk : leavingRoom(disk);
+  const opening = openJournal({ directory, say, disk: shared, segmentBytes });
   return opening.catch((error: Error) => {
     const last = error.message.includes("written by another process") && readServer(directory);
     throw last ? new Error(`${error.message}; the last server here was ${last}`) : error;
   });
-}
-
-/** Beside the lock, for people: which process holds it, and where it answers. */
-const SERVER_FILE = "server.txt";
-
-function noteServer(dataDir: string, origin: string): void {
-  try {
-    writeFileSync(join(dataDir, SERVER_FILE), `process ${process.pid} at ${origin}\n`);
-  } catch {
-    // On a full disk a server starts without it.
-  }
-}
-
-/** Only text: after a kill it is that of a process that has ended. */
-function readServer(dataDir: string): string | null {
-  try {
-    const text = readFileSync(join(dataDir, SERVER_FILE), "utf8");
-    return /^process \d{1,10} at https?:\/\/[\w.:[\]-]{1,255}$/m.exec(text)?.[0] ?? null;
-  } catch {
-    return null;
-  }
 }
 
 /** Runs the processor beside the server, once no other one follows this journal. */

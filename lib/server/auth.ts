@@ -7,11 +7,18 @@
  */
 import { timingSafeEqual } from "node:crypto";
 
-import { DEFAULT_SECRET, isLoopback } from "../config.ts";
-import type { Log } from "../log.ts";
+import { DEFAULT_SECRET, isLoopback, type SettingsOf } from "../config.ts";
+import { type Log, watchHealth } from "../log.ts";
 import { Problem, unavailable } from "./problem.ts";
 import { openThrottle } from "./throttle.ts";
-import { InvalidToken, isToken, KeysUnavailable, type Scope, type Verify } from "./token.ts";
+import {
+  InvalidToken,
+  isToken,
+  KeysUnavailable,
+  openTokens,
+  type Scope,
+  type Verify,
+} from "./token.ts";
 
 export interface Access {
   /** Secrets that grant write and read access. */
@@ -122,4 +129,15 @@ function isAmong(digests: readonly Buffer[], presented: Buffer): boolean {
 
 function digest(text: string): Buffer {
   return new Bun.CryptoHasher("sha256").update(text).digest();
+}
+
+/** Who may do what, by the settings. */
+export function readAccess(settings: SettingsOf<"app">, log: Log): Access {
+  const { AUTH_SECRET: writers, READ_SECRET: readers = [], HOST, JWT_SECRET } = settings;
+  const hosts = [HOST.toLowerCase(), ...(settings.ALLOWED_HOSTS ?? [])];
+  const health = watchHealth(log, "error", "tokens: the issuer's keys are available again");
+  const readingIsOpen = readers.length === 0 && isLoopback(HOST);
+  const tokens = openTokens(settings, health);
+  const tokensAreLocal = JWT_SECRET === DEFAULT_SECRET;
+  return { writers, readers, readingIsOpen, hosts, tokens, tokensAreLocal };
 }
