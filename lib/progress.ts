@@ -47,6 +47,12 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
   const startedMs = performance.now();
   let reportedMs = startedMs;
   let [shown, drawnMs] = [barOf({ what, share: 0, rate: 0, left: "…" }), startedMs];
+  let later: Timer | null = null;
+  const drawLater = () => {
+    later = null;
+    drawnMs = performance.now();
+    drawThis();
+  };
   const drawThis = () => void process.stderr.write(CLEAR_LINE + fit(shown, terminalWidth()));
   if (canDraw) {
     draw = drawThis;
@@ -64,9 +70,8 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
         const leftMs = (elapsedMs * (totalBytes - bytes)) / Math.max(1, bytes - fromBytes);
         const share = bytes / Math.max(1, totalBytes, bytes);
         shown = barOf({ what, share, rate, left: duration(Math.max(0, leftMs)) });
-        if (nowMs - drawnMs < REDRAW_MS) return;
-        drawnMs = nowMs;
-        drawThis();
+        // What comes too soon is drawn a little later: perhaps nothing comes after it for a while.
+        later ??= setTimeout(drawLater, Math.max(0, drawnMs + REDRAW_MS - nowMs));
       } else if (nowMs - reportedMs >= REPORT_MS) {
         reportedMs = nowMs;
         const percents = percent(bytes, totalBytes);
@@ -75,6 +80,7 @@ export function showProgress(what: string, totalBytes: number, fromBytes: number
     },
     stop(): void {
       process.off("SIGWINCH", drawThis);
+      clearTimeout(later ?? undefined);
       if (draw !== drawThis) return;
       draw = null;
       process.stderr.write(CLEAR_LINE);

@@ -61,6 +61,7 @@ const ALLOWED: Record<string, string[]> = {
   "/metrics": ["GET", "HEAD"],
   "/openapi": ["GET", "HEAD"],
   "/openapi/json": ["GET", "HEAD"],
+  "/": ["GET", "HEAD"],
 };
 
 for (const [path, allowed] of Object.entries(ALLOWED))
@@ -73,7 +74,6 @@ for (const [path, allowed] of Object.entries(ALLOWED))
       });
 
 for (const path of [
-  "/",
   "/nothing",
   "/LiveEvent",
   "/liveEvent/more",
