@@ -10,6 +10,7 @@ import {
   customFetch,
   errors,
   type FetchImplementation,
+  type JWTPayload,
   type JWTVerifyGetKey,
   jwtVerify,
   SignJWT,
@@ -83,10 +84,10 @@ export function openTokens(
   };
   return async (token: string) => {
     const verified = await jwtVerify(token, key as JWTVerifyGetKey, options).catch(toInvalidToken);
-    const { scope, sub, exp, nbf = 0, iat = 0 } = verified.payload;
+    const { sub, exp, nbf = 0, iat = 0 } = verified.payload;
     // 1e999 is Infinity: it would never expire.
     if (![exp, nbf, iat].every(Number.isFinite)) throw new InvalidToken("malformed");
-    return { scopes: typeof scope === "string" ? scope.split(" ") : [], sub };
+    return { scopes: scopesOf(verified.payload), sub };
   };
 }
 
@@ -160,6 +161,15 @@ async function readKeys(response: Response): Promise<Uint8Array<ArrayBuffer>> {
     chunks.push(chunk);
   }
   return new Uint8Array(Buffer.concat(chunks));
+}
+
+/**
+ * What a token grants, as issuers say it: a string with blanks (RFC 8693) or an array, in `scope`, `scp`
+ * (Microsoft Entra, Okta) or `permissions` (Auth0).
+ */
+function scopesOf(payload: JWTPayload): unknown[] {
+  const claims = [payload["scope"], payload["scp"], payload["permissions"]];
+  return claims.flatMap((claim) => (typeof claim === "string" ? claim.split(" ") : (claim ?? [])));
 }
 
 function toInvalidToken(error: Error): never {

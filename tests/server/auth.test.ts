@@ -231,6 +231,29 @@ test.concurrent("tokens of an issuer's keys: each route for each kind of credent
     ["writes", await signWith(ec, { scope: "events:write", sub: "svc" }), WRITES],
     ["reads", await signWith(ec, { scope: "balances:read" }), READS],
     ["no scope", await signWith(ec, {}), { ...WRITES, write: 403 }],
+    ["array in scope", await signWith(ec, { scope: ["balances:read", "openid"] }), READS],
+    ["string in scp", await signWith(ec, { scp: "openid events:write", sub: "svc" }), WRITES],
+    ["array in scp", await signWith(ec, { scp: ["events:write"], sub: "svc" }), WRITES],
+    ["permissions", await signWith(ec, { scope: "openid", permissions: ["balances:read"] }), READS],
+    [
+      "two claims",
+      await signWith(ec, { scp: "balances:read", permissions: ["events:write"] }),
+      ALL,
+    ],
+    [
+      "no text in scope",
+      await signWith(ec, {
+        scope: { "balances:read": 1 },
+        scp: [1, null],
+        permissions: [["events:write"]],
+      }),
+      { ...WRITES, write: 403 },
+    ],
+    [
+      "two scopes in one element",
+      await signWith(ec, { scp: ["events:write balances:read"] }),
+      { ...WRITES, write: 403 },
+    ],
     ["own sub", await signWith(ec, { sub: "ann" }), OWN],
     [
       "scope of another name",
