@@ -112,7 +112,7 @@ test("a file that is rewritten while it is posted is reported, with exit code 1"
     await tx`lock table users_revenue in exclusive mode`;
     const waiting = () => sql`
       select from pg_stat_activity
-      where datname = current_database() and wait_event_type = 'Lock'`;
+      where datname = current_database() and wait_event_type = 'Lock' and query like 'with move as%'`;
     await until(async () => (await waiting()).length > 0);
     writeFileSync(file, line("ben", 1).repeat(5_000_000));
   });

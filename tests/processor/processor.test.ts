@@ -366,7 +366,7 @@ test("each event of a file counts once if another file takes its name while it i
     await tx`lock table users_revenue in exclusive mode`;
     const isWaiting = () => sql`
       select from pg_stat_activity
-      where datname = current_database() and wait_event_type = 'Lock'`;
+      where datname = current_database() and wait_event_type = 'Lock' and query like 'with move as%'`;
     await until(async () => (await isWaiting()).length > 0);
     renameSync(next, file);
   });
