@@ -109,13 +109,19 @@ test("senders that announce bodies and send nothing hold no room for them", asyn
 });
 
 test("a body of 16 MB in chunks of one byte is stored in bounded memory", async () => {
+  // A server of its own: the peak of the other one is that of all tests.
+  using folder = tempDir();
+  await using app = await startApp({
+    ...{ dataDir: folder.path, databaseUrl: NOWHERE },
+    args: ["--no-processor"],
+  });
   const sender = await openSender(app, 16_000_000, true);
   for (let left = 16_000_000; left > 0; left -= 50_000) {
     const last = left === 50_000 ? "0\r\n\r\n" : "";
     await sender.write("1\r\n\n\r\n".repeat(50_000) + last);
   }
   await until(() => sender.text().startsWith("HTTP/1.1 201 "));
-  expect(peakBytes(app)).toBeLessThan(MAX_BYTES);
+  expect(peakBytes(app)).toBeLessThan(200 * MIB);
   sender[Symbol.dispose]();
 });
 
