@@ -5,7 +5,7 @@
  */
 import * as fs from "node:fs";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 import type { DataDir } from "./data-dir.ts";
 
 /** 107 bytes on Linux and 103 on macOS, without `/.s.PGSQL.5432` and what Postgres adds for its lock. */
@@ -27,7 +27,8 @@ export function socketSettings({ path, runAs }: DataDir): string[] {
 }
 
 /** A URL for this process. Throws if no Postgres has ever run in `path`. */
-export function clusterUrl(path: string): string {
+export function clusterUrl(relativePath: string): string {
+  const path = resolve(relativePath); // a host that does not begin with / is no folder
   const read = (name: string) => fs.readFileSync(join(path, name), "utf8").trim();
   const user = `${read("role")}:${read("password")}`;
   return `postgres://${user}@${encodeURIComponent(socketFolder(path, read))}:5432/postgres`;

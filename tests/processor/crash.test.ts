@@ -202,12 +202,14 @@ test("SIGTERM stops the embedded Postgres, a start after kill -9 resumes, and pr
   const dataDir = folder.file("data");
   /** Postgres removes this file when it stops. */
   const isRunning = () => existsSync(`${dataDir}/postgres/cluster/postmaster.pid`);
-  await using killed = await startApp({ dataDir });
+  // A path as the default ./data is: relative.
+  const relative = { dataDir: "data", cwd: folder.path };
+  await using killed = await startApp(relative);
   expect((await killed.post(line("ann", 1))).status).toBe(201);
   killed.kill("SIGKILL");
   await killed.exit();
 
-  await using app = await startApp({ dataDir });
+  await using app = await startApp(relative);
   await untilBalance(app, "ann", "1");
   expect(isRunning()).toBe(true);
   app.kill("SIGTERM");
