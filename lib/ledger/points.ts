@@ -8,7 +8,8 @@ import {
   type Transaction,
 } from "./database.ts";
 
-const FOLD_TIMEOUT_MS = 60_000;
+/** Posting waits for it: a connection that has gone silent must not stop it for longer than one of its own. */
+const FOLD_TIMEOUT_MS = 10_000;
 const MAX_FOLDED_SOURCES = 100;
 
 export type Step = "minute" | "hour" | "day";
@@ -82,10 +83,7 @@ export function foldPoints(database: Database): Promise<boolean> {
           events = known.events + excluded.events, amount = known.amount + excluded.amount`;
     return sources.length === MAX_FOLDED_SOURCES;
   };
-  return database.use(
-    (sql) => transact(sql, FOLD_TIMEOUT_MS, fold),
-    FOLD_TIMEOUT_MS + READ_DEADLINE_MS,
-  );
+  return database.use((sql) => transact(sql, FOLD_TIMEOUT_MS, fold));
 }
 
 /** Recounted points of journals, in a temporary table of the transaction `sql`. */
