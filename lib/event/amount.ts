@@ -35,6 +35,13 @@ export function parseAmount(written: string): bigint | string {
   return sign ? -size : size;
 }
 
+/** A decimal of Postgres, of any size, in units of 10^-9. */
+export function parseDecimal(decimal: string): bigint {
+  const [whole = "0", fraction = ""] = decimal.replace("-", "").split(".");
+  const units = BigInt(whole + fraction.padEnd(MAX_DECIMALS, "0").slice(0, MAX_DECIMALS));
+  return decimal.startsWith("-") ? -units : units;
+}
+
 /** Formats an amount in units of 10^-9 as a `numeric` literal without trailing zeros: `-12.5`. */
 export function formatAmount(amount: bigint): string {
   const digits = (amount < 0n ? -amount : amount).toString().padStart(MAX_DECIMALS + 1, "0");

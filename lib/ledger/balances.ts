@@ -1,5 +1,5 @@
 /** Reading balances: one, a page of them in the order of users, and the largest. */
-import { type Database, READ_DEADLINE_MS } from "./database.ts";
+import { type Database, READ_DEADLINE_MS, type Statements } from "./database.ts";
 
 /** A balance as the API answers it: an exact decimal without trailing zeros. */
 export interface UserBalance {
@@ -12,12 +12,14 @@ const SCAN_DEADLINE_MS = 15_000;
 
 /** The balance of a user; `null` for a user without posted events. Throws Unavailable. */
 export async function readBalance(database: Database, userId: string): Promise<string | null> {
-  const [row] = await database.use(
-    (sql) => sql<{ revenue: string }[]>`
-      select trim_scale(revenue)::text as revenue from users_revenue where user_id = ${userId}`,
-    READ_DEADLINE_MS,
-  );
+  const [row] = await database.use((sql) => selectBalance(sql, userId), READ_DEADLINE_MS);
   return row?.revenue ?? null;
+}
+
+/** The row of the same, as `sql` sees it: the query itself, so that it can be cancelled. */
+export function selectBalance(sql: Statements, userId: string) {
+  return sql<{ revenue: string }[]>`
+    select trim_scale(revenue)::text as revenue from users_revenue where user_id = ${userId}`;
 }
 
 /**

@@ -3,7 +3,7 @@
  * knows, with the balance after it, and why it did not count where it did not. Source after source:
  * journals by their first frame, then files, each in the order of its lines. Nothing is written anywhere.
  */
-import { formatAmount } from "../event/amount.ts";
+import { formatAmount, parseDecimal } from "../event/amount.ts";
 import {
   type Change,
   decodeEvent,
@@ -13,6 +13,7 @@ import {
   scannedChange,
 } from "../event/event.ts";
 import { eachEvent } from "../event/lines.ts";
+import { selectBalance } from "../ledger/balances.ts";
 import { parseKey } from "../ledger/checkpoints.ts";
 import type { Transaction } from "../ledger/database.ts";
 import { readReason, readSnapshotOf } from "../ledger/history.ts";
@@ -73,7 +74,8 @@ export async function history(run: Reconciliation & { asked: Asked }): Promise<n
       else print(shown(describe(entry, (balance += entry.amount))));
     }
     const sum = formatAmount(balance + after);
-    const found = await balanceOf(tx, asked.user);
+    const [row] = await selectBalance(tx, asked.user);
+    const found = row?.revenue ?? null;
     print(shown({ sum, balance: found }));
     if (sum !== (found ?? "0"))
       say(`the sum of what is here, ${sum}, is not the balance, ${found ?? "none"}`);
@@ -106,7 +108,7 @@ async function* entries(
   for (const { key } of recountable) {
     const revenue = await readSnapshotOf(tx, key, user);
     if (revenue === null) continue;
-    const amount = unitsOf(revenue);
+    const amount = parseDecimal(revenue);
     yield { source: key, atMs: 0, place: null, change: null, amount, why: null };
   }
   for (const source of sources) yield* eventsOf(tx, source, user);
@@ -189,17 +191,4 @@ function shown(fields: Record<string, string | number | null>): string {
     text(id as string),
     ...Object.values(rest).map(text),
   ].join("  ");
-}
-
-async function balanceOf(tx: Transaction, user: string): Promise<string | null> {
-  const [row] = await tx<{ revenue: string }[]>`
-    select trim_scale(revenue)::text as revenue from users_revenue where user_id = ${user}`;
-  return row?.revenue ?? null;
-}
-
-/** A decimal of Postgres in units of 10^-9. */
-function unitsOf(decimal: string): bigint {
-  const [whole = "0", fraction = ""] = decimal.split(".");
-  const units = BigInt(whole.replace("-", "") + fraction.padEnd(9, "0").slice(0, 9));
-  return decimal.startsWith("-") ? -units : units;
 }
