@@ -430,6 +430,71 @@ export const BREAKS: readonly Break[] = [
     "processor/processor",
   ),
 
+  // Revenue over time, history, sources that are gone, files that change.
+  without(
+    "that a point lacks what an id kept from counting",
+    "point.events - coalesce(lost.events, 0), point.amount - coalesce(lost.amount, 0)",
+    "point.events, point.amount",
+    "processor/points",
+  ),
+  without("the points of deleted segments", "await points.keep();", "", "processor/points"),
+  without("the correction of points", "await correctPoints(tx, points);", "", "processor/points"),
+  without(
+    "that points of a checkpoint that is being posted are left alone",
+    "limit ${MAX_FOLDED_SOURCES} for update skip locked",
+    "limit ${MAX_FOLDED_SOURCES}",
+    "processor/points",
+  ),
+  without(
+    "that the lag is never 0 while something is unposted",
+    "Math.max(ageMs, performance.now() - movedMs, 1)",
+    "Math.max(ageMs, 0)",
+    "processor/retire",
+  ),
+  without(
+    "that sources retired together keep their sum once",
+    "from rest where ${hasRest}",
+    "from rest",
+    "processor/retire",
+  ),
+  without(
+    "that a rebuild moves a checkpoint behind its snapshot",
+    "for (const { key, position, removedTo } of behind)",
+    "for (const { key, position, removedTo } of behind.slice(behind.length))",
+    "processor/retire",
+  ),
+  without(
+    "that a followed file still ends with what was sent",
+    "!(await endsWith(upload, place))",
+    "false",
+    "client/rewritten",
+  ),
+  without(
+    "the look at a file that changed while it was sent",
+    "await checkRewritten(upload, end, path);",
+    ";",
+    "client/rewritten",
+  ),
+  without(
+    "the look at a file that changed while it was posted",
+    "if (input.compression || now.mtimeMs === mtimeMs) return;",
+    "return;",
+    "client/rewritten",
+  ),
+  without("the least pace of a body", "windowBytes < MIN_WINDOW_BYTES", "false", "unit/arrivals"),
+  without(
+    "why an event of a history does not count",
+    "exclusions.has(position) ? await readReason(tx, key, position) : null",
+    "null",
+    "processor/history",
+  ),
+  without(
+    "the end of a stream whose reader has gone",
+    "if (!hasEnded) ended();",
+    "",
+    "server/balances",
+  ),
+
   // An operator's tools.
   without(
     "that an event under the id of another is quarantined once",
