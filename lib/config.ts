@@ -2,7 +2,7 @@
  * The table of settings, and the only reader of the environment and the command line. Settings are
  * checked once, when a program starts, and never change.
  */
-import { closeSync, openSync, readSync } from "node:fs";
+import { closeSync, constants, openSync, readSync } from "node:fs";
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 
@@ -37,6 +37,9 @@ const SECRETS = ["AUTH_SECRET", "READ_SECRET", "JWT_SECRET"] as const;
 const FROM_FILES = [...SECRETS, "AUTH_TOKEN", "DATABASE_URL"] as readonly string[];
 /** Longer than any secret: a path that was mistaken names something else. */
 const MAX_SECRET_FILE_BYTES = 65_536;
+/** A pipe has 5 s to deliver a secret. */
+const SECRET_WAIT_MS = 10;
+const MAX_SECRET_WAITS = 500;
 const LOG_LEVELS = ["debug", "info", "warn", "error", "fatal", "silent"] as const;
 
 const SECRET_LIST: Kind<string[]> = {
@@ -87,7 +90,7 @@ export const SETTINGS = {
       textLike(
         new RegExp(`^(?=( *[!-~]){${MIN_JWT_SECRET_BYTES}})[ -~]+$`),
         `${MIN_JWT_SECRET_BYTES} or more characters of printable ASCII, blanks not counted, for example ` +
-          "from `openssl rand -base64 32`; tokens that the old one signed have to be made again",
+          "from `openssl rand -base64 32`; tokens signed with the old secret must be issued again",
       ),
     ),
   },
@@ -257,14 +260,26 @@ function readGiven(name: string, env: Record<string, string | undefined>) {
   }
 }
 
-/** Reads no more than it may: the path may be that of a device. Its last newline is no part of it. */
+/**
+ * Reads no more than it may, and does not wait for ever: the path may be that of a device, or of a pipe that
+ * nobody writes to. The last newline is not part of the value.
+ */
 function readSecretFile(path: string): string {
-  const file = openSync(path, "r");
+  const file = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK);
   try {
     const bytes = Buffer.alloc(MAX_SECRET_FILE_BYTES + 1);
     let length = 0;
-    for (let read = -1; read !== 0 && length < bytes.length; length += read)
-      read = readSync(file, bytes, length, bytes.length - length, null);
+    for (let read = -1, waits = 0; read !== 0 && length < bytes.length;) {
+      try {
+        read = readSync(file, bytes, length, bytes.length - length, null);
+        length += read;
+      } catch (error) {
+        // A pipe whose writer has not written yet: `NAME_FILE=<(command)`.
+        if ((error as { code?: string }).code !== "EAGAIN" || ++waits > MAX_SECRET_WAITS)
+          throw error;
+        Bun.sleepSync(SECRET_WAIT_MS);
+      }
+    }
     if (length > MAX_SECRET_FILE_BYTES)
       throw new Error(`it is longer than ${MAX_SECRET_FILE_BYTES} bytes`);
     const text = bytes.toString("utf8", 0, length).replace(/\r?\n$/, "");

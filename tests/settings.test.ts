@@ -253,6 +253,27 @@ test("secrets are read from files, without their last newline", async () => {
   expect(app.stderr.text()).not.toContain(SECRET);
 });
 
+test("a secret may come from a command, which takes its time", async () => {
+  using dir = tempDir();
+  const child = Bun.spawn(
+    ["bash", "-c", 'env JWT_SECRET_FILE=<(sleep 0.3; echo short) "$@"', "bash"].concat(
+      process.execPath,
+      "run",
+      join(import.meta.dir, "..", "app.ts"),
+    ),
+    {
+      env: { ...process.env, PORT: "0", DATABASE_URL: NO_DATABASE, DATA_DIR: dir.file("data") },
+      stderr: "pipe",
+      stdout: "ignore",
+    },
+  );
+  const stderr = await new Response(child.stderr).text();
+  expect([await child.exited, stderr]).toEqual([
+    2,
+    expect.stringContaining("is invalid: use 32 or more characters"),
+  ]);
+});
+
 test("a file of a secret that cannot be used, or a value beside it, is an invalid setting", async () => {
   using dir = tempDir();
   const write = (name: string, text: string) => {
@@ -261,12 +282,14 @@ test("a file of a secret that cannot be used, or a value beside it, is an invali
   };
   mkdirSync(dir.file("folder"));
   const good = write("good", SECRET);
+  Bun.spawnSync(["mkfifo", dir.file("pipe")]);
   for (const [program, name, path, found, value = ""] of [
     ["app.ts", "AUTH_SECRET", good, "both", SECRET],
     ["app.ts", "READ_SECRET", dir.file("none"), "ENOENT"],
     ["app.ts", "JWT_SECRET", write("empty", "\n"), "empty"],
     ["app.ts", "AUTH_SECRET", dir.file("folder"), "EISDIR"],
     ["app.ts", "AUTH_SECRET", "/dev/zero", "longer than"],
+    ["app.ts", "AUTH_SECRET", dir.file("pipe"), "empty"], // nobody writes to it
     ["app.ts", "AUTH_SECRET", write("words", `${SECRET} two\n`), dir.file("words")],
     ["processor.ts", "DATABASE_URL", good, good],
     ["client.ts", "AUTH_TOKEN", write("blank", `${SECRET} x`), dir.file("blank")],

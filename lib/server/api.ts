@@ -416,7 +416,7 @@ export function createApi(parts: Parts) {
   }
 
   async function listUsers(
-    { url, headers }: Request,
+    { url, headers, method }: Request,
     query: typeof UsersQuery.static,
     set: ResponseHeaders,
   ) {
@@ -439,7 +439,7 @@ export function createApi(parts: Parts) {
         `${format} is the list of all users: it has no limit, cursor or order`,
       );
     // As `never`, it does not change what typed clients expect.
-    return queried(balances.stream(format) as Promise<never>);
+    return queried(balances.stream(format, method === "HEAD") as Promise<never>);
   }
 
   function listRevenue(query: Parameters<typeof readRevenue>[1], set: ResponseHeaders) {

@@ -80,15 +80,18 @@ export function openBalances(database: Database) {
      * that nobody takes a part for the whole, when the database fails or the reader takes nothing for 30 s.
      * Throws Unavailable before that, and a Problem while too many read.
      */
-    async stream(format: Format): Promise<Response> {
+    async stream(format: Format, isHead: boolean): Promise<Response> {
+      const headers = {
+        "content-type": format === "text/csv" ? "text/csv; charset=utf-8" : format,
+      };
+      if (isHead) return new Response(null, { headers }); // nobody would read or end its stream
       if (streams >= MAX_STREAMS) throw unavailable("too many streams of balances; retry later");
       const ended = () => void streams--;
       streams++;
       try {
         const first = await readPage("");
         const body = streamOf(readPage, { first, format, ended });
-        const type = format === "text/csv" ? "text/csv; charset=utf-8" : format;
-        return new Response(body, { headers: { "content-type": type } });
+        return new Response(body, { headers });
       } catch (error) {
         ended();
         throw error;

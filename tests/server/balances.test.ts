@@ -137,6 +137,21 @@ test("NDJSON is exact; CSV is as in RFC 4180, and no spreadsheet runs a user id"
   expect((await balances.get("?limit=5", "text/csv")).status).toBe(422);
 });
 
+test("HEAD answers the headers of a stream, and begins none", async () => {
+  await using balances = await openBalances(20_000);
+  for (let i = 0; i < 60; i++) {
+    const head = await fetch(`${balances.app.url}/userEvents`, {
+      method: "HEAD",
+      headers: { accept: "text/csv" },
+    });
+    expect([head.status, head.headers.get("content-type")]).toEqual([
+      200,
+      "text/csv; charset=utf-8",
+    ]);
+  }
+  expect((await balances.get("", "text/csv")).status).toBe(200);
+});
+
 test("a stream that nobody reads holds no connection to Postgres and little memory, and one that hangs up is freed", async () => {
   await using balances = await openBalances(0);
   const { app, ledger } = balances;
