@@ -25,7 +25,14 @@ import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts
 import { type ApiDocument, openApiPage } from "./openapi-page.ts";
 import { openPage, PAGE_PATHS } from "./page.ts";
 import type { PostedWatch } from "./posted.ts";
-import { allowedMethods, Problem, problems, routeOf, unavailable } from "./problem.ts";
+import {
+  allowedMethods,
+  invalidQuery,
+  Problem,
+  problems,
+  routeOf,
+  unavailable,
+} from "./problem.ts";
 import { listQuarantined, MAX_LISTED_LINES } from "./quarantined.ts";
 import {
   type NotStored,
@@ -450,12 +457,6 @@ export function createApi(parts: Parts) {
   function listQuarantine(query: Parameters<typeof listQuarantined>[1], set: ResponseHeaders) {
     set.headers["cache-control"] = "no-store";
     return queried(listQuarantined(database, query));
-  }
-
-  function invalidQuery(name: string, message: string): Problem {
-    return new Problem(422, "the query is invalid", {
-      errors: [{ path: name && `/${name}`, message }],
-    });
   }
 
   async function waitUntilPosted(after: string): Promise<void> {

@@ -4,7 +4,7 @@
  */
 import { readBalances, readLargestBalances, type UserBalance } from "../ledger/balances.ts";
 import type { Database } from "../ledger/database.ts";
-import { Problem, unavailable } from "./problem.ts";
+import { invalidQuery, unavailable } from "./problem.ts";
 
 export const MAX_LISTED_USERS = 1_000;
 /** Users in each statement of a stream: at most 600 kB as text, of which a slow reader holds two. */
@@ -167,8 +167,6 @@ function encodeCursor({ user_id }: UserBalance): string {
 function decodeCursor(cursor: string): string {
   const user_id = Buffer.from(cursor, "base64url").toString();
   if (cursor === "" || user_id.includes("\0") || encodeCursor({ user_id, revenue: "" }) !== cursor)
-    throw new Problem(422, "`cursor` must be the `next` of an answer of this route", {
-      errors: [{ path: "/cursor", message: "is not a cursor of this route" }],
-    });
+    throw invalidQuery("cursor", "must be the `next` of an answer of this route");
   return user_id;
 }

@@ -32,6 +32,12 @@ export class Problem extends Error {
   }
 }
 
+/** 422: this parameter of the query is invalid; without a name, their combination is. */
+export function invalidQuery(name: string, message: string): Problem {
+  const errors = [{ path: name && `/${name}`, message }];
+  return new Problem(422, "the query is invalid", { errors });
+}
+
 /** 503 with `Retry-After`: the server cannot do this now, but may soon. */
 export function unavailable(detail: string): Problem {
   return new Problem(503, detail, { headers: { "retry-after": "1" } });

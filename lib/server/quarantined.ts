@@ -1,7 +1,7 @@
 /** The lines in quarantine, for readers: the newest first, a page at a time. */
 import type { Database } from "../ledger/database.ts";
 import { type ListedLine, readNewestQuarantine } from "../ledger/quarantine.ts";
-import { Problem } from "./problem.ts";
+import { invalidQuery } from "./problem.ts";
 
 export const MAX_LISTED_LINES = 1_000;
 const CURSOR = /^(\d{4,6}-[\d:.T-]{8,40}Z) (\d{1,15}) (.+)$/s;
@@ -28,8 +28,6 @@ function decodeCursor(cursor: string) {
   const [, at = "", position, source = ""] = CURSOR.exec(text) ?? [];
   const place = { at, position: Number(position), source };
   if (Number.isNaN(Date.parse(at)) || source.includes("\0") || encodeCursor(place) !== cursor)
-    throw new Problem(422, "`cursor` must be the `next` of an answer of this route", {
-      errors: [{ path: "/cursor", message: "is not a cursor of this route" }],
-    });
+    throw invalidQuery("cursor", "must be the `next` of an answer of this route");
   return place;
 }

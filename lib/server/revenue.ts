@@ -2,7 +2,7 @@
 import type { Database } from "../ledger/database.ts";
 import { readPoints, type Step } from "../ledger/points.ts";
 import { parseTime, TIME_RULE } from "../time.ts";
-import { Problem } from "./problem.ts";
+import { invalidQuery } from "./problem.ts";
 
 const MAX_POINTS = 10_000;
 const MINUTE_MS = 60_000;
@@ -27,20 +27,19 @@ export async function readRevenue(
   const toMs = roundDown(query.to === undefined ? Date.now() : requireTime("to", query.to));
   const fromMs =
     query.from === undefined ? toMs - defaultMs : roundDown(requireTime("from", query.from));
-  if (fromMs > toMs) throw invalid("from", "must not be after `to`");
+  if (fromMs > toMs) throw invalidQuery("from", "must not be after `to`");
   const range = { step, from: new Date(fromMs), to: new Date(toMs), limit: MAX_POINTS + 1 };
   const points = await readPoints(database, range);
   if (points.length > MAX_POINTS)
-    throw invalid("from", `this is more than ${MAX_POINTS} points: ask for less, or a longer step`);
+    throw invalidQuery(
+      "from",
+      `this is more than ${MAX_POINTS} points: ask for less, or a longer step`,
+    );
   return { points: points.map(({ at, ...point }) => ({ at: at.toISOString(), ...point })) };
 }
 
 function requireTime(name: string, text: string): number {
   const ms = parseTime(text.replace(" ", "+")); // a plus that was not escaped
-  if (ms === undefined) throw invalid(name, TIME_RULE);
+  if (ms === undefined) throw invalidQuery(name, TIME_RULE);
   return ms;
-}
-
-function invalid(name: string, message: string): Problem {
-  return new Problem(422, "the query is invalid", { errors: [{ path: `/${name}`, message }] });
 }
