@@ -66,7 +66,7 @@ const COMMAND = {
   maxFiles: Number.POSITIVE_INFINITY,
   exits: {
     0: "every event is on the server's disk",
-    1: "the same, but lines were rejected (see FILE.rejected.jsonl), or bytes remain that are no event yet",
+    1: "the same, but lines were rejected (see FILE.rejected.jsonl), or the end of FILE is not a whole event yet",
     2: "invalid use or setting, no such file, one that is not lines of events, or a wrong secret or token",
     3: "the server is unreachable or did not store the events, or a compressed file is damaged",
     130: "stopped by SIGINT before the end; run again, it continues",

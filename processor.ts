@@ -103,7 +103,7 @@ const COMMAND = {
   maxFiles: Number.POSITIVE_INFINITY,
   exits: {
     0: "done, or stopped; nothing differs, is damaged or is in quarantine",
-    1: "balances differ, the journal is damaged, lines are in quarantine, or a FILE's end is no event yet",
+    1: "balances differ, the journal is damaged, lines are in quarantine, or the end of a FILE is not a whole event yet",
     2: "invalid use or setting, no such file, one that is not lines of events, a source that --verify needs is missing, or a ledger that cannot be used as it is",
     3: "gave up: the database is unavailable or refuses, or a file is damaged",
     130: "stopped by SIGINT before the end of the FILEs; run again, it continues",

@@ -72,7 +72,7 @@ begin
 
     if to_regclass('event_ids') is null then
       -- The ids of 0.1.0, which are read until the last of them is pruned. Nothing is added. (To drop the
-      -- table would wait behind `--verify`, with all posting queued behind it.)
+      -- table would wait for `--verify`, and all posting would queue behind it.)
       create table event_ids (
         id text collate "C" primary key,
         event text not null,

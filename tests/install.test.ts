@@ -25,7 +25,7 @@ test("a failed installation says why, and leaves nothing that makes the next one
   expect(await start(folder.path, project)).toEqual(first);
 });
 
-test("a Bun that is too old is told so in one line", async () => {
+test("a Bun that is too old gets one line that says so", async () => {
   using folder = tempDir();
   const started = await start(folder.path, { engines: { bun: ">=99.0.0" }, dependencies: {} });
   expect(started).toEqual({

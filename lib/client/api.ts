@@ -42,7 +42,7 @@ export interface LineCounts {
 export interface SourceState {
   offset: number;
   digest: string;
-  /** The journal position behind everything stored of the source. */
+  /** The journal position after everything stored of the source. */
   position: string;
   lines: LineCounts | null;
 }

@@ -48,7 +48,7 @@ export function countLines(from: Place, to: Place): number {
   return to.line - from.line + (to.lineFrom < to.offset ? 1 : 0);
 }
 
-/** The place behind `bytes`, which begin at `place`. */
+/** The place after `bytes`, which begin at `place`. */
 function advance({ offset, line, lineFrom, hash }: Place, bytes: Uint8Array): Place {
   for (let n = bytes.indexOf(LF); n >= 0; n = bytes.indexOf(LF, n + 1)) {
     line++;
@@ -100,7 +100,7 @@ export function splitChunk(chunk: Chunk, maxBytes: number): [Chunk, Chunk | null
   ];
 }
 
-/** The index behind the next `lines` lines of `bytes`. */
+/** The index after the next `lines` lines of `bytes`. */
 function skipLines(bytes: Uint8Array, from: number, lines: number): number {
   let index = from;
   for (let count = 0; count < lines && index < bytes.length; count++)
@@ -117,7 +117,7 @@ export async function lastChunk(
   read: Read,
   offset: number,
 ): Promise<{ chunk: Chunk | null; end: Place }> {
-  // One byte more, which is a newline if a chunk of full length begins behind it.
+  // One byte more, which is a newline if a chunk of full length begins after it.
   const nearOffset = Math.max(0, offset - CHUNK_BYTES - 1);
   let near = startOfSource();
   for (let from = 0; from < nearOffset; from += CHUNK_BYTES)

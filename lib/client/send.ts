@@ -1,7 +1,7 @@
 /**
  * Sending a file, so that each of its events is stored once, whatever crashes and however often it is
  * sent. Only the server knows what is stored: the client asks for the state of the source, makes sure
- * that the file begins with those bytes, and resumes behind them. While one chunk is in transit, the
+ * that the file begins with those bytes, and resumes after them. While one chunk is in transit, the
  * next one is read and hashed.
  */
 import {
@@ -81,12 +81,12 @@ export class Total {
   /** Bytes and lines that the server had stored before. */
   knownBytes = 0;
   knownLines = 0;
-  /** Whether bytes remain that are no event yet. */
+  /** Whether bytes remain that are not a whole event yet. */
   hasLeftOver = false;
   /** Whether it was stopped before the end, and how much of the file was sent by then. */
   isStopped = false;
   percent = 0;
-  /** The journal position behind all of it. */
+  /** The journal position after all of it. */
   position = "";
   /** The source that is being sent, and up to where it is counted here. */
   #source = "";
@@ -273,11 +273,11 @@ async function sendOpened(
       };
       const { end, conflict } = await sendChunks(upload, place, { isFinal, leftOver });
       if (conflict) {
-        const behind = await skipStored(upload, end, conflict);
-        if (!behind) return "changed";
-        total.skip(source, behind);
+        const after = await skipStored(upload, end, conflict);
+        if (!after) return "changed";
+        total.skip(source, after);
         total.position = conflict.position;
-        place = behind;
+        place = after;
         continue;
       }
       if (isFinal && !total.isStopped) await checkNuls(file, end, { path, input, total });
@@ -422,7 +422,7 @@ async function findSource(options: FileOptions, input: Input) {
   const longest = Math.max(...[...matching].map(({ offset }) => offset));
   const begun = noted ?? (last && last.offset < longest ? last : null);
   if (begun) {
-    const stored = `behind the ${begun.offset} bytes that are stored`;
+    const stored = `after the ${begun.offset} bytes that are stored`;
     say(`${path}: continuing the copy that an interrupted --again had begun, ${stored}`);
     return begun;
   }
@@ -470,7 +470,7 @@ async function checkNuls(
 }
 
 /**
- * Reads over what another client has stored of the same source behind `from`. Returns the place behind
+ * Reads over what another client has stored of the same source after `from`. Returns the place after
  * it, or `null` if those are not the bytes of this file.
  */
 async function skipStored(upload: Upload, from: Place, state: SourceState): Promise<Place | null> {

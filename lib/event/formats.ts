@@ -1,5 +1,5 @@
 /**
- * What a file is that is not lines of events, told by its first bytes. A bad line must not take its whole
+ * Recognizes, by its first bytes, a file that does not hold lines of events. A bad line must not take its whole
  * file with it: as long as a line is a JSON object, the file is lines of events.
  */
 
@@ -29,7 +29,7 @@ const CONVERTED: [bytes: string, format: string, advice: string][] = [
   ],
   ["d0cf11e0", "an old Excel workbook (.xls)", "save it as CSV (UTF-8), and send that"],
 ];
-/** The first entry of the zip archive that a workbook is: behind a header of 30 bytes. */
+/** The first entry of the zip archive that a workbook is: after a header of 30 bytes. */
 const WORKBOOK =
   /^(\[Content_Types\]\.xml|_rels\/|docProps\/|xl\/|mimetypeapplication\/vnd\.oasis)/;
 const ONE_A_LINE = "jq -c .";
@@ -117,7 +117,7 @@ function isObject(line: string): boolean {
 const TOKEN = /\s+|"(?:[^"\\\n]|\\[^\n])*(?:"|$)|-?\d[\d.eE+-]*|[a-z]+|[[\]{},:]/y;
 
 /**
- * The index behind the JSON value at the start of `text`, or its length if the value continues beyond it;
+ * The index after the JSON value at the start of `text`, or its length if the value continues beyond it;
  * `null` where the text is not JSON.
  */
 function endOfJson(text: string): number | null {

@@ -1,5 +1,5 @@
 /**
- * A file or stream of events as it is found: plain, or compressed with gzip or zstd, told by its first
+ * A file or stream of events as it is found: plain, or compressed with gzip or zstd, recognized by its first
  * bytes. Offsets count the bytes of the events, whether they are compressed or not. NULs at the end of a
  * file, as a crash leaves them, are not read.
  */
@@ -27,7 +27,7 @@ export interface Input {
   bytes: number;
   /** About how many bytes of the file, as it is on the disk, hold the events up to `offset`. */
   fileOffset(offset: number): number;
-  /** How many NULs are at the end of the file, which ends at `to`, behind `from`. */
+  /** How many NULs are at the end of the file, which ends at `to`, after `from`. */
   countNuls(from: number, to: number): Promise<number>;
 }
 
@@ -146,7 +146,7 @@ async function* decompress(
   }
 }
 
-/** Reads a stream that is opened anew for each read behind which it already is. One read at a time. */
+/** Reads a stream forward, and opens it again for a read of what it has passed. One read at a time. */
 function rereadable(openStream: () => AsyncIterable<Uint8Array>): Read {
   let stream: Read | null = null;
   let at = 0;

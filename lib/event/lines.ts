@@ -17,7 +17,7 @@ const CR = 13;
 
 /**
  * Receives a line without its newline and the white space around it. `index` is where it begins in the
- * buffer, `number` counts all lines of the buffer from 1, `next` is the index behind its newline.
+ * buffer, `number` counts all lines of the buffer from 1, `next` is the index after its newline.
  */
 type VisitLine = (line: Uint8Array, index: number, number: number, next: number) => void;
 
@@ -117,13 +117,13 @@ function lineBytes(bytes: Uint8Array, from: number, next: number): number {
   return next - from - (bytes[next - 2] === CR && next - 2 >= from ? 2 : 1);
 }
 
-/** The index behind the newline of the line that contains `from`, or the end of `bytes`. */
+/** The index after the newline of the line that contains `from`, or the end of `bytes`. */
 export function nextLine(bytes: Uint8Array, from: number): number {
   const newline = bytes.indexOf(LF, from);
   return newline < 0 ? bytes.length : newline + 1;
 }
 
-/** Whether the bytes behind a file's last newline can be stored: a complete event, or only white space. */
+/** Whether the bytes after a file's last newline can be stored: a complete event, or only white space. */
 export function isComplete(lastLine: Uint8Array): boolean {
   let complete = true;
   eachLine(withoutBom(lastLine), (line) => {
@@ -139,7 +139,7 @@ export function withoutBom(bytes: Uint8Array): Uint8Array {
 
 /**
  * Returns the bytes between two offsets of a file or stream, fewer only at its end. Successive calls
- * never go back behind `from`.
+ * never go back to before `from`.
  */
 export type Read = (from: number, to: number) => Promise<Uint8Array>;
 
@@ -184,7 +184,7 @@ export function readStream(stream: AsyncIterable<Uint8Array>): Read {
 }
 
 /**
- * Bytes `from` to `to` of a file, cut at the end of a line. `whole` is false only for the bytes behind
+ * Bytes `from` to `to` of a file, cut at the end of a line. `whole` is false only for the bytes after
  * the last newline. A line that is too long to be an event comes in parts, each of which is itself too
  * long to be an event; its first part represents the line.
  */
@@ -225,7 +225,7 @@ export async function* readBlocks(
     const whole = end > 0;
     if (!whole) end = bytes.length;
     yield { bytes: bytes.subarray(0, end), from: offset, to: offset + end, whole, tooLong };
-    // Whatever is appended to the file later continues this line, so no block begins behind it.
+    // Whatever is appended to the file later continues this line, so no block begins after it.
     if (!whole) return;
     offset += end;
   }

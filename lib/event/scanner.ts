@@ -52,7 +52,7 @@ export class Scanner {
    */
   whole = 0;
   billionths = 0;
-  /** The index behind the event's closing brace. */
+  /** The index after the event's closing brace. */
   end = 0;
 
   private readonly names: { text: string; bytes: Uint8Array; sign: Sign }[];
@@ -66,7 +66,7 @@ export class Scanner {
   }
 
   /**
-   * Scans the line that begins at index `from` of `bytes`. Returns the index behind its newline (or the
+   * Scans the line that begins at index `from` of `bytes`. Returns the index after its newline (or the
    * end of `bytes`), or -1 when the line needs the full decoder.
    */
   scan(bytes: Uint8Array, from: number): number {
@@ -80,7 +80,7 @@ export class Scanner {
     for (;;) {
       const byte = bytes[index] as number;
       if (byte === QUOTE) break;
-      if (!(byte >= SPACE) || byte === BACKSLASH) return -1; // undefined behind the end
+      if (!(byte >= SPACE) || byte === BACKSLASH) return -1; // undefined after the end
       if (byte >= 0x80) isAscii = false;
       hash = Math.imul(hash ^ byte, 0x01000193);
       index++;

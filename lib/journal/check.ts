@@ -43,7 +43,7 @@ export async function checkJournal(active: string, disk: Disk) {
       const checked = await disk.withFile(segment.path, (file) =>
         checkFile(segment, file, { id, isActive: false }),
       );
-      // Deleted in the meantime, and the older ones before it: what is kept begins behind it.
+      // Deleted in the meantime, and the older ones before it: what is kept begins after it.
       if (!checked) files.length = 0;
       else files.push(checked);
     }

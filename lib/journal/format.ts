@@ -11,7 +11,7 @@
  * A frame is what one commit wrote; the next one is written only after it has been synced. Hence:
  * - Only the last frame can be torn: short, or with a wrong checksum. It was never acknowledged. A
  *   reader treats it as the end of the journal, and a writer truncates it.
- * - Anything unreadable with more data behind it is damage to acknowledged events.
+ * - Anything unreadable with more data after it is damage to acknowledged events.
  *
  * The uuid ends in a checksum of itself: with one wrong bit it would name another journal, none of
  * whose events have been posted yet. An event line cannot be mistaken for a header: events have a
@@ -154,7 +154,7 @@ function parseFrame(bytes: Buffer, fromIndex: number): ParsedFrame | Rest {
   if (found === parseInt(sum, 16)) return { fromIndex, toIndex, header, payload, atMs: Number(at) };
   return {
     fault: `the checksum of a frame is ${hex(found)}, not ${sum}`,
-    // With a wrong digit in its length it may extend to the end, across all frames behind it.
+    // With a wrong digit in its length it may extend to the end, across all frames after it.
     hasMore: toIndex < bytes.length || hasFrameAfter(bytes, payloadIndex),
   };
 }
@@ -172,7 +172,7 @@ function hasFrameAfter(bytes: Buffer, index: number): boolean {
 }
 
 /**
- * Index of the next frame behind the unreadable one at `index`; -1 if there is none. A frame begins after a
+ * Index of the next frame after the unreadable one at `index`; -1 if there is none. A frame begins after a
  * newline, or where the header of the one before it says: its last newline may be the byte that has rotted.
  */
 export function findNextFrame(bytes: Buffer, index: number): number {

@@ -1,6 +1,6 @@
 /**
  * Reads a journal while it is being written, through all its files. A frame that is not complete, or does
- * not match its checksum yet, is the end for now. What cannot be read and has more behind it is damage.
+ * not match its checksum yet, is the end for now. What cannot be read and has more after it is damage.
  *
  * At any moment the active file may be renamed to a segment, and a segment may be deleted. So each read
  * opens a file once, and takes header, length and frames from that descriptor: a rename changes nothing
@@ -50,7 +50,7 @@ export interface JournalReader {
    * Throws JournalDamage, or an Error when the file was replaced.
    */
   read(position: number): Promise<Frame[]>;
-  /** The position behind the last byte that is there now, whole frame or not. */
+  /** The position after the last byte that is there now, whole frame or not. */
   end(): Promise<number>;
   /** Returns once everything that could be read so far is on the disk. */
   sync(): Promise<void>;
@@ -84,7 +84,7 @@ export async function openJournalReader(
       for (;;) {
         let activeBase: number | null = null;
         // A segment that another one follows needs no look at the active file, and no new list: with a
-        // list for each, nobody caught up behind a few thousand small segments.
+        // list for each, a reader a few thousand small segments back never caught up.
         if (indexOf(position) === files.length - 1) {
           const found = await withActive(async (file, header) => {
             const active = { ...header, path, to: Infinity, headerBytes: header.bytes };

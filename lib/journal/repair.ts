@@ -27,7 +27,7 @@ export interface Repaired extends Damage {
 
 /**
  * Throws where no frame of the same length can replace the damage: bytes were inserted or removed, so
- * nobody knows the positions of the frames behind them.
+ * nobody knows the positions of the frames after them.
  */
 export function requireRepairable({ path, base, damage }: CheckedFile, id: string): void {
   for (const { from, lostBytes, what } of damage) {

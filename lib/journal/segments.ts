@@ -18,7 +18,7 @@ export interface Segment {
   path: string;
   /** The id of its journal. */
   id: string;
-  /** The position of its first byte, and of the first one behind it. */
+  /** The position of its first byte, and of the first one after it. */
   base: number;
   to: number;
   headerBytes: number;

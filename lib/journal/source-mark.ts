@@ -7,8 +7,8 @@
  *
  * `events` event lines follow. Bad lines count as stored, but are not journaled. Where an event's line
  * is longer in the source than in the journal (CRLF, spaces, bad or blank lines before it), `ends`
- * states where each event ends in the source, relative to `from`: behind its last significant byte, not
- * behind its newline, which may arrive with the next piece. An event line cannot be mistaken for a mark:
+ * states where each event ends in the source, relative to `from`: after its last significant byte, not
+ * after its newline, which may arrive with the next piece. An event line cannot be mistaken for a mark:
  * it has a `userId` beside its `source`.
  */
 export interface SourceMark {

@@ -59,13 +59,13 @@ export interface Journal {
   readonly id: string;
   /** Its active file. */
   readonly path: string;
-  /** The position behind everything that is acknowledged: where the last frame ends. */
+  /** The position after everything that is acknowledged: where the last frame ends. */
   end(): number;
   /** Why nothing can be appended now, or `null`. */
   trouble(): string | null;
   /**
    * Stores whole event lines, each with its newline, on the disk together; resolves to the position
-   * behind them. Rejects with JournalFull, JournalBusy or JournalFailed: then none of them is acknowledged.
+   * after them. Rejects with JournalFull, JournalBusy or JournalFailed: then none of them is acknowledged.
    */
   append(lines: Uint8Array): Promise<number>;
   /** Calls `listener` after each commit. */
@@ -127,7 +127,7 @@ export async function openJournal(options: {
   }
 }
 
-/** Makes the file begin where the last segment ends, and end behind its last whole frame. */
+/** Makes the file begin where the last segment ends, and end after its last whole frame. */
 async function recover(path: string, file: JournalFile, last: Segment | undefined) {
   const head = await file.read(0, MAX_HEADER_BYTES);
   const header = parseJournalHeader(head);
@@ -156,7 +156,7 @@ async function begin(file: JournalFile, id: string, base: number): Promise<Journ
   return { id, base, bytes: header.length };
 }
 
-/** The offset behind the last whole frame, found in the last bytes of the file. */
+/** The offset after the last whole frame, found in the last bytes of the file. */
 async function findEnd(path: string, file: JournalFile, headerBytes: number): Promise<number> {
   // Two of the largest frames: wherever they lie, the header of a whole frame is among these bytes.
   const windowBytes = 2 * (MAX_FRAME_BYTES + MAX_HEADER_BYTES);
@@ -187,7 +187,7 @@ function writer(opened: {
   let { file, header, end } = opened;
   /** Whether the active file has a frame: without one it is not full. */
   const hasFrames = () => end > header.bytes;
-  /** Not behind a header without a frame: that is never posted, and requests would wait for it. */
+  /** Not after a header without a frame: that is never posted, and requests would wait for it. */
   const position = () => (hasFrames() ? header.base + end : header.base);
   const waiting: Waiting[] = [];
   let committing: Promise<void> | null = null;

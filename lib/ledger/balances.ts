@@ -23,7 +23,7 @@ export function selectBalance(sql: Statements, userId: string) {
 }
 
 /**
- * Up to `limit` balances of the users behind `after`, in the order of the table's key, by which the next
+ * Up to `limit` balances of the users after `after`, in the order of the table's key, by which the next
  * page is found without an OFFSET. No user id is the empty text. Throws Unavailable.
  */
 export async function readBalances(

@@ -27,7 +27,7 @@ export interface QuarantinedLine extends Quarantined {
   at: Date;
 }
 
-/** The lines in quarantine behind `last`, a page of them, in the order of key and position. */
+/** The lines in quarantine after `last`, a page of them, in the order of key and position. */
 export async function readQuarantine(
   sql: Statements,
   last?: QuarantinedLine,
@@ -41,7 +41,7 @@ export async function readQuarantine(
 /** A line of which the ledger knows its position alone. Its batch begins at `from`. */
 export type PackedLine = Omit<QuarantinedLine, "line"> & { from: number };
 
-/** The packed lines behind `last`, a page of them and of one batch, in the order of key and position. */
+/** The packed lines after `last`, a page of them and of one batch, in the order of key and position. */
 export async function readPackedQuarantine(
   sql: Statements,
   last?: PackedLine,
@@ -157,7 +157,7 @@ export interface ListedLine {
   at: string;
 }
 
-/** Up to `limit` lines in quarantine, the newest first, behind `after`. Throws Unavailable. */
+/** Up to `limit` lines in quarantine, the newest first, after `after`. Throws Unavailable. */
 export async function readNewestQuarantine(
   database: Database,
   { after, limit }: { after: Pick<ListedLine, "at" | "source" | "position"> | null; limit: number },

@@ -191,7 +191,7 @@ export async function findRest(sql: Transaction, tally: Tally) {
 
 /**
  * Makes what `findRest` has found (or, without `hasRest`, nothing) the snapshot of the source `key` up to
- * `position`, where posting goes on.
+ * `position`, where posting continues.
  */
 export async function retireSource(
   sql: Transaction,
@@ -327,7 +327,7 @@ interface Correction {
  * Corrects the differences that the transaction `found` has found, by adding, because posting continues
  * meanwhile, and in the order in which posting locks users. It does so in a transaction of its own, on
  * another connection: in `found`, a user that was posted to meanwhile could not be changed (40001). From
- * now on events count by `types`, and the sources `behind` their snapshots go on behind them.
+ * now on events count by `types`, and the sources `behind` their snapshots continue after them.
  *
  * While `found` holds its lock, no other recount begins. If its connection dies, one may begin, but not
  * before this transaction has ended. If it died before this transaction had its own lock, nothing is

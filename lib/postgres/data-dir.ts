@@ -78,7 +78,7 @@ function own(path: string): void {
 /** The owner of the cluster, or a user for a new one. */
 function serverUser(path: string): { uid: number; gid: number } {
   const cluster = fs.lstatSync(join(path, "cluster"), { throwIfNoEntry: false });
-  if (cluster && !cluster.isDirectory()) throw new Error("its `cluster` is no folder");
+  if (cluster && !cluster.isDirectory()) throw new Error("its `cluster` is not a folder");
   if (cluster && cluster.uid !== 0) return { uid: cluster.uid, gid: cluster.gid };
   const [user] = serverUsers();
   if (!user)

@@ -28,7 +28,7 @@ export function socketSettings({ path, runAs }: DataDir): string[] {
 
 /** A URL for this process. Throws if no Postgres has ever run in `path`. */
 export function clusterUrl(relativePath: string): string {
-  const path = resolve(relativePath); // a host that does not begin with / is no folder
+  const path = resolve(relativePath); // a host that does not begin with / is not a folder
   const read = (name: string) => fs.readFileSync(join(path, name), "utf8").trim();
   const user = `${read("role")}:${read("password")}`;
   return `postgres://${user}@${encodeURIComponent(socketFolder(path, read))}:5432/postgres`;

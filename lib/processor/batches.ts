@@ -3,7 +3,7 @@
  *
  * A file is known by its name, without the folder, and by its bytes. The checkpoint of each generation
  * says how many bytes are posted and what their SHA-256 is. A file that begins with exactly those bytes
- * resumes behind them; a file of the same name that begins otherwise is the next generation, and is
+ * resumes after them; a file of the same name that begins otherwise is the next generation, and is
  * posted whole.
  */
 import { open } from "node:fs/promises";
@@ -68,7 +68,8 @@ export interface BatchSource {
 }
 
 /**
- * Batches of `journal` from its checkpoint on. `leftOver` is told what of its end is no whole frame. Throws JournalBehind, JournalDamage or Unavailable.
+ * Batches of `journal` from its checkpoint on. Calls `leftOver` with the bytes at its end that are not a whole
+ * frame. Throws JournalBehind, JournalDamage or Unavailable.
  */
 export async function openJournalBatches(
   { database, path, limit, ahead, refused, counted, folded }: BatchSource,
@@ -159,7 +160,7 @@ class JournalIncomplete extends Error {
       snapshotTo >= start
         ? "The snapshot in the ledger holds what they added: run bun run processor.ts --rebuild"
         : "Put them back from a backup of DATA_DIR. If there is none, bun run processor.ts --retire " +
-          `${key} --yes goes on behind them, without their events`;
+          `${key} --yes continues after them, without their events`;
     super(
       `the ledger has posted ${path} up to position ${position}, but its oldest segment begins at ${start}: the ` +
         `segments in between were removed. ${way}`,
@@ -196,8 +197,8 @@ async function checkCheckpoint(
 
 /**
  * Batches of the file at `path` from its checkpoint on. The file stays the one that was opened, even if
- * another one takes its name. `leftOver` is told what of its end is no event yet, and that it was rewritten
- * meanwhile; `note` that it is another file than before. Throws Unavailable.
+ * another one takes its name. Calls `leftOver` with the bytes at its end that are not a whole event yet, and
+ * when it was rewritten meanwhile; `note` when it is another file than before. Throws Unavailable.
  */
 export async function openFileBatches(
   { database, path, limit, refused, counted, folded }: BatchSource,

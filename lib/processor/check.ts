@@ -81,7 +81,7 @@ export async function repair(path: string, database: Database, print: Print): Pr
 
 /**
  * Splits damage of which a part is posted, so that each part is replaced by a frame of its own: the
- * checkpoint must stay where a frame begins, or nothing behind it would ever be posted.
+ * checkpoint must stay where a frame begins, or nothing after it would ever be posted.
  */
 function splitAt(file: CheckedFile, posted: number): void {
   const middle = posted - file.base;
@@ -96,7 +96,7 @@ function splitAt(file: CheckedFile, posted: number): void {
   });
 }
 
-/** Lets the ledger resume behind a last posted frame that is damaged. */
+/** Lets the ledger resume after a last posted frame that is damaged. */
 async function forgetLostFrame(
   { base, damage }: CheckedFile,
   checkpoint: Checkpoint,

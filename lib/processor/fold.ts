@@ -61,7 +61,7 @@ export class BatchLimit {
   }
 }
 
-/** The events behind a source mark, as far as they have been seen. */
+/** The events after a source mark, as far as they have been seen. */
 interface MarkedEvents {
   mark: SourceMark;
   /** What ends here in the source, or before, was posted already. */
@@ -220,7 +220,7 @@ export class Fold {
   /** Whether the next of the marked events counts: not if another server has stored its bytes. */
   private counts(marked: MarkedEvents, position: number, eventBytes: number): boolean {
     const { mark, postedTo, next, seen } = marked;
-    if (seen >= mark.events) return true; // it is behind those of the mark
+    if (seen >= mark.events) return true; // it is after those of the mark
     // `ends` counts from the mark's own beginning.
     const end = mark.ends ? mark.from + (mark.ends[seen] ?? 0) : next + eventBytes;
     marked.next = end + 1;

@@ -3,7 +3,7 @@
  * begins at the checkpoint, so whatever died before is continued and nothing is repeated:
  *
  *     done       everything is posted
- *     stopped    it was told to, once the batch under way was posted
+ *     stopped    it was asked to, and the batch under way was posted
  *     elsewhere  another processor has moved the checkpoint
  *     ahead      sources are further than the journal expects: the next attempt knows where they are
  *     failed     with an error; if it is transient, the next attempt may succeed

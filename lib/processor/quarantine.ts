@@ -169,7 +169,7 @@ interface SentLine {
 type Located = ReadonlyMap<string, { source: Source; readTo: number }>;
 
 /**
- * Takes the next packed lines, those behind `last`: the `valid` ones become lines in quarantine, those that
+ * Takes the next packed lines, those after `last`: the `valid` ones become lines in quarantine, those that
  * have come before (`repeated`) are left out, and the others are `remaining`, with the reason.
  */
 async function takeValid(tx: Transaction, located: Located, last: PackedLine | undefined) {

@@ -217,7 +217,7 @@ class Recount {
     return new Recount(sql, await openTally(sql), await openPointTally(sql));
   }
 
-  /** Counts a range. `readTo` is told how far it has been read. */
+  /** Counts a range. Calls `readTo` with how far it has read. */
   async add(
     range: Range,
     groups: AsyncIterable<Lines[]>,
@@ -302,7 +302,7 @@ async function* readJournal(journal: JournalReader, { from, to }: Range): AsyncG
   }
 }
 
-/** The lines of a file behind `from`, a block at a time. Each of `ends` also ends a line: it was the end when it was posted. */
+/** The lines of a file after `from`, a block at a time. Each of `ends` also ends a line: it was the end when it was posted. */
 async function* readPostedFile(file: Read, from: number, ends: number[]): AsyncGenerator<Lines[]> {
   let offset = from;
   for (const end of ends) {

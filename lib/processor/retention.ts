@@ -76,7 +76,7 @@ export function openRetention({ database, path, keepDays }: Retention) {
       if (now - (seenMs.get(file.base) ?? now) < moreMs || file.base > oldTo) break;
       await snapshotUpTo(database, journal, segment.to);
       await disk.remove(segment.path);
-      // Before the next one: after a power cut, no segment may be there without those behind it.
+      // Before the next one: after a power cut, no segment may be there without those after it.
       await disk.syncDirectory(dirname(path));
       yield segment.path;
     }

@@ -38,7 +38,7 @@ export async function retire(
       const lostBytes = Math.max(0, (starts[i] as number) - position);
       const lost =
         lostBytes > 0
-          ? `; ${lostBytes} bytes behind that are gone, and are not in the balances`
+          ? `; ${lostBytes} bytes that followed are gone, and are not in the balances`
           : "";
       print(`${key}: posted up to ${position}${lost}`);
     }

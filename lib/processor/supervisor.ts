@@ -48,7 +48,7 @@ export type Report =
     }
   /** Posting pauses because of what a person must change; `null`: it does not, or no longer. */
   | { type: "paused"; why: string | null }
-  /** Bytes remain that are no event yet. */
+  /** Bytes remain that are not a whole event yet. */
   | { type: "leftOver"; line: string }
   | { type: "done" | "stopped" }
   /** `isRefused`: the ledger cannot be used as it is. */

@@ -82,7 +82,7 @@ async function compare(tx: Transaction, { paths, print }: Reconciliation) {
     ...behind.map(
       ({ key, position, removedTo }) =>
         `${key} has been posted up to ${position}, and its snapshot ends at ${removedTo}: --rebuild adds the ` +
-        "snapshot, and posting goes on behind it",
+        "snapshot, and posting continues after it",
     ),
     points.length > 0 &&
       `${points.length} points of revenue over time differ from their sources, the first at ${points[0]?.at} (${points[0]?.name}, ${points[0]?.source})`,

@@ -1,4 +1,4 @@
-/** What a server says of itself once it listens, and what another one on its DATA_DIR is told. */
+/** What a server prints about itself once it listens, and what it leaves for a second one on its DATA_DIR to print. */
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 

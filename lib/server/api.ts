@@ -119,8 +119,8 @@ export function createApi(parts: Parts) {
   const faults = watchHealth(log, "error", "");
   const routes: { method: string; path: string }[] = [];
 
-  // Elysia looks for the path behind the eleventh character of the URL, where that of `http://x/` has
-  // begun already: 404. Without it, it looks behind the seventh, which finds none in HTTPS.
+  // Elysia looks for the path after the eleventh character of the URL, where that of `http://x/` has
+  // begun already: 404. Without it, it looks after the seventh, which finds none in HTTPS.
   const handler = { standardHostname: isHttps };
   const app = new Elysia({ normalize: false, strictPath: true, handler })
     .use(problems((path) => allowedMethods(routes, path), faults.failing))

@@ -152,7 +152,7 @@ function streamOf(
 
 /**
  * A line as in RFC 4180. A spreadsheet runs a field that begins like a formula: such a user id is prefixed
- * with an apostrophe, and so is one that begins with an apostrophe, so that the prefix can be told.
+ * with an apostrophe, and so is one that begins with an apostrophe, so that a reader can tell the prefix from the ID.
  */
 function csvLine({ user_id, revenue }: UserBalance): string {
   const shown = /^[=+\-@\t\r']/.test(user_id) ? `'${user_id}` : user_id;

@@ -12,7 +12,7 @@ import { mustClose } from "./refused-body.ts";
 
 /** Requests in progress at SIGTERM may take this long; with all the rest the stop takes under 5 s. */
 const FINISH_MS = 1_500;
-/** Bun closes an idle connection up to this much earlier than it is told to, and accepts 255 at most. */
+/** Bun closes an idle connection up to this much before the time it was given, and accepts 255 at most. */
 const EARLY_S = 4;
 const MAX_IDLE_S = 255;
 /** A sender's own request id is kept if it can stand in a log. */
@@ -20,7 +20,7 @@ const REQUEST_ID = /^[\w.:+/=-]{1,128}$/;
 
 /** A proxy before this server may have decided by the other one. Bun joins them with a comma. */
 const TWO_HOSTS = new Problem(400, "send one Host header");
-/** Elysia looks for the path of an HTTPS URL behind this index. */
+/** Elysia looks for the path of an HTTPS URL after this index. */
 const PATH_AFTER = 11;
 
 /** Where to listen; with the paths of PEM files, over HTTPS. */

@@ -8,7 +8,7 @@ const MAX_MS = 1_000;
 /** After these a body that was begun may be unfinished, and cannot be read any more. */
 const UNFINISHED = new Set([408, 413, 503]);
 
-/** Whether the connection of a request with this answer must be closed behind it. */
+/** Whether the connection of a request with this answer must be closed after it. */
 export async function mustClose(request: Request, { status }: Response): Promise<boolean> {
   if (status < 400 || !request.body) return false;
   if (request.bodyUsed) return UNFINISHED.has(status);

@@ -5,7 +5,7 @@
  * its journal, and in memory. How much of the journal's marks has been read is a state:
  *
  *     unread     nothing yet: the first request reads
- *     tail       the marks behind the ledger's checkpoint; the ledger knows the rest
+ *     tail       the marks after the ledger's checkpoint; the ledger knows the rest
  *     whole      all marks: a source that is not in memory was never stored by this server
  *     partial    all that can be read, but some sources were evicted from memory, or deleted with
  *                their segments: only the ledger knows whether it has seen an unknown source

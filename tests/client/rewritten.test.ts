@@ -1,4 +1,4 @@
-/** Files that are rewritten in place: what can be seen is told, and nothing is mixed up. */
+/** Files that are rewritten in place: what can be seen is reported, and nothing is mixed up. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { appendFileSync, copyFileSync, truncateSync, writeFileSync } from "node:fs";
 

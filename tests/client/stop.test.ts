@@ -1,5 +1,5 @@
 /**
- * `client.ts` and `processor.ts FILE` that are told to stop before the end say so: in their exit code and
+ * `client.ts` and `processor.ts FILE` that are stopped before the end say so: in their exit code and
  * with how far they came. Run again, they continue.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";

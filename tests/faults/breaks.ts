@@ -853,13 +853,13 @@ export const BREAKS: readonly Break[] = [
     "client/input",
   ),
   without(
-    "that a processor of FILEs that was told to stop says so in its exit code",
+    "that a processor of FILEs that was stopped says so in its exit code",
     "if (isStopped) return STOPPED[stop.reason as keyof typeof STOPPED];",
     "",
     "client/stop",
   ),
   without(
-    "that a client that was told to stop says so in its exit code",
+    "that a client that was stopped says so in its exit code",
     "if (total.isStopped && !follow) return endStopped();",
     "",
     "client/stop",

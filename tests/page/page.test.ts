@@ -136,7 +136,7 @@ test.if(hasChromium)(
 );
 
 test.if(hasChromium)(
-  "a wrong secret is told, the right one stays in the tab and out of every URL",
+  "the page says that a secret is wrong, and the right one stays in the tab and out of every URL",
   async () => {
     await using ledger = await openLedger({ READ_SECRET: "read-secret" });
     await using app = await ledger.start();
@@ -159,26 +159,29 @@ test.if(hasChromium)(
   },
 );
 
-test.if(hasChromium)("a server that is killed is told, and its successor is found", async () => {
-  await using ledger = await openLedger();
-  await using first = await ledger.start();
-  await using browser = await openBrowser();
-  const page = await browser.page();
-  await page.goto(first.url);
-  await untilText(page, "#health", /^Healthy\.$/);
-  first.kill();
-  await first.exit();
-  await untilText(page, "#health", /^The server has not answered since 20\d\d-.* UTC\./);
-  const { port } = new URL(first.url);
-  await using second = await startApp({
-    dataDir: ledger.dataDir,
-    databaseUrl: ledger.url,
-    env: { ...ledger.env, PORT: port },
-  });
-  await untilText(page, "#health", /^Healthy\.$/);
-  expect((await second.post(event("ann", 7))).status).toBe(201);
-  await search(page, "ann", "7");
-});
+test.if(hasChromium)(
+  "the page says that the server was killed, and finds its successor",
+  async () => {
+    await using ledger = await openLedger();
+    await using first = await ledger.start();
+    await using browser = await openBrowser();
+    const page = await browser.page();
+    await page.goto(first.url);
+    await untilText(page, "#health", /^Healthy\.$/);
+    first.kill();
+    await first.exit();
+    await untilText(page, "#health", /^The server has not answered since 20\d\d-.* UTC\./);
+    const { port } = new URL(first.url);
+    await using second = await startApp({
+      dataDir: ledger.dataDir,
+      databaseUrl: ledger.url,
+      env: { ...ledger.env, PORT: port },
+    });
+    await untilText(page, "#health", /^Healthy\.$/);
+    expect((await second.post(event("ann", 7))).status).toBe(201);
+    await search(page, "ann", "7");
+  },
+);
 
 test("the page's files are asked for by ETag, and under a strict policy", async () => {
   await using ledger = await openLedger();

@@ -95,7 +95,7 @@ test("--from begins with the sum before it, --to ends before it, and the sum is 
   expect(rows.at(-1)).toEqual({ sum: "103.1", balance: "103.1" });
 });
 
-test("a source that is not here is named, and a balance that is not the sum is told, with exit code 1", async () => {
+test("a source that is not here is named, and a balance that is not the sum is reported, with exit code 1", async () => {
   const { ledger, file } = await openPosted();
   await using _ = ledger;
   const missing = await historyOf(ledger, "ann");

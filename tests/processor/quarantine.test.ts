@@ -1,4 +1,4 @@
-/** Events under the id of another event: quarantined once, told once, and dismissed for good. */
+/** Events under the id of another event: quarantined once, reported once, and dismissed for good. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 
 import { line } from "../support/events.ts";

@@ -47,7 +47,7 @@ test("a journal and a file that are gone are retired one after the other, and re
   expect((await ledger.tool(["--retire", "file:gone.jsonl#1", "--yes"])).code).toBe(0);
   expect((await verify()).stdout).toEndWith(MATCH);
 
-  // Posting goes on, a balance is corrected, and a line of the journal leaves the quarantine.
+  // Posting continues, a balance is corrected, and a line of the journal leaves the quarantine.
   await server.post(event("ann", 2));
   await untilBalance(server, "ann", "18");
   await ledger.select(
@@ -148,7 +148,7 @@ async function openOlder(tables: string) {
 const lagOf = async (url: string) =>
   (await (await fetch(`${url}/readyz?reads`)).json()) as { lagBytes: number; lagSeconds: number };
 
-test("a ledger older than its removed segments lags, says what is missing, and goes on where --rebuild finds the snapshot", async () => {
+test("a ledger older than its removed segments lags, says what is missing, and continues once --rebuild finds the snapshot", async () => {
   await using ledger = await openOlder("users_revenue,checkpoints");
   await using server = await ledger.start();
   await until(() => server.stderr.text().includes("run bun run processor.ts --rebuild"));
@@ -163,7 +163,7 @@ test("a ledger older than its removed segments lags, says what is missing, and g
   expect((await ledger.tool(["--verify"])).stdout).toEndWith(MATCH);
 });
 
-test("a ledger older than its removed segments, without their snapshot, goes on with --retire, or with the segments", async () => {
+test("a ledger older than its removed segments, without their snapshot, continues with --retire, or with the segments", async () => {
   await using ledger = await openOlder("users_revenue,checkpoints,snapshots,removed");
   await using server = await ledger.start();
   await until(() => server.stderr.text().includes("Put them back from a backup of DATA_DIR"));
@@ -171,7 +171,7 @@ test("a ledger older than its removed segments, without their snapshot, goes on 
   const [, key = ""] = /--retire (\S+) --yes/.exec(server.stderr.text()) ?? [];
   const retired = await ledger.tool(["--retire", key, "--yes"]);
   expect(retired).toMatchObject({ code: 0, stderr: "" });
-  expect(retired.stdout).toMatch(/; \d+ bytes behind that are gone, and are not in the balances/);
+  expect(retired.stdout).toMatch(/; \d+ bytes that followed are gone, and are not in the balances/);
   await server.post(event("ben"));
   await untilBalance(server, "ben", "1");
   expect((await ledger.tool(["--verify"])).stdout).toEndWith(MATCH);

@@ -28,7 +28,7 @@ test.if(isInstalled("prlimit")).each([
   ["that never sent a request", false],
   ["that were answered", true],
 ] as const)(
-  "with more idle connections %s than descriptors, the journal goes on, and the server recovers",
+  "with more idle connections %s than descriptors, the journal accepts events, and the server recovers",
   async (_what, isUsed) => {
     using dir = tempDir();
     const database = await testDatabase();

@@ -1,4 +1,4 @@
-/** Files that are not lines of events are told by their first bytes, and the named command converts them. */
+/** Files that are not lines of events are recognized by their first bytes, and the named command converts them. */
 import { expect, test } from "bun:test";
 import { gzipSync, zstdCompressSync } from "node:zlib";
 
