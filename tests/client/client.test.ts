@@ -271,8 +271,7 @@ test.each([
       await using client = spawn("client.ts", { args: [file, "--again"], env });
       ran.push({ code: await client.exit(), text: client.stderr.text() });
     }
-    const continues =
-      /a\.jsonl: continuing the copy that .* after the \d+ bytes that are stored\n/;
+    const continues = /a\.jsonl: continuing the copy that .* after the \d+ bytes that are stored\n/;
     expect(ran.map(({ text }) => continues.test(text))).toEqual([false, true, true, false]);
     expect(ran.map(({ code }) => code)).toEqual([null, 143, 0, 0]);
     const stored = (isSent ? first.length : 0) + 2 * text.length;
