@@ -137,6 +137,16 @@ export async function noteEventTypes(database: Database, types: ReadonlyMap<stri
   );
 }
 
+/** What the tables that postings change take on the disk, with their indexes. Throws Unavailable. */
+export async function readLedgerBytes(database: Database): Promise<number> {
+  const [row] = await database.use(
+    (sql) => sql<{ bytes: number }[]>`
+      select sum(pg_total_relation_size(name))::float8 as bytes
+      from unnest(array['users_revenue', 'ids', 'points', 'quarantine', 'uncounted']::regclass[]) as name`,
+  );
+  return row?.bytes ?? 0;
+}
+
 /**
  * Posts a batch, wholly or not at all. Postgres gives up after `timeoutMs`. Throws Unavailable; the
  * batch may then have been posted or not.

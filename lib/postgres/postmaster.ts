@@ -11,6 +11,7 @@ import {
   openSync,
   readFileSync,
   readSync,
+  statfsSync,
   truncateSync,
 } from "node:fs";
 import { clusterName, type DataDir, firstReason, inCluster, pathFromInside } from "./data-dir.ts";
@@ -33,6 +34,22 @@ const SETTINGS = [
   "log_checkpoints=off",
   "log_min_error_statement=panic", // statements contain people's data
 ];
+
+/**
+ * On a small disk, checkpoints come before the write-ahead log fills it, and a sort fails before its
+ * temporary files do. (`max_wal_size` bounds nothing that is written within one checkpoint.)
+ */
+function diskSettings(path: string): string[] {
+  const { blocks, bsize } = statfsSync(path);
+  const mib = Math.floor((blocks * bsize) / 1024 / 1024);
+  if (mib === 0) return []; // some file systems report no size
+  const walMib = Math.max(64, Math.min(1024, Math.floor(mib / 20)));
+  return [
+    `max_wal_size=${walMib}MB`,
+    `min_wal_size=${Math.min(80, walMib)}MB`,
+    `temp_file_limit=${Math.max(16, Math.floor(mib / 20))}MB`,
+  ];
+}
 
 /** See the table in cluster.ts. */
 export type State = "ready" | "unwatched" | "starting" | "stopping" | "hidden" | "absent";
@@ -68,9 +85,10 @@ export function startPostmaster(dataDir: DataDir) {
   if (stalePid > 0 && commandLine(stalePid) !== "") stale.push("postmaster.pid");
   Bun.spawnSync(["rm", "-f", ...stale], inCluster(dataDir));
 
-  const ours = [...socketSettings(dataDir), clusterName(dataDir), ...SETTINGS];
+  const named = [...socketSettings(dataDir), clusterName(dataDir)];
   const command = [`${native}/bin/postgres`, "-D", pathFromInside(`${path}/cluster`)];
-  for (const setting of [...ours, ...dataDir.settings]) command.push("-c", setting);
+  const ours = [...SETTINGS, ...diskSettings(path)];
+  for (const setting of [...named, ...ours, ...dataDir.settings]) command.push("-c", setting);
   const watcher = spawnWatcher(dataDir, "start", ...command);
   return {
     /** Throws the reason if Postgres has ended, and a retry cannot succeed or `mayRetry` is false. */

@@ -35,8 +35,9 @@ import {
   openJournalBatches,
 } from "./batches.ts";
 import { openAging } from "./aging.ts";
-import { BatchLimit } from "./fold.ts";
+import { BatchLimit, MIN_USERS } from "./fold.ts";
 import { findRefusedOf, requireWritableBalances } from "./refusals.ts";
+import { DiskFull, type Room } from "./room.ts";
 import { QUARANTINE_REASONS, type Quarantined, type Report } from "./supervisor.ts";
 
 /** A file fails when the database has been unavailable for this long; the journal waits for ever. */
@@ -63,6 +64,8 @@ const RETRY_ERROR_MS = 2_000;
 
 export interface Context {
   database: Database;
+  /** The room on the disk of the embedded Postgres; `null` for a Postgres elsewhere. */
+  room: Room | null;
   /** Ends the posting once the batch under way is posted. */
   stop: AbortSignal;
   report(report: Report): void;
@@ -131,7 +134,8 @@ export async function follow(
     /** Deletes old ids, some at a time, so that no posting waits for long. */
     async between() {
       noteQuarantined();
-      if (performance.now() < agingDueMs) return;
+      const isTight = posting.limit.roomForUsers < MIN_USERS; // what deletes rows is logged, too
+      if (isTight || performance.now() < agingDueMs) return;
       await age();
       while (await foldPoints(database));
       agingDueMs = performance.now() + ((await prune()) ? 0 : AGE_EVERY_MS);
@@ -149,7 +153,7 @@ export async function follow(
     if (message !== trouble)
       report({ type: "say", level: "warn", line: `processor: waiting; ${message}` });
     trouble = message;
-    if (!isTransient) pause(message);
+    if (!isTransient || error instanceof DiskFull) pause(message);
     await Bun.sleep(isTransient ? RETRY_MS : RETRY_ERROR_MS);
   }
 
@@ -286,7 +290,8 @@ async function attempt(posting: Posting): Promise<Attempt> {
     if (ended.state === "refused") await searchRefused(ended, posting);
     return ended;
   } catch (error) {
-    const isTransient = error instanceof Unavailable && error.isTransient;
+    const isTransient =
+      error instanceof DiskFull || (error instanceof Unavailable && error.isTransient);
     return { state: "failed", error: error as Error, isTransient };
   }
 }
@@ -312,6 +317,7 @@ async function postBatches(batches: BatchReader, posting: Posting): Promise<Atte
   let underWay: Promise<Outcome | null> = Promise.resolve(null);
   let garbageBytes = 0;
   for (;;) {
+    posting.limit.roomForUsers = (await posting.room?.maxUsers()) ?? Infinity;
     const batch = posting.stop.aborted ? null : await batches.next(underWay);
     const outcome = await underWay;
     if (outcome && outcome.state !== "posted") return outcome;
@@ -335,7 +341,9 @@ async function postBatches(batches: BatchReader, posting: Posting): Promise<Atte
 }
 
 async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
-  const { database, limit } = posting;
+  const { database, limit, room } = posting;
+  const { changes, claims, from, to } = batch;
+  await room?.require(changes.size + 2 * claims.size, to - from);
   const fromMs = performance.now();
   try {
     const outcome = await post(database, batch, limit.timeoutMs);

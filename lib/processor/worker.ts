@@ -10,6 +10,7 @@ import { JOURNAL_FILE } from "../journal/writer.ts";
 import { LedgerRefused, openDatabase, requireLedger } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
 import { follow, postFile } from "./posting.ts";
+import { openRoom } from "./room.ts";
 import type { Job, Report } from "./supervisor.ts";
 
 /** The ledger is asked for this long whether it can be used, before it is waited for. */
@@ -25,7 +26,9 @@ self.onmessage = ({ data }: MessageEvent<Job | "stop">) => {
 async function work(job: Job): Promise<void> {
   setEventTypes(job.settings.EVENT_TYPES);
   const database = openDatabase(ledgerUrl(job.settings), "processor", 1);
-  const context = { database, stop: stop.signal, report };
+  const { DATA_DIR, DATABASE_URL } = job.settings;
+  const room = DATABASE_URL ? null : openRoom(join(DATA_DIR, "postgres"), database);
+  const context = { database, room, stop: stop.signal, report };
   try {
     if (!job.waitsForLedger) await requireLedger(database, REQUIRE_MS);
     if (job.files.length === 0)

@@ -222,8 +222,14 @@ export const BREAKS: readonly Break[] = [
   // Bytes on disk.
   without(
     "the disk space that is left to the embedded Postgres",
-    "if (blocks > 0 && bavail * bsize - bytes.length < reserved)",
+    "if (size > 0 && free - bytes.length < reservedBytes(size))",
     "if (false)",
+    "faults/full",
+  ),
+  without(
+    "the pause of postings on a full disk",
+    "if (needed <= room) return;",
+    "return;",
     "faults/full",
   ),
   without(
