@@ -62,7 +62,7 @@ async function main(): Promise<number> {
   stack.defer(() => posted.close());
   posted.compared.catch(() => stop.abort());
   await Promise.race([posted.asked, Bun.sleep(COMPARE_MS)]);
-  const metrics = openMetrics(journal, posted);
+  const metrics = openMetrics(journal, database, posted);
   const live = openLive({ journal, database, posted, metrics });
   const parts = { journal, database, access, schema, log, posted, metrics, live, isHttps };
   const server = listen(createApi(parts), settings);
@@ -155,7 +155,7 @@ async function runProcessor(settings: AppSettings, stop: AbortSignal, parts: Par
     if (report.type === "say") log[report.level ?? "info"](report.line);
     if (report.type === "failed") log.fatal(report.line);
     if (report.type === "posted") metrics.posted(report);
-    if (report.type === "paused") posted.pause(report.why);
+    if (report.type === "waiting") posted.pause(report.isPaused ? report.why : null);
   });
   await aborted(stop);
   await processor.stop();

@@ -57,7 +57,12 @@ async function main(): Promise<number> {
       return await runTool(tool, { files, yes: options["yes"] === true, gone, asked, settings });
     }
     log?.info({ settings: maskSettings(settings) }, "started");
-    const code = await runJob({ settings, files }, stop.signal, tell);
+    const monitors = isFollowing && settings.METRICS_PORT !== undefined;
+    await using monitor = monitors
+      ? (await import("./lib/processor/monitor.ts")).openMonitor(settings)
+      : null;
+    if (monitor) tell(`metrics on ${monitor.url}/metrics`);
+    const code = await runJob({ settings, files }, { stop: stop.signal, tell, monitor });
     log?.info("stopped");
     return code;
   } finally {
@@ -105,7 +110,7 @@ const COMMAND = {
     0: "done, or stopped; nothing differs, is damaged or is in quarantine",
     1: "balances differ, the journal is damaged, lines are in quarantine, or the end of a FILE is not a whole event yet",
     2: "invalid use or setting, no such file, one that is not lines of events, a source that --verify needs is missing, or a ledger that cannot be used as it is",
-    3: "gave up: the database is unavailable or refuses, or a file is damaged",
+    3: "gave up: the database is unavailable or refuses, a file is damaged, or METRICS_PORT is in use",
     130: "stopped by SIGINT before the end of the FILEs; run again, it continues",
     143: "the same, by SIGTERM",
   },

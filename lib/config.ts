@@ -56,7 +56,7 @@ export const SETTINGS = {
     kind: whole(0, 65_535, "a whole number from 0 to 65535"),
   },
   HOST: {
-    programs: ["app"],
+    programs: ["app", "processor"],
     default: "127.0.0.1",
     meaning: "address to bind; a non-loopback address requires your own AUTH_SECRET",
     kind: textLike(/^[\w.:%-]+$/, "an address or a host name"),
@@ -194,6 +194,12 @@ export const SETTINGS = {
       requires: `one of ${LOG_LEVELS.join(", ")}`,
       parse: (text) => LOG_LEVELS.find((level) => level === text),
     },
+  },
+  METRICS_PORT: {
+    programs: ["processor"],
+    meaning:
+      "where a processor without a server serves `/metrics`, `/healthz` and `/readyz`, on HOST",
+    kind: whole(0, 65_535, "a whole number from 0 to 65535"),
   },
   SERVER_URL: {
     programs: ["client"],

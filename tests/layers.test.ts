@@ -27,7 +27,7 @@ const OWNERS: Record<string, string[]> = {
   jose: ["server/token.ts"],
   pino: ["log.ts"],
   postgres: ["ledger/database.ts"],
-  "prom-client": ["server/metrics.ts"],
+  "prom-client": ["metrics.ts"],
   uplot: ["server/page/plots.ts"],
   // install.ts runs before anything can be imported, and passes both on as they are; TERM is no setting.
   "the environment and the command line": ["config.ts", "install.ts", "progress.ts"],

@@ -110,8 +110,7 @@ export async function follow(
   const path = join(DATA_DIR, JOURNAL_FILE);
   const directory = watchDirectory(DATA_DIR);
   stop.addEventListener("abort", directory.close);
-  let trouble = "";
-  let paused: string | null | undefined;
+  let waiting: string | null | undefined;
   const age = openAging(database);
   const prune = openPruning(database, ID_DAYS);
   const noteQuarantined = openQuarantineNotice((line) =>
@@ -126,9 +125,12 @@ export async function follow(
       if (!journal) await directory.next();
       return journal && openJournalBatches({ path, ...posting, counted }, journal);
     },
+    opened({ from, bytes }) {
+      report({ type: "opened", file: path, bytes, from });
+    },
     posted(posted) {
       noteQuarantined(posted.quarantined);
-      works();
+      wait(null);
       report(posted);
     },
     /** Deletes old ids, some at a time, so that no posting waits for long. */
@@ -141,7 +143,7 @@ export async function follow(
       agingDueMs = performance.now() + ((await prune()) ? 0 : AGE_EVERY_MS);
     },
     more() {
-      works();
+      wait(null); // nothing is left to post
       return directory.next();
     },
   };
@@ -149,24 +151,17 @@ export async function follow(
     const attempted = await attempt(posting);
     if (attempted.state !== "failed") continue;
     const { isTransient, error } = attempted;
-    const { message } = error;
-    if (message !== trouble)
-      report({ type: "say", level: "warn", line: `processor: waiting; ${message}` });
-    trouble = message;
-    if (!isTransient || error instanceof DiskFull) pause(message);
+    wait(error.message, !isTransient || error instanceof DiskFull);
     await Bun.sleep(isTransient ? RETRY_MS : RETRY_ERROR_MS);
   }
 
-  /** Nothing is left to post, or a batch was posted. */
-  function works() {
-    if (trouble) report({ type: "say", line: "processor: posting again" });
-    trouble = "";
-    pause(null);
-  }
-
-  function pause(why: string | null) {
-    if (why !== paused) report({ type: "paused", why });
-    paused = why;
+  /** Reports why posting waits, or with `null` that it does not. */
+  function wait(why: string | null, isPaused = false) {
+    if (why === waiting) return;
+    if (why !== null) report({ type: "say", level: "warn", line: `processor: waiting; ${why}` });
+    else if (waiting) report({ type: "say", line: "processor: posting again" });
+    waiting = why;
+    report({ type: "waiting", why, isPaused });
   }
 }
 

@@ -44,7 +44,9 @@ export function openRoom(path: string, database: Database): Room {
       const needed = Math.min(rows * PAGE_BYTES, await readLedgerBytes(database)) + added;
       if (needed <= room) return;
       const free = Math.ceil((needed + keptOf(diskSpace(path).size)) / MIB);
-      throw new DiskFull(`posting pauses until the disk of ${dirname(path)} has ${free} MiB free`);
+      throw new DiskFull(
+        `the disk of ${dirname(path)} is nearly full: posting needs ${free} MiB of free space there`,
+      );
     },
   };
 }

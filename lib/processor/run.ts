@@ -2,13 +2,20 @@
 import { basename } from "node:path";
 
 import { counted, percent, print, type Progress, showProgress, STOPPED } from "../progress.ts";
+import type { Monitor } from "./monitor.ts";
 import { acquireProcessorLock, type Job, QUARANTINE_REASONS, supervise } from "./supervisor.ts";
 
 /** Tells the person who waits, or the log. */
 export type Tell = (line: string, level?: "info" | "warn" | "error") => void;
 
-/** Runs the job in its Worker until `stop`, whose reason is the signal; shows its progress, and returns the exit code. */
-export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<number> {
+/**
+ * Runs the job in its Worker until `stop`, whose reason is the signal; shows its progress, and returns the
+ * exit code.
+ */
+export async function runJob(
+  job: Job,
+  { stop, tell, monitor }: { stop: AbortSignal; tell: Tell; monitor?: Monitor | null },
+): Promise<number> {
   const { DATA_DIR: dataDir } = job.settings;
   const isFollowing = job.files.length === 0;
   if (isFollowing && !(await acquireProcessorLock(dataDir, stop, tell))) return 0;
@@ -23,8 +30,9 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
   let isRefused = false;
   let hasLeftOver = false;
   const processor = supervise(job, (report) => {
+    monitor?.report(report);
     if (report.type === "say") tell(report.line, report.level);
-    if (report.type === "opened") {
+    if (report.type === "opened" && !isFollowing) {
       progress?.stop();
       progress = showProgress(basename(report.file), report.bytes, report.from);
       current = { ...report, offset: report.from, folded: report.from };

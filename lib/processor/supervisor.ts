@@ -17,7 +17,7 @@ const STOP_MS = 3_000;
 
 /** What a processor has to do: post `files` and end, or follow the journal when there are none. */
 export interface Job {
-  settings: SettingsOf<"processor">;
+  settings: Omit<SettingsOf<"processor">, "METRICS_PORT">;
   files: string[];
   /** A ledger that is refused at the start is waited for. Otherwise it ends the job. */
   waitsForLedger?: boolean;
@@ -30,6 +30,7 @@ export type Quarantined = Record<(typeof QUARANTINE_REASONS)[number], number>;
 /** What the processor reports. `done`, `stopped` and `failed` are final. */
 export type Report =
   | { type: "say"; line: string; level?: "warn" | "error" }
+  /** A file, or the journal, is read from its checkpoint on. */
   | { type: "opened"; file: string; bytes: number; from: number }
   /** How far the file is folded: the next batches. */
   | { type: "folded"; fileOffset: number }
@@ -46,8 +47,8 @@ export type Report =
       /** Duration of the transaction. */
       ms: number;
     }
-  /** Posting pauses because of what a person must change; `null`: it does not, or no longer. */
-  | { type: "paused"; why: string | null }
+  /** Why posting waits; `null`: it does not, or no longer. `isPaused`: until a person changes something. */
+  | { type: "waiting"; why: string | null; isPaused: boolean }
   /** Bytes remain that are not a whole event yet. */
   | { type: "leftOver"; line: string }
   | { type: "done" | "stopped" }

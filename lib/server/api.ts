@@ -19,7 +19,7 @@ import type { EventSchema } from "./event-schema.ts";
 import { holdAnswer } from "./held-answer.ts";
 import { observe } from "./listener.ts";
 import type { Live } from "./live.ts";
-import { openMemoryBudget } from "./memory.ts";
+import { MAX_REQUESTS_BYTES, openMemoryBudget } from "./memory.ts";
 import type { Metrics } from "./metrics.ts";
 import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
 import { type ApiDocument, openApiPage } from "./openapi-page.ts";
@@ -112,6 +112,9 @@ export function createApi(parts: Parts) {
   const { journal, database, access, schema, log, posted, metrics, live, isHttps } = parts;
   const authorize = openAuth(access, log);
   const budget = openMemoryBudget();
+  const { gauge } = metrics;
+  gauge("request_memory_bytes", "Memory that requests have reserved.", budget.usedBytes);
+  gauge("request_memory_limit_bytes", "The most that they may.", () => MAX_REQUESTS_BYTES);
   const sources = openSources(journal, database);
   const balances = openBalances(database);
   const journalHealth = watchHealth(log, "error", "journal: events are stored again");

@@ -24,6 +24,8 @@ export function openMemoryBudget(budgetBytes = MAX_REQUESTS_BYTES) {
   let usedBytes = 0;
   let garbageBytes = 0;
   return {
+    /** What all requests hold now. */
+    usedBytes: () => usedBytes,
     /** Admits a request. Throws the 503 when there are too many. */
     admit() {
       let heldBytes = 0;

@@ -171,7 +171,9 @@ test.concurrent.if(mounted !== null)(
     }, 60_000);
     const ready = await (await fetch(`${server.url}/readyz?reads`)).json();
     expect(ready).toMatchObject({ status: "ready", reads: "ready" });
-    expect(ready.paused).toMatch(/^posting pauses until the disk of \S+ has \d+ MiB free$/);
+    expect(ready.paused).toMatch(
+      /^the disk of \S+ is nearly full: posting needs \d+ MiB of free space there$/,
+    );
     for (let i = 0; i < 100; i++) await read();
     expect([...statuses].filter((status) => status !== 200 && status !== 404)).toEqual([]);
 
