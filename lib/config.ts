@@ -375,6 +375,7 @@ export type Options = Record<string, string | boolean | string[] | undefined>;
  */
 export function readCommand<P extends Program>(command: Command<P>) {
   const { settings, invalid } = readSettings(settingsOf(command), process.env);
+  exemptThisMachine(settings);
   invalid.push(...(command.check?.(settings as SettingsOf<P>) ?? []));
   const { options, files, misuse } = readArguments(command);
   if (options["help"]) {
@@ -391,6 +392,35 @@ export function readCommand<P extends Program>(command: Command<P>) {
     process.exit(2);
   }
   return { settings: settings as SettingsOf<P>, options, files };
+}
+
+/**
+ * Which proxy of the environment Bun uses for a URL, for messages: ` (through the proxy HOST:PORT of
+ * http_proxy)`, or nothing.
+ */
+export function describeProxy(url: string): string {
+  const { protocol, hostname, host } = new URL(url);
+  const { env } = process;
+  const names = [`${protocol.slice(0, -1)}_proxy`];
+  names.push((names[0] as string).toUpperCase());
+  const name = names.find((each) => env[each]);
+  const exempt = (env["no_proxy"] || env["NO_PROXY"] || "").split(",").map((each) => each.trim());
+  const isExempt = (each: string) =>
+    ["*", hostname, host].includes(each) ||
+    (each && hostname.endsWith(`.${each.replace(/^\./, "")}`));
+  if (!name || exempt.some(isExempt)) return "";
+  const proxy = env[name] as string;
+  // It may hold a password.
+  const shown = URL.canParse(proxy) ? new URL(proxy).host : proxy.replace(/^.*@/, "");
+  return ` (through the proxy ${shown} of ${name})`;
+}
+
+/** A proxy of the environment cannot reach this machine's own addresses. Bun asks these variables at each request. */
+function exemptThisMachine({ SERVER_URL, JWKS_URL }: Partial<Settings<SettingName>>): void {
+  const hosts = [SERVER_URL, JWKS_URL].flatMap((url) => (url ? new URL(url).hostname : []));
+  const local = ["localhost", "127.0.0.1", "::1", "[::1]", ...hosts.filter(isLoopback)];
+  for (const name of ["no_proxy", "NO_PROXY"])
+    process.env[name] = [process.env[name] || [], local].flat().join(",");
 }
 
 function readArguments({ options, maxFiles }: Command<Program>) {

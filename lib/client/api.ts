@@ -13,6 +13,7 @@
  */
 import { setTimeout as wait } from "node:timers/promises";
 
+import { describeProxy } from "../config.ts";
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import { type Chunk, digestAt } from "./chunks.ts";
 
@@ -93,7 +94,8 @@ export function openApi(options: ApiOptions) {
   const { serverUrl, credential, retryMs, say, stop, sleep = sleepUntilStopped } = options;
   const { timeoutMs = ANSWER_TIMEOUT_MS } = options;
   const baseUrl = serverUrl.replace(/\/+$/, "");
-  const shownUrl = baseUrl.replace(/\/\/[^/@]*@/, "//"); // it may hold a password
+  // It may hold a password.
+  const shownUrl = baseUrl.replace(/\/\/[^/@]*@/, "//") + describeProxy(baseUrl);
   return { state, send, waitUntilPosted };
 
   /** The state of a source, or `null` when nothing of it is stored. */
