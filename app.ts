@@ -7,6 +7,7 @@ import "./lib/install.ts";
 import { join } from "node:path";
 
 import { InvalidSetting, readCommand, type SettingsOf } from "./lib/config.ts";
+import { explain } from "./lib/errors.ts";
 import { setEventTypes } from "./lib/event/event.ts";
 import { disk, leavingRoom } from "./lib/journal/disk.ts";
 import { type Journal, openJournal } from "./lib/journal/writer.ts";
@@ -171,7 +172,7 @@ function aborted(signal: AbortSignal): Promise<null> {
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say((error as Error).message);
+    say(explain(error));
     return error instanceof InvalidSetting || error instanceof LedgerRefused ? 2 : 1;
   });
   process.exit();

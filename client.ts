@@ -8,6 +8,7 @@ import { openApi, UploadFailed } from "./lib/client/api.ts";
 import { type GivenInput, inspect } from "./lib/client/inputs.ts";
 import { ForeignInput, sendFile, type SendOptions, sendStream, Total } from "./lib/client/send.ts";
 import { parseDuration, readCommand } from "./lib/config.ts";
+import { explain } from "./lib/errors.ts";
 import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event/event.ts";
 import { counted, print, say, STOPPED } from "./lib/progress.ts";
 
@@ -160,7 +161,7 @@ function reject(line: string): number {
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say((error as Error).message);
+    say(explain(error));
     return 3;
   });
   process.exit();

@@ -12,6 +12,7 @@ import { mkdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 
 import { maskSettings, type Options, readCommand } from "./lib/config.ts";
+import { explain } from "./lib/errors.ts";
 import { inspectFile } from "./lib/event/input.ts";
 import { disk } from "./lib/journal/disk.ts";
 import { explainPiece, openJournalReader } from "./lib/journal/reader.ts";
@@ -173,7 +174,7 @@ async function whyUnreadable(file: string, tool: ToolName | null): Promise<strin
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say((error as Error).message);
+    say(explain(error));
     return error instanceof InvalidUse ? 2 : 3;
   });
   process.exit();

@@ -14,6 +14,7 @@ import {
   statfsSync,
   truncateSync,
 } from "node:fs";
+import { runAsSelf } from "./binaries.ts";
 import { clusterName, type DataDir, firstReason, inCluster, pathFromInside } from "./data-dir.ts";
 import { socketSettings } from "./socket.ts";
 import { isWatched, spawnWatcher } from "./watcher.ts";
@@ -115,7 +116,10 @@ export function trimLog({ path }: DataDir): number {
 /** Empty for a process that does not exist, or that has ended and is not reaped yet. */
 function commandLine(pid: number): string {
   if (process.platform === "linux") return textOf(`/proc/${pid}/cmdline`);
-  return Bun.spawnSync(["ps", "-ww", "-o", "command=", "-p", `${pid}`]).stdout.toString();
+  return Bun.spawnSync(
+    ["ps", "-ww", "-o", "command=", "-p", `${pid}`],
+    runAsSelf,
+  ).stdout.toString();
 }
 
 /** `postmaster.pid`, in the folder of the user that runs Postgres: no link is followed, no FIFO waited for. */
