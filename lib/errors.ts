@@ -24,7 +24,7 @@ const REASONS: Record<string, string> = {
   ENAMETOOLONG: "the name is too long",
   ENOENT: "no such file or folder",
   ENOSPC: "the disk is full",
-  ENOTDIR: "a part of the path is a file, not a folder",
+  ENOTDIR: "it, or a part of its path, is not a folder",
   EPERM: "operation not permitted",
   EROFS: "its file system is read-only",
 };

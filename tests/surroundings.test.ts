@@ -125,7 +125,7 @@ test("an error of the disk names the operation, the folder and the user", async 
   expect(await ran("app.ts", closed)).toContain(`1 cannot create files in ${closed}: `);
   const inFile = folder.file("file/data");
   expect(await ran("app.ts", inFile)).toBe(
-    `1 cannot create the folder ${inFile}: a part of the path is a file, not a folder`,
+    `1 cannot create the folder ${inFile}: it, or a part of its path, is not a folder`,
   );
   const events = join(closed, "events.jsonl");
   for (const [program, code] of [

@@ -482,7 +482,7 @@ test("when rejected lines cannot be kept, the client says so and sends the other
   for (let again = 0; again < 2; again++) {
     const sent = await server.send(file);
     expect(sent.code).toBe(1);
-    expect(sent.stderr).toContain("rejected lines are only counted: cannot open ");
+    expect(sent.stderr).toContain("rejected lines are only counted: cannot ");
     expect(server.journal()).toEqual([line("ann", 1)]);
   }
 });
