@@ -41,7 +41,7 @@ interface Largest {
   dueMs: number;
 }
 
-export function openBalances(database: Database) {
+export function openBalances(database: Database, { stalledMs = STALLED_MS } = {}) {
   let largest: Largest | null = null;
   let scan: Promise<Largest> | null = null;
   let streams = 0;
@@ -90,7 +90,7 @@ export function openBalances(database: Database) {
       streams++;
       try {
         const first = await readPage("");
-        const body = streamOf(readPage, { first, format, ended });
+        const body = streamOf(readPage, { first, format, ended, stalledMs });
         return new Response(body, { headers });
       } catch (error) {
         ended();
@@ -110,8 +110,9 @@ export function openBalances(database: Database) {
 
 function streamOf(
   readPage: (after: string) => Promise<UserBalance[]>,
-  { first, format, ended }: { first: UserBalance[]; format: Format; ended(): void },
+  options: { first: UserBalance[]; format: Format; ended(): void; stalledMs: number },
 ): ReadableStream<Uint8Array> {
+  const { first, format, ended, stalledMs } = options;
   const { head, line } = FORMATS[format];
   let page: Promise<UserBalance[]> = Promise.resolve(first);
   let text = head;
@@ -138,7 +139,7 @@ function streamOf(
           controller.error(new Error("the reader takes nothing"));
           end();
         };
-        stalled = setTimeout(fail, STALLED_MS);
+        stalled = setTimeout(fail, stalledMs);
         page = readPage(last.user_id);
         page.catch(() => {}); // awaited by the next pull
       } catch (error) {

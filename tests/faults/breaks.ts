@@ -394,6 +394,12 @@ export const BREAKS: readonly Break[] = [
     "ledger/connection",
   ),
   without(
+    "the end of a stream that nobody reads",
+    "stalled = setTimeout(fail, stalledMs);",
+    "",
+    "server/balances",
+  ),
+  without(
     "the end of a read that nobody waits for",
     "pending?.cancel?.();",
     "",
