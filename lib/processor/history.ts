@@ -120,7 +120,7 @@ async function* eventsOf(tx: Transaction, source: Source, user: string): AsyncGe
   const isFile = parseKey(key).generation !== null;
   let lines = 0;
   for await (const group of readSource(tx, source))
-    for (const { bytes, from, to, atMs } of group) {
+    for (const { bytes, from, to, atMs, all = bytes } of group) {
       await exclusions.load(to);
       for (const { change, index, number } of findEvents(bytes, user)) {
         const position = from + index;
@@ -129,7 +129,7 @@ async function* eventsOf(tx: Transaction, source: Source, user: string): AsyncGe
         const place = isFile ? lines + number : position;
         yield { source: key, atMs, place, change, amount, why };
       }
-      lines += isFile ? countLines(bytes) : 0;
+      lines += isFile ? countLines(all) : 0;
     }
   await exclusions.close();
 }

@@ -67,6 +67,8 @@ interface Range {
 type Lines = Pick<Block, "bytes" | "from" | "to"> & {
   /** When a server stored them; `null` for those of a file, whose points are those of its posting. */
   atMs: number | null;
+  /** Of a file: all bytes of the block, those of a line that is too long to be an event too. */
+  all?: Uint8Array;
 };
 
 /**
@@ -309,7 +311,7 @@ async function* readPostedFile(file: Read, from: number, ends: number[]): AsyncG
     if (end <= from) continue;
     const read: Read = (from, to) => file(from, Math.min(to, end));
     for await (const block of readBlocks(read, offset, BLOCK_BYTES))
-      yield [{ ...linesOf(block), to: block.to, atMs: null }];
+      yield [{ ...linesOf(block), to: block.to, atMs: null, all: block.bytes }];
     offset = end;
   }
 }
