@@ -18,7 +18,7 @@ import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import { type Chunk, digestAt } from "./chunks.ts";
 
 const ANSWER_TIMEOUT_MS = 60_000;
-/** An attempt that fails after this long has failed by time, whatever it ended with. */
+/** An attempt that fails after this long counts as too slow, whatever its error. */
 const SLOW_MS = 10_000;
 /** At 1 kB/s, below which the server gives up. Smaller chunks than this are not made. */
 const MIN_CHUNK_MS = 64_000;

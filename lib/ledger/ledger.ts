@@ -82,7 +82,7 @@ export interface Claim {
   userId: string;
   /** By how much it changes the balance: a decimal. */
   amount: string;
-  /** The event's identity: whatever has the same identity is the same event. */
+  /** The event's identity: two events of one identity are the same event. */
   event: string;
   /** The bytes of its line. */
   from: number;

@@ -23,7 +23,7 @@ const MAX_LOG_BYTES = 4 * 1024 * 1024;
 
 /** Where a small instance has the choice, robust rather than fast. */
 const SETTINGS = [
-  "listen_addresses=", // whoever took the port of one that has died would be sent the password
+  "listen_addresses=", // any local user could take the port of one that has died, and be sent the password
   "unix_socket_permissions=0700",
   "max_connections=100",
   "shared_buffers=128MB",

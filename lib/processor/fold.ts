@@ -163,7 +163,7 @@ export class Fold {
     );
   }
 
-  /** Adds the line that begins at `position`; quarantines it if it is no valid event. */
+  /** Adds the line that begins at `position`; quarantines it if it is not a valid event. */
   add(line: Uint8Array, position: number, maxBytes = MAX_EVENT_BYTES): void {
     const decoded = decodeEvent(line, maxBytes);
     if (decoded instanceof InvalidEvent) return this.quarantine(line, position, decoded.reason);
@@ -180,7 +180,7 @@ export class Fold {
     this.quarantined.push({ position, reason, line: shownLine(line) });
   }
 
-  /** Notes that whatever begins in bytes `from` to `to` does not count. */
+  /** Notes that what begins in bytes `from` to `to` does not count. */
   leaveOut(from: number, to: number, why: string): void {
     const last = this.uncounted.at(-1);
     if (last && this.uncountedRun === this.run && to > from) last.to = to;
@@ -288,7 +288,7 @@ export function shownLine(line: Uint8Array): string {
   return Buffer.from(line.subarray(0, SHOWN_BYTES)).toString().replaceAll("\0", "\ufffd");
 }
 
-/** The identity of an event with an id: whatever has the same identity is the same event. */
+/** The identity of an event with an id: two events of one identity are the same event. */
 export function identityOf(change: Change & { id: string }): string {
   const { id, userId, name, sign, amount } = change;
   const value = formatAmount(sign < 0 ? -amount : amount);

@@ -1,6 +1,6 @@
 /**
  * Posting: batch after batch, from the journal as it grows or from a file to its end. Each attempt
- * begins at the checkpoint, so whatever died before is continued and nothing is repeated:
+ * begins at the checkpoint, so what was interrupted is continued, and nothing is repeated:
  *
  *     done       everything is posted
  *     stopped    it was asked to, and the batch under way was posted
@@ -101,7 +101,7 @@ interface Posting extends Context {
   more?(): Promise<void>;
 }
 
-/** Posts the journal as it grows, until it is stopped. Waits for whatever is wrong to end. */
+/** Posts the journal as it grows, until it is stopped. Waits while something is wrong. */
 export async function follow(
   { DATA_DIR, ID_DAYS }: Pick<SettingsOf<"processor">, "DATA_DIR" | "ID_DAYS">,
   context: Context,

@@ -54,13 +54,13 @@ export interface Received {
   request: Request;
   reservation: Reservation;
   schema: EventSchema | null;
-  /** Called with each line that is no valid event. */
+  /** Called with each line that is not a valid event. */
   onRejected(invalid: InvalidEvent): void;
 }
 
 /**
  * The body of `POST /liveEvent` as a line of the journal, with the `Idempotency-Key` as its id. Throws a
- * Problem that says why it is no event.
+ * Problem that says why it is not an event.
  */
 export async function readEvent({ request, reservation, schema, onRejected }: Received) {
   requireType(request, "application/json");

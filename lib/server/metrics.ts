@@ -12,7 +12,7 @@ import { countQuarantine } from "../ledger/quarantine.ts";
 import { countPostings, openMeters } from "../metrics.ts";
 import type { PostedWatch } from "./posted.ts";
 
-/** After a failure the journal counts as not writable for so long: senders may retry only seldom. */
+/** After a failure the journal counts as not writable for this long: senders may retry only seldom. */
 const NOT_WRITABLE_MS = 600_000;
 /** The lines in quarantine are counted at most this often, and no more of them. */
 const QUARANTINE_EVERY_MS = 10_000;

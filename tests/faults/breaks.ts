@@ -842,7 +842,12 @@ export const BREAKS: readonly Break[] = [
     "ledger/upgrade",
   ),
   without("that 0.1.0 stops", "and attname = 'posted_at'", "and false", "ledger/upgrade"),
-  without("that a pause ends", "pause(null);", "", "ledger/inexact"),
+  without(
+    "that a pause ends",
+    'report({ type: "waiting", why, isPaused });',
+    'if (why !== null) report({ type: "waiting", why, isPaused });',
+    "ledger/inexact",
+  ),
   without("the exit code of a ledger that is refused", "isRefused ? 2 : 3", "3", "ledger/inexact"),
   // Files and pipes as they are found.
   without(
@@ -852,14 +857,14 @@ export const BREAKS: readonly Break[] = [
     "unit/formats",
   ),
   without(
-    "that bytes which are no event do not pass for sent",
+    "that bytes which are not an event do not pass for sent",
     "total.hasLeftOver = true; const what",
     "const what",
     "client/client",
     "client/input",
   ),
   without(
-    "that bytes which are no event do not pass for posted",
+    "that bytes which are not an event do not pass for posted",
     'tell(report.line, "warn"); hasLeftOver = true;',
     'tell(report.line, "warn");',
     "client/input",
