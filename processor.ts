@@ -58,12 +58,7 @@ async function main(): Promise<number> {
       return await runTool(tool, { files, yes: options["yes"] === true, gone, asked, settings });
     }
     log?.info({ settings: maskSettings(settings) }, "started");
-    const monitors = isFollowing && settings.METRICS_PORT !== undefined;
-    await using monitor = monitors
-      ? (await import("./lib/processor/monitor.ts")).openMonitor(settings)
-      : null;
-    if (monitor) tell(`metrics on ${monitor.url}/metrics`);
-    const code = await runJob({ settings, files }, { stop: stop.signal, tell, monitor });
+    const code = await runJob({ settings, files }, stop.signal, tell);
     log?.info("stopped");
     return code;
   } finally {

@@ -13,8 +13,6 @@ import type { Report } from "./supervisor.ts";
 
 type Settings = Pick<SettingsOf<"processor">, "HOST" | "METRICS_PORT" | "DATA_DIR">;
 
-export type Monitor = ReturnType<typeof openMonitor>;
-
 /** Listens until it is disposed. Throws one line that names what is wrong with the address. */
 export function openMonitor({ HOST: hostname, METRICS_PORT: port, DATA_DIR }: Settings) {
   const path = join(DATA_DIR, JOURNAL_FILE);

@@ -1,8 +1,8 @@
 /** A run of the processor as a command sees it: its signals, progress, summary and exit code. */
 import { basename } from "node:path";
 
+import type { SettingsOf } from "../config.ts";
 import { counted, percent, print, type Progress, showProgress, STOPPED } from "../progress.ts";
-import type { Monitor } from "./monitor.ts";
 import { acquireProcessorLock, type Job, QUARANTINE_REASONS, supervise } from "./supervisor.ts";
 
 /** Tells the person who waits, or the log. */
@@ -13,11 +13,17 @@ export type Tell = (line: string, level?: "info" | "warn" | "error") => void;
  * exit code.
  */
 export async function runJob(
-  job: Job,
-  { stop, tell, monitor }: { stop: AbortSignal; tell: Tell; monitor?: Monitor | null },
+  job: Job & { settings: SettingsOf<"processor"> },
+  stop: AbortSignal,
+  tell: Tell,
 ): Promise<number> {
-  const { DATA_DIR: dataDir } = job.settings;
+  const { DATA_DIR: dataDir, METRICS_PORT } = job.settings;
   const isFollowing = job.files.length === 0;
+  await using monitor =
+    isFollowing && METRICS_PORT !== undefined
+      ? (await import("./monitor.ts")).openMonitor(job.settings)
+      : null;
+  if (monitor) tell(`metrics on ${monitor.url}/metrics`);
   if (isFollowing && !(await acquireProcessorLock(dataDir, stop, tell))) return 0;
 
   const startedMs = performance.now();
