@@ -181,14 +181,11 @@ test("a stream that nobody reads holds no connection to Postgres and little memo
 test("a stream of which nothing is taken for the time it may stall is broken off, and makes room for another", async () => {
   await using balances = await openBalances(20_000);
   const database = openDatabase(() => balances.ledger.url, "test", 1);
-  const reading = openReading(database, { stalledMs: 500 });
-  const stream = () => reading.stream("application/x-ndjson", false);
-  const taken = await Promise.all(Array.from({ length: 50 }, stream));
-  await expect(stream()).rejects.toThrow("too many streams");
-  const slow = taken[0]?.body?.getReader();
-  expect((await slow?.read())?.done).toBe(false);
-  const next = await until(() => stream().catch(() => null));
-  await expect(slow?.closed).rejects.toThrow("the reader takes nothing");
-  expect((await next.text()).split("\n")).toHaveLength(20_000 + ODD.length + 1);
+  const reading = openReading(database, { stalledMs: 20 });
+  // More than there may be at once.
+  for (let i = 0; i < 60; i++) {
+    const { body } = await reading.stream("application/x-ndjson", false);
+    await expect(body?.getReader().closed).rejects.toThrow("the reader takes nothing");
+  }
   await database.close();
 });
