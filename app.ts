@@ -44,7 +44,7 @@ async function main(): Promise<number> {
   const log = openLog(settings.LOG_LEVEL);
   const logLine = (line: string) => log.info(line);
   const access = readAccess(settings, log);
-  const schema = await openSchema(settings);
+  const schema = await openSchema(settings, log);
   const isHttps = readCertificate(settings) !== null; // throws before anything is created
   const { note = null } = databaseUrl ? parseDatabaseUrl(databaseUrl) : {};
   if (note) log.info(note);
@@ -120,10 +120,10 @@ function handleSignals(log: Log) {
   return { stop, onReload: (work: () => void) => (reload = work) };
 }
 
-/** Sets the event types. Loads the schema compiler only where a schema is set. */
-async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings) {
+/** Sets the event types. Starts what validates events only where a schema is set. */
+async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings, log: Log) {
   setEventTypes(EVENT_TYPES);
-  return path ? (await import("./lib/server/event-schema.ts")).openEventSchema(path) : null;
+  return path ? (await import("./lib/server/event-schema.ts")).openEventSchema(path, log) : null;
 }
 
 /** The embedded Postgres; `null` if the start is stopped before it runs. */
