@@ -15,7 +15,7 @@ import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { type Log, openLog } from "./lib/log.ts";
 import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
-import { say } from "./lib/progress.ts";
+import { sayLines } from "./lib/progress.ts";
 import { announce, readServer } from "./lib/server/announce.ts";
 import { createApi, type Parts } from "./lib/server/api.ts";
 import { readAccess } from "./lib/server/auth.ts";
@@ -171,7 +171,7 @@ function aborted(signal: AbortSignal): Promise<null> {
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say((error as Error).message);
+    sayLines((error as Error).message);
     return error instanceof InvalidSetting || error instanceof LedgerRefused ? 2 : 1;
   });
   process.exit();
