@@ -15,17 +15,16 @@ import { eachEventFrom, withoutBom } from "../event/lines.ts";
 import { watchArrivals } from "./arrivals.ts";
 import type { EventSchema } from "./event-schema.ts";
 import { Gather } from "./gather.ts";
+import { MAX_ANSWER_BYTES } from "./held-answer.ts";
 import { REQUEST_BYTES, type Reservation } from "./memory.ts";
 import { Problem } from "./problem.ts";
-import { nextTurn, SLICE_WORK } from "./turns.ts";
+import { nextTurn, oneAtATime, SLICE_WORK } from "./turns.ts";
 import { zstdContentBytes } from "./zstd.ts";
 
 /** The limit of a body of many events, as sent and decompressed. */
 export const MAX_EVENTS_BYTES = 16 * 1024 * 1024;
 /** A body that announces no more than what each request reserves is read in one go: chunks cost more. */
 const MAX_SMALL_BYTES = REQUEST_BYTES;
-/** An answer is below 1 MiB, whatever it lists. */
-const MAX_ANSWER_BYTES = 1024 * 1024 - 4096;
 /** Compression makes incompressible bytes slightly larger. */
 const COMPRESSION_OVERHEAD_BYTES = 64 * 1024;
 /** Chunks read between two turns of the event loop. */
@@ -42,6 +41,7 @@ const QUOTED_KEY = /^"((?:[ !#-[\]-~]|\\["\\])*)"$/;
 const JOINED = /,[ \t]/;
 
 const arrivals = watchArrivals();
+const inTurn = oneAtATime();
 
 type Decompress = (bytes: Uint8Array, limit: { maxOutputLength: number }) => Promise<Buffer>;
 const DECOMPRESS = new Map<string, Decompress>([
@@ -276,17 +276,21 @@ async function decompressed(request: Request, reservation: Reservation): Promise
   if (!decompress) return bytes;
   const minBytes = coding === "zstd" ? await zstdContentBytes(bytes) : 0;
   if (minBytes === null) throw new Problem(400, "the body is not complete zstd");
-  reservation.reserveLarge(MAX_EVENTS_BYTES);
-  try {
-    const content = await decompress(bytes, { maxOutputLength: MAX_EVENTS_BYTES });
-    // Seen once in 70,000: all but the first frame was missing.
-    if (content.length < minBytes) throw new Error("some of it is missing");
-    return content;
-  } catch (error) {
-    if ((error as { code?: string }).code === "ERR_BUFFER_TOO_LARGE")
-      throw tooLarge(MAX_EVENTS_BYTES);
-    throw new Problem(400, `the body is not valid ${coding}`);
-  }
+  // Nobody knows how large it will be: four small bodies at once would need the memory of the largest.
+  return inTurn(async () => {
+    reservation.reserveLarge(MAX_EVENTS_BYTES);
+    try {
+      const content = await decompress(bytes, { maxOutputLength: MAX_EVENTS_BYTES });
+      // Seen once in 70,000: all but the first frame was missing.
+      if (content.length < minBytes) throw new Error("some of it is missing");
+      reservation.release(MAX_EVENTS_BYTES - content.length);
+      return content;
+    } catch (error) {
+      if ((error as { code?: string }).code === "ERR_BUFFER_TOO_LARGE")
+        throw tooLarge(MAX_EVENTS_BYTES);
+      throw new Problem(400, `the body is not valid ${coding}`);
+    }
+  });
 }
 
 /** The bytes of the body, read only as far as `limit` and the memory budget allow, and not for ever. */

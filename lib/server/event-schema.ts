@@ -13,6 +13,7 @@ import { InvalidSetting } from "../config.ts";
 import type { Fault } from "../event/event.ts";
 import { type Log, watchHealth } from "../log.ts";
 import { unavailable } from "./problem.ts";
+import { oneAtATime } from "./turns.ts";
 import type { Ready, Setup, Turn, Validated } from "./validator.ts";
 
 /** Processor time of one event, where the system reports it: an honest one of 64 KiB takes 5 ms. */
@@ -44,7 +45,7 @@ export async function openEventSchema(path: string, log: Log) {
     );
   const health = watchHealth(log, "warn", "");
   let validator: Validator | null = null;
-  let lastTurn: Promise<unknown> = Promise.resolve();
+  const inTurn = oneAtATime();
   const { invalid } = await start();
   if (invalid)
     throw new InvalidSetting(
@@ -66,7 +67,7 @@ export async function openEventSchema(path: string, log: Log) {
         const faults = new Map<number, Fault[]>();
         let next = 0;
         while (2 * next < ranges.length && spentMs < MAX_BODY_MS) {
-          const turn = await inTurn({ bytes, ranges, first: next });
+          const turn = await inTurn(() => take({ bytes, ranges, first: next }));
           for (const [line, found] of turn.faults) faults.set(line, found);
           spentMs += turn.ms;
           next = turn.next;
@@ -86,12 +87,6 @@ export async function openEventSchema(path: string, log: Log) {
     });
     validator = started;
     return (await started.ask({ document, progressPath: started.progressPath })) as Ready;
-  }
-
-  function inTurn(turn: Turn): Promise<Validated & { slow?: number }> {
-    const taken = lastTurn.then(() => take(turn));
-    lastTurn = taken.catch(() => {});
-    return taken;
   }
 
   async function take(turn: Turn): Promise<Validated & { slow?: number }> {
