@@ -16,7 +16,7 @@ import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { type Log, openLog } from "./lib/log.ts";
 import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
-import { say } from "./lib/progress.ts";
+import { sayLines } from "./lib/progress.ts";
 import { announce, readServer } from "./lib/server/announce.ts";
 import { createApi, type Parts } from "./lib/server/api.ts";
 import { readAccess } from "./lib/server/auth.ts";
@@ -45,7 +45,7 @@ async function main(): Promise<number> {
   const log = openLog(settings.LOG_LEVEL);
   const logLine = (line: string) => log.info(line);
   const access = readAccess(settings, log);
-  const schema = await openSchema(settings);
+  const schema = await openSchema(settings, log);
   const isHttps = readCertificate(settings) !== null; // throws before anything is created
   const { note = null } = databaseUrl ? parseDatabaseUrl(databaseUrl) : {};
   if (note) log.info(note);
@@ -121,10 +121,10 @@ function handleSignals(log: Log) {
   return { stop, onReload: (work: () => void) => (reload = work) };
 }
 
-/** Sets the event types. Loads the schema compiler only where a schema is set. */
-async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings) {
+/** Sets the event types. Starts what validates events only where a schema is set. */
+async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings, log: Log) {
   setEventTypes(EVENT_TYPES);
-  return path ? (await import("./lib/server/event-schema.ts")).openEventSchema(path) : null;
+  return path ? (await import("./lib/server/event-schema.ts")).openEventSchema(path, log) : null;
 }
 
 /** The embedded Postgres; `null` if the start is stopped before it runs. */
@@ -172,7 +172,7 @@ function aborted(signal: AbortSignal): Promise<null> {
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say(explain(error));
+    sayLines(explain(error));
     return error instanceof InvalidSetting || error instanceof LedgerRefused ? 2 : 1;
   });
   process.exit();

@@ -21,7 +21,7 @@ import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { openCluster } from "./lib/postgres/cluster.ts";
 import { runJob, type Tell } from "./lib/processor/run.ts";
 import type { ToolName } from "./lib/processor/tools.ts";
-import { say } from "./lib/progress.ts";
+import { say, sayLines, visible } from "./lib/progress.ts";
 import { parseTime, TIME_RULE } from "./lib/time.ts";
 
 async function main(): Promise<number> {
@@ -138,14 +138,14 @@ function toolOf(options: Options): ToolName | null {
   if (quarantine === "list" || quarantine === "retry" || quarantine === "dismiss")
     return quarantine;
   const known = "use --quarantine, --quarantine=retry or --quarantine=dismiss";
-  throw new InvalidUse(`--quarantine=${quarantine} is unknown: ${known}`);
+  throw new InvalidUse(`--quarantine=${visible(quarantine as string)} is unknown: ${known}`);
 }
 
 /** What --history asks for. Throws InvalidUse. */
 function readAsked({ history, from, to }: Options) {
   const read = (name: string, text: Options[string], otherwise: number) => {
     const ms = text === undefined ? otherwise : parseTime(String(text));
-    if (ms === undefined) throw new InvalidUse(`--${name}=${text}: ${TIME_RULE}`);
+    if (ms === undefined) throw new InvalidUse(`--${name}=${visible(String(text))}: ${TIME_RULE}`);
     return ms;
   };
   const toMs = read("to", to, Number.POSITIVE_INFINITY);
@@ -160,16 +160,18 @@ async function whyUnreadable(file: string, tool: ToolName | null): Promise<strin
     const { problem, head, compression } = await inspectFile(file);
     const found =
       problem ?? (await explainPiece(file, { head, isCompressed: compression !== null }));
-    return found && `${file}: ${found}`;
+    return found && `${visible(file)}: ${found}`;
   }
-  if (stat) return `${file}: not a regular file`;
+  if (stat) return `${visible(file)}: not a regular file`;
   // While a journal begins its next file, no file has this name.
-  return (await openJournalReader(file).catch(() => null)) ? null : `${file}: no such file`;
+  return (await openJournalReader(file).catch(() => null))
+    ? null
+    : `${visible(file)}: no such file`;
 }
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say(explain(error));
+    sayLines(explain(error));
     return error instanceof InvalidUse ? 2 : 3;
   });
   process.exit();

@@ -7,6 +7,7 @@ import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 
 import { version } from "../package.json";
+import { say } from "./progress.ts";
 
 type Program = "app" | "processor" | "client";
 
@@ -388,7 +389,7 @@ export function readCommand<P extends Program>(command: Command<P>) {
   }
   if (misuse || invalid.length > 0) {
     const usage = misuse ? [misuse, `usage: ${command.usage}`] : [];
-    process.stderr.write(`${[...invalid, ...usage].join("\n")}\n`);
+    for (const line of [...invalid, ...usage]) say(line);
     process.exit(2);
   }
   return { settings: settings as SettingsOf<P>, options, files };

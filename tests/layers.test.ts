@@ -21,7 +21,7 @@ const MAY_IMPORT: Record<string, string[]> = {
 const OWNERS: Record<string, string[]> = {
   "@elysiajs/openapi": ["server/api.ts"],
   "@sinclair/typebox": ["server/openapi.ts"],
-  ajv: ["server/event-schema.ts"],
+  ajv: ["server/validator.ts"],
   "bun:sqlite": ["lock.ts"],
   elysia: ["server/api.ts", "server/listener.ts", "server/problem.ts"],
   jose: ["server/token.ts"],

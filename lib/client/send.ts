@@ -58,6 +58,8 @@ const FAST_MS = 5_000;
  * chunk. If none is, the source itself has less than before.
  */
 const MAX_PASSED_OVER = 16;
+/** A server that says it has every source would be asked for ever. */
+const MAX_GENERATIONS = 10_000;
 /** How much of what was sent last is compared with the file before more is sent. */
 const TAIL_BYTES = 4096;
 
@@ -410,6 +412,8 @@ async function findSource(options: FileOptions, input: Input) {
     const state = await api.state(source);
     if (!state) break;
     known.push({ source, state, offset: state.offset, digest: state.digest });
+    if (generation > MAX_GENERATIONS)
+      throw new UploadFailed(`the server has more than ${MAX_GENERATIONS} sources named ${name}`);
     source = `${name}#${generation}`;
     if (!isText(source, MAX_SOURCE_BYTES)) break; // a name this long cannot exist
   }

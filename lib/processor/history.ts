@@ -23,6 +23,7 @@ import {
   type Recountable,
   withRecountLock,
 } from "../ledger/reconcile.ts";
+import { visible } from "../progress.ts";
 import {
   describeMissing,
   locateSources,
@@ -176,7 +177,7 @@ function describe({ source, atMs, place, change, amount, why }: Entry, balance: 
 /** A line of columns on a terminal, else of NDJSON. */
 function shown(fields: Record<string, string | number | null>): string {
   if (!process.stdout.isTTY) return JSON.stringify(fields);
-  const text = (value: string | number | null) => `${value ?? "-"}`.replace(/\p{C}/gu, "\ufffd");
+  const text = (value: string | number | null) => visible(`${value ?? "-"}`);
   const { at, position, line, id, name, value, balance, ...rest } = fields;
   if (name === undefined)
     return Object.entries(fields)

@@ -35,7 +35,7 @@ import {
   withRecountLock,
 } from "../ledger/reconcile.ts";
 import { openPointTally, type PointTally } from "../ledger/points.ts";
-import { showProgress } from "../progress.ts";
+import { showProgress, visible } from "../progress.ts";
 import { linesOf } from "./batches.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
@@ -132,7 +132,7 @@ export async function snapshotUpTo(
     const { tally, points, firstInvalid } = recount;
     if (firstInvalid)
       refuse(
-        `the line at position ${firstInvalid.position} of ${key} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
+        `the line at position ${firstInvalid.position} of ${visible(key)} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
       );
     await points.keep();
     await extendSnapshot(sql, tally, { key, position });
@@ -176,8 +176,9 @@ function rangeOf({ checkpoint }: Source): Range {
 }
 
 export function describeMissing({ key, position }: Checkpoint): string {
-  const { name, generation } = parseKey(key);
-  const gone = `; if it is gone for good, --retire ${key} keeps what it has added`;
+  const { name: given, generation } = parseKey(key);
+  const name = visible(given);
+  const gone = `; if it is gone for good, --retire ${visible(key)} keeps what it has added`;
   return generation === null
     ? `missing: journal ${name}, which has been posted; add the path of its eventsPost.jsonl${gone}`
     : `missing: the first ${position} bytes of file ${name}, which have been posted; add its path${gone}`;

@@ -4,6 +4,7 @@
  */
 import { readBalances, readLargestBalances, type UserBalance } from "../ledger/balances.ts";
 import type { Database } from "../ledger/database.ts";
+import { fitting } from "./held-answer.ts";
 import { invalidQuery, unavailable } from "./problem.ts";
 
 export const MAX_LISTED_USERS = 1_000;
@@ -59,8 +60,8 @@ export function openBalances(database: Database, { stalledMs = STALLED_MS } = {}
       const after = cursor === undefined ? "" : decodeCursor(cursor);
       // One more than asked for says whether there is a next page.
       const rows = await readBalances(database, { after, limit: limit + 1 });
-      const users = rows.slice(0, limit);
-      const next = rows.length > limit ? encodeCursor(users.at(-1) as UserBalance) : null;
+      const users = fitting(rows.slice(0, limit));
+      const next = rows.length > users.length ? encodeCursor(users.at(-1) as UserBalance) : null;
       return { users, next };
     },
 
