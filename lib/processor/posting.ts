@@ -13,7 +13,8 @@ import { join } from "node:path";
 import type { SettingsOf } from "../config.ts";
 import { getEventTypes } from "../event/event.ts";
 import { keyedDigest } from "../event/keyed-digest.ts";
-import { openJournalReader, openNamedJournal } from "../journal/reader.ts";
+import { JournalUnavailable } from "../journal/format.ts";
+import { type JournalReader, openJournalReader, openNamedJournal } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { openPruning } from "../ledger/boundary.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
@@ -98,51 +99,62 @@ interface Posting extends Context {
   more?(): Promise<void>;
 }
 
-/** Posts the journal as it grows, until it is stopped. Waits for whatever is wrong to end. */
+/** Posts the journal in DATA_DIR as it grows, until it is stopped. */
 export async function follow(
   { DATA_DIR, ID_DAYS }: Pick<SettingsOf<"processor">, "DATA_DIR" | "ID_DAYS">,
   context: Context,
 ): Promise<void> {
-  const { database, stop, report } = context;
   const path = join(DATA_DIR, JOURNAL_FILE);
   const directory = watchDirectory(DATA_DIR);
-  stop.addEventListener("abort", directory.close);
+  context.stop.addEventListener("abort", directory.close);
+  const open = () => openJournalReader(path);
+  const upkeep = openUpkeep(context, ID_DAYS);
+  await followJournal({ path, open, next: directory.next, upkeep }, context);
+}
+
+/** A journal that is followed. */
+export interface Followed {
+  /** For messages. */
+  path: string;
+  /** `null` if it is not there yet. */
+  open(): Promise<JournalReader | null>;
+  /** Waits until there may be more. */
+  next(): Promise<void>;
+  upkeep: Upkeep;
+  /** Whether it is left to another processor that posts it. */
+  isShared?: boolean;
+}
+
+/** Posts a journal as it grows, until it is stopped, or left to another processor. Waits for whatever is wrong to end. */
+export async function followJournal(
+  { path, open, next, upkeep, isShared = false }: Followed,
+  context: Context,
+): Promise<void> {
+  const { stop, report } = context;
   let trouble = "";
   let paused: string | null | undefined;
-  const age = openAging(database);
-  const prune = openPruning(database, ID_DAYS);
-  const noteQuarantined = openQuarantineNotice((line) =>
-    report({ type: "say", level: "warn", line }),
-  );
-  let agingDueMs = 0;
   const posting: Posting = {
     ...context,
     ...startOfPosting(),
     async open(counted) {
-      const journal = await openJournalReader(path);
-      if (!journal) await directory.next();
-      return journal && openJournalBatches({ path, ...posting, counted }, journal);
+      const journal = await open();
+      if (!journal) await next();
+      return journal && openJournalBatches({ path, ...posting, counted, reopen: open }, journal);
     },
     posted(posted) {
-      noteQuarantined(posted.quarantined);
+      upkeep.noteQuarantined(posted.quarantined);
       works();
       report(posted);
     },
-    /** Deletes old ids, some at a time, so that no posting waits for long. */
-    async between() {
-      noteQuarantined();
-      if (performance.now() < agingDueMs) return;
-      await age();
-      while (await foldPoints(database));
-      agingDueMs = performance.now() + ((await prune()) ? 0 : AGE_EVERY_MS);
-    },
+    between: upkeep.between,
     more() {
       works();
-      return directory.next();
+      return next();
     },
   };
   while (!stop.aborted) {
     const attempted = await attempt(posting);
+    if (attempted.state === "elsewhere" && isShared) return;
     if (attempted.state !== "failed") continue;
     const { isTransient, error } = attempted;
     const { message } = error;
@@ -164,6 +176,35 @@ export async function follow(
     if (why !== paused) report({ type: "paused", why });
     paused = why;
   }
+}
+
+/** What a processor does beside posting, between two batches. */
+export type Upkeep = ReturnType<typeof openUpkeep>;
+
+export function openUpkeep({ database, report }: Context, idDays: number) {
+  const age = openAging(database);
+  const prune = openPruning(database, idDays);
+  const noteQuarantined = openQuarantineNotice((line) =>
+    report({ type: "say", level: "warn", line }),
+  );
+  let agingDueMs = 0;
+  return {
+    noteQuarantined,
+    /** Deletes old ids, some at a time, so that no posting waits for long. */
+    async between(): Promise<void> {
+      noteQuarantined();
+      if (performance.now() < agingDueMs) return;
+      agingDueMs = Number.POSITIVE_INFINITY; // nobody else begins meanwhile
+      try {
+        await age();
+        while (await foldPoints(database));
+        agingDueMs = performance.now() + ((await prune()) ? 0 : AGE_EVERY_MS);
+      } catch (error) {
+        agingDueMs = 0;
+        throw error;
+      }
+    },
+  };
 }
 
 /**
@@ -286,7 +327,8 @@ async function attempt(posting: Posting): Promise<Attempt> {
     if (ended.state === "refused") await searchRefused(ended, posting);
     return ended;
   } catch (error) {
-    const isTransient = error instanceof Unavailable && error.isTransient;
+    const isTransient =
+      error instanceof JournalUnavailable || (error instanceof Unavailable && error.isTransient);
     return { state: "failed", error: error as Error, isTransient };
   }
 }

@@ -9,9 +9,10 @@ export type Tell = (line: string, level?: "info" | "warn" | "error") => void;
 
 /** Runs the job in its Worker until `stop`, whose reason is the signal; shows its progress, and returns the exit code. */
 export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<number> {
-  const { DATA_DIR: dataDir } = job.settings;
+  const { DATA_DIR: dataDir, JOURNAL_URL } = job.settings;
   const isFollowing = job.files.length === 0;
-  if (isFollowing && !(await acquireProcessorLock(dataDir, stop, tell))) return 0;
+  // Any number follows a stream.
+  if (isFollowing && !JOURNAL_URL && !(await acquireProcessorLock(dataDir, stop, tell))) return 0;
 
   const startedMs = performance.now();
   const total = { events: 0, quarantined: 0, duplicates: 0, bytes: 0 };

@@ -14,6 +14,8 @@ import type { Job, Report } from "./supervisor.ts";
 
 /** The ledger is asked for this long whether it can be used, before it is waited for. */
 const REQUIRE_MS = 15_000;
+/** Journals of a stream that are posted at the same time. */
+const MAX_POSTINGS = 3;
 
 const stop = new AbortController();
 const report = (report: Report) => postMessage(report);
@@ -24,11 +26,14 @@ self.onmessage = ({ data }: MessageEvent<Job | "stop">) => {
 
 async function work(job: Job): Promise<void> {
   setEventTypes(job.settings.EVENT_TYPES);
-  const database = openDatabase(ledgerUrl(job.settings), "processor", 1);
+  const isStream = job.settings.JOURNAL_URL !== undefined;
+  const database = openDatabase(ledgerUrl(job.settings), "processor", isStream ? MAX_POSTINGS : 1);
   const context = { database, stop: stop.signal, report };
   try {
     if (!job.waitsForLedger) await requireLedger(database, REQUIRE_MS);
-    if (job.files.length === 0)
+    if (job.files.length === 0 && isStream)
+      await (await import("./streaming.ts")).followStream(job, context);
+    else if (job.files.length === 0)
       await Promise.all([follow(job.settings, context), deleteOldSegments(job)]);
     let isDone = true;
     for (const file of job.files) isDone &&= await postFile(file, context);

@@ -112,7 +112,7 @@ export function createApi(parts: Parts) {
   const { journal, database, access, schema, log, posted, metrics, live, isHttps } = parts;
   const authorize = openAuth(access, log);
   const budget = openMemoryBudget();
-  const sources = openSources(journal, database);
+  const sources = openSources(journal, database, posted.settle);
   const balances = openBalances(database);
   const journalHealth = watchHealth(log, "error", "journal: events are stored again");
   const databaseHealth = watchHealth(log, "warn", "database: available again");

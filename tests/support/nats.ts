@@ -1,0 +1,98 @@
+/** A NATS cluster of real servers, each with a store of its own, on free ports of loopback. */
+import { mkdirSync, writeFileSync } from "node:fs";
+
+import { closedPort, isInstalled, tempDir, until } from "./programs.ts";
+
+export const hasNats = isInstalled("nats-server");
+
+interface Options {
+  nodes?: number;
+  /** What is acknowledged is on the disk: "always"; the default of nats-server is "2m". */
+  sync?: string;
+  /** More lines of the configuration. */
+  more?: string;
+  /** The folder of a node's store. */
+  storeOf?(node: number): string;
+  /** The address at which a node is reached by the others and by clients, for a proxy. */
+  routeOf?(node: number, port: number): number;
+}
+
+/** Starts a cluster of three, or one server without a cluster. All are stopped when the test ends. */
+export async function openNats({
+  nodes: count = 3,
+  sync = "always",
+  more = "",
+  storeOf,
+  routeOf,
+}: Options = {}) {
+  const folder = tempDir();
+  const numbers = Array.from({ length: count }, (_, i) => i);
+  const ports = await Promise.all(numbers.map(() => closedPort()));
+  const routes = await Promise.all(numbers.map(() => closedPort()));
+  const monitors = await Promise.all(numbers.map(() => closedPort()));
+  const nodes = numbers.map((n) => {
+    const store = storeOf?.(n) ?? folder.file(`store${n}`);
+    mkdirSync(store, { recursive: true });
+    const others = numbers
+      .filter((other) => other !== n)
+      .map((other) => `nats://127.0.0.1:${routeOf?.(other, routes[other]!) ?? routes[other]}`);
+    const cluster =
+      count === 1
+        ? ""
+        : `cluster { name: test, listen: "127.0.0.1:${routes[n]}", routes: [${others.join()}], no_advertise: ${routeOf !== undefined} }`;
+    const path = folder.file(`node${n}.conf`);
+    writeFileSync(
+      path,
+      `server_name: node${n}
+       listen: "127.0.0.1:${ports[n]}"
+       http: "127.0.0.1:${monitors[n]}"
+       jetstream { store_dir: "${store}", sync_interval: ${sync}, max_mem: 64MB, max_file: 4GB }
+       ${cluster}
+       ${more}`,
+    );
+    let child: Bun.Subprocess | null = null;
+    const log = folder.file(`node${n}.log`);
+    const node = {
+      port: ports[n] as number,
+      store,
+      log,
+      start() {
+        child = Bun.spawn(["nats-server", "-c", path, "-l", log], {
+          stdio: ["ignore", "ignore", "ignore"],
+        });
+      },
+      async kill(signal: NodeJS.Signals = "SIGKILL") {
+        child?.kill(signal);
+        if (signal === "SIGSTOP" || signal === "SIGCONT") return;
+        await child?.exited;
+      },
+      /** Whether it serves, and its JetStream knows a leader. */
+      isReady: () =>
+        fetch(`http://127.0.0.1:${monitors[n]}/healthz?js-enabled-only=true`).then(
+          ({ ok }) => ok,
+          () => false,
+        ),
+      monitor: `http://127.0.0.1:${monitors[n]}`,
+    };
+    return node;
+  });
+  for (const node of nodes) node.start();
+  const ready = async () => {
+    for (const node of nodes) await until(node.isReady, 30_000);
+  };
+  await ready();
+  return {
+    nodes,
+    ready,
+    /** JOURNAL_URL of a stream. */
+    url: (stream = "daybook", login = "", scheme = "nats") =>
+      `${scheme}://${login}${ports.map((port) => `127.0.0.1:${port}`).join()}/${stream}`,
+    file: folder.file,
+    async [Symbol.asyncDispose]() {
+      for (const node of nodes) await node.kill();
+      folder[Symbol.dispose]();
+    },
+  };
+}
+
+export type Nats = Awaited<ReturnType<typeof openNats>>;
