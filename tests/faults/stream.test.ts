@@ -1,0 +1,154 @@
+/**
+ * Servers whose journal is a stream, while nodes, servers and processors are killed or stopped at random. Each
+ * event has a user of its own, so its balance says how often it counted.
+ *
+ * FAULT_ROUNDS=N makes it N times as long.
+ */
+import { expect, setDefaultTimeout, test } from "bun:test";
+
+import { event } from "../support/events.ts";
+import { openLedger } from "../support/ledger.ts";
+import { hasNats, type Nats, openNats } from "../support/nats.ts";
+import { until } from "../support/programs.ts";
+import { FAULT_ROUNDS as ROUNDS, seeded } from "../support/random.ts";
+import { count } from "./figures.ts";
+
+setDefaultTimeout(240_000 * ROUNDS);
+
+const SERVERS = 2;
+const SENDERS = 12;
+const FAULTS = 12 * ROUNDS;
+
+type Ledger = Awaited<ReturnType<typeof openLedger>>;
+type Server = Awaited<ReturnType<Ledger["start"]>>;
+
+test.if(hasNats)(
+  "no acknowledged event is lost, and none counts twice, whatever is killed",
+  seeded(async (random) => {
+    await using nats = await openNats();
+    await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    const servers = await Promise.all(Array.from({ length: SERVERS }, () => ledger.start()));
+    const acknowledged: string[] = [];
+    const uncertain: string[] = [];
+    let isOver = false;
+    let sent = 0;
+    const sender = async () => {
+      while (!isOver) {
+        const user = `u${sent++}`;
+        const server = servers[Math.floor(random() * SERVERS)] as Server;
+        const status = await post(server, user);
+        if (status === 201) acknowledged.push(user);
+        else uncertain.push(user);
+        if (status !== 201) await Bun.sleep(20);
+      }
+    };
+    const senders = Array.from({ length: SENDERS }, sender);
+    for (let fault = 0; fault < FAULTS; fault++) {
+      await Bun.sleep(300 + random() * 1500);
+      await FAULT_KINDS[Math.floor(random() * FAULT_KINDS.length)]!({
+        nats,
+        ledger,
+        servers,
+        random,
+      });
+    }
+    await nats.ready();
+    isOver = true;
+    await Promise.all(senders);
+    const counted = async () => {
+      const rows = await ledger.select<{ user: string; revenue: string }>(
+        `select user_id as user, revenue::text from users_revenue`,
+      );
+      const balances = new Map(rows.map(({ user, revenue }) => [user, revenue]));
+      return { rows, missing: acknowledged.filter((user) => !balances.has(user)) };
+    };
+    const isPosted = async () => (await counted()).missing.length === 0;
+    await until(isPosted, 60_000).catch(() => {});
+    const { rows, missing } = await counted();
+    for (const server of servers) await server[Symbol.asyncDispose]();
+    const journals = await ledger.select<{ n: number }>(
+      "select count(*)::int as n from checkpoints where source like 'journal:%'",
+    );
+    count("events acknowledged by a stream", acknowledged.length);
+    count("faults of a stream", FAULTS);
+    if (process.env["FAULT_SHOW"])
+      console.log({
+        acknowledged: acknowledged.length,
+        uncertain: uncertain.length,
+        journals,
+        known: rows.length,
+      });
+    expect(missing).toEqual([]);
+    expect(rows.filter(({ revenue }) => revenue !== "1")).toEqual([]);
+    expect(acknowledged.length).toBeGreaterThan(FAULTS);
+  }),
+);
+
+async function post(server: Server, user: string): Promise<number> {
+  try {
+    const signal = AbortSignal.timeout(12_000);
+    const response = await fetch(`${server.url}/liveEvent`, {
+      method: "POST",
+      headers: { authorization: "secret", "content-type": "application/json" },
+      body: event(user),
+      signal,
+    });
+    return response.status;
+  } catch {
+    return 0;
+  }
+}
+
+interface World {
+  nats: Nats;
+  ledger: Ledger;
+  servers: Server[];
+  random(): number;
+}
+
+const FAULT_KINDS: ((world: World) => Promise<void>)[] = [
+  async ({ nats, random }) => {
+    const node = nats.nodes[Math.floor(random() * nats.nodes.length)]!;
+    await node.kill();
+    await Bun.sleep(random() * 2000);
+    node.start();
+    await nats.ready();
+  },
+  async ({ nats, random }) => {
+    await Promise.all(nats.nodes.map((node) => node.kill()));
+    await Bun.sleep(random() * 1000);
+    for (const node of nats.nodes) node.start();
+    await nats.ready();
+  },
+  (world) => restart(world, "SIGKILL"),
+  (world) => restart(world, "SIGKILL"),
+  (world) => restart(world, "SIGTERM"),
+  async ({ servers, random }) => {
+    const server = servers[Math.floor(random() * servers.length)] as Server;
+    server.kill("SIGSTOP");
+    await Bun.sleep(random() * 4000);
+    server.kill("SIGCONT");
+  },
+  async ({ nats, random }) => {
+    const node = nats.nodes[Math.floor(random() * nats.nodes.length)]!;
+    await node.kill("SIGSTOP");
+    await Bun.sleep(random() * 4000);
+    await node.kill("SIGCONT");
+  },
+];
+
+async function restart({ ledger, servers, random }: World, signal: "SIGKILL" | "SIGTERM") {
+  const index = Math.floor(random() * servers.length);
+  const server = servers[index] as Server;
+  server.kill(signal);
+  await server.exit();
+  if (process.env["FAULT_SHOW"])
+    console.log(
+      server.stderr
+        .text()
+        .split("\n")
+        .filter((l) => !/settings|listening|send events|201 relies/.test(l))
+        .join("\n"),
+    );
+  servers[index] = await ledger.start();
+}
