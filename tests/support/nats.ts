@@ -1,5 +1,6 @@
 /** A NATS cluster of real servers, each with a store of its own, on free ports of loopback. */
 import { mkdirSync, writeFileSync } from "node:fs";
+import { connect, createServer, type Socket } from "node:net";
 
 import { closedPort, isInstalled, tempDir, until } from "./programs.ts";
 
@@ -96,3 +97,48 @@ export async function openNats({
 }
 
 export type Nats = Awaited<ReturnType<typeof openNats>>;
+
+/**
+ * A proxy to a port of loopback. Once a client has sent the text given to `muteAfter`, or after `mute`, it
+ * passes no answers on; after `cut` it drops every connection and accepts none, until `mend`.
+ */
+export async function openTcpProxy(port: () => number) {
+  const open = new Set<Socket>();
+  let state: "open" | "mute" | "cut" = "open";
+  let muteAfter: string | null = null;
+  const server = createServer((client) => {
+    if (state === "cut") return void client.destroy();
+    const node = connect(port(), "127.0.0.1");
+    for (const [from, to] of [
+      [client, node],
+      [node, client],
+    ] as const) {
+      open.add(from);
+      from.on("error", () => {}).on("close", () => (open.delete(from), to.destroy()));
+      from.on("data", (bytes) => {
+        if (from === node && state === "mute") return;
+        to.write(bytes);
+        if (from === client && muteAfter && bytes.includes(muteAfter)) {
+          state = "mute";
+          muteAfter = null;
+        }
+      });
+    }
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const cut = () => {
+    state = "cut";
+    for (const socket of open) socket.destroy();
+  };
+  return {
+    port: (server.address() as { port: number }).port,
+    cut,
+    mute: () => void (state = "mute"),
+    muteAfter: (text: string) => void (muteAfter = text),
+    mend: () => void (state = "open"),
+    async [Symbol.asyncDispose]() {
+      cut();
+      await new Promise((resolve) => server.close(resolve));
+    },
+  };
+}
