@@ -19,8 +19,8 @@
  *
  * In a stream, bytes of a source are accepted only after bytes that are posted, or that this server's own
  * journal holds: those that another journal holds may be posted later than what follows them, and would then
- * not count. So of a source that is not in memory, a server waits until all that the stream holds is posted;
- * and when its journal becomes another one, it forgets all sources.
+ * not count. So unless it has itself stored what precedes them, a server waits until all that the stream holds
+ * is posted; and when its journal becomes another one, it forgets all sources.
  *
  * Stale knowledge here never causes double counting: another server may have stored more of a source,
  * but bytes that are stored twice are posted once, because the ledger decides.
@@ -48,7 +48,7 @@ const MAX_KNOWN_SOURCES = 10_000;
 /** Hashed between two turns of the event loop: 4 ms where the processor does not help. */
 const HASH_SLICE_BYTES = 1024 * 1024;
 
-/** A source that is not in memory waits this long until all that the stream holds is posted. */
+/** It is waited for this long until all that the stream holds is posted. */
 const SETTLE_MS = 5_000;
 const LF = 10;
 
@@ -121,7 +121,9 @@ export function openSources(journal: Journal, database: Database, settle: Posted
   async function stateOf(name: string): Promise<Known | null> {
     if (isShared) {
       forgetOthers();
-      if (!known.has(name)) await settle(SETTLE_MS);
+      await settle(SETTLE_MS).catch((error) => {
+        if (!known.has(name)) throw error;
+      });
     } else if (marks === "unread") await readTailOnce();
     const inLedger = await readPostedState(name);
     const here = known.get(name) ?? null;

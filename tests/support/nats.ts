@@ -2,6 +2,8 @@
 import { mkdirSync, writeFileSync } from "node:fs";
 import { connect, createServer, type Socket } from "node:net";
 
+import { connect as connectNats } from "@nats-io/transport-node";
+
 import { closedPort, isInstalled, tempDir, until } from "./programs.ts";
 
 export const hasNats = isInstalled("nats-server");
@@ -89,6 +91,23 @@ export async function openNats({
     url: (stream = "daybook", login = "", scheme = "nats") =>
       `${scheme}://${login}${ports.map((port) => `127.0.0.1:${port}`).join()}/${stream}`,
     file: folder.file,
+    /** Changes the configuration of a stream, as an operator does. */
+    async edit(stream: string, changes: object): Promise<void> {
+      const nc = await connectNats({ servers: `127.0.0.1:${ports[0]}` });
+      const ask = async (subject: string, request: object) =>
+        (
+          await nc.request(`$JS.API.STREAM.${subject}.${stream}`, JSON.stringify(request), {
+            timeout: 5_000,
+          })
+        ).json<{
+          config: object;
+          error?: { description: string };
+        }>();
+      const { config } = await ask("INFO", {});
+      const { error } = await ask("UPDATE", { ...config, ...changes });
+      await nc.close();
+      if (error) throw new Error(error.description);
+    },
     async [Symbol.asyncDispose]() {
       for (const node of nodes) await node.kill();
       folder[Symbol.dispose]();
