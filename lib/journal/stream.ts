@@ -377,9 +377,10 @@ async function requireStream(nc: NatsConnection, url: JournalUrl, say: (line: st
     say(
       `nats-server ${version} is older than ${TESTED_VERSION}, with which this version was tested`,
     );
-  if (Number(config["num_replicas"]) < 3)
+  const kept = Number(config["num_replicas"]);
+  if (kept < 3)
     say(
-      `stream ${name} has ${config["num_replicas"]} replica(s): an event is lost with the disk that holds it; a cluster of three keeps three`,
+      `stream ${name} has ${kept} ${kept === 1 ? "replica" : "replicas"}: an event is lost with the disk that holds it; a cluster of three keeps three`,
     );
   say(
     `stream ${name}: an answer 201 relies on "sync_interval: always" of every nats-server; ` +
@@ -537,12 +538,14 @@ function publishError({ err_code: code = 0, description = "" }: ApiError): Publi
 }
 
 function isAuthError(error: unknown): boolean {
+  const kinds = [AuthorizationError, UserAuthenticationExpiredError, PermissionViolationError];
+  return kinds.some((kind) => isOf(error, kind));
+}
+
+/** Whether an error, or what caused it, is of this kind. */
+function isOf(error: unknown, kind: new (...args: never[]) => Error): boolean {
   const { cause } = error as { cause?: unknown };
-  return (
-    error instanceof AuthorizationError ||
-    error instanceof UserAuthenticationExpiredError ||
-    cause instanceof PermissionViolationError
-  );
+  return error instanceof kind || (cause instanceof Error && isOf(cause, kind));
 }
 
 /** Throws InvalidSetting if the file cannot be used, or what it holds has expired. */
@@ -574,11 +577,11 @@ function readExpiry(path: string): number | null {
 /** One line about a failure, without a secret. */
 function explain(error: unknown, url?: JournalUrl): string {
   const { message, name } = error as Error;
-  if (error instanceof UserAuthenticationExpiredError)
+  if (isOf(error, UserAuthenticationExpiredError))
     return `the credentials${url?.creds ? ` in ${url.creds}` : ""} have expired`;
-  if (error instanceof AuthorizationError)
+  if (isOf(error, AuthorizationError))
     return `the server refuses ${url?.creds ? `the credentials in ${url.creds}` : "the user or password"}`;
-  if (error instanceof NoRespondersError)
+  if (isOf(error, NoRespondersError))
     return "nobody answers: JetStream is not enabled for this account, or the stream has no leader now";
   if (name === "TimeoutError" || message === "timeout") return "no answer in time";
   return (message || name).split("\n")[0] as string;

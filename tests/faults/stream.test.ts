@@ -5,8 +5,9 @@
  * FAULT_ROUNDS=N makes it N times as long.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
+import { createHash } from "node:crypto";
 
-import { event } from "../support/events.ts";
+import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
 import { hasNats, type Nats, openNats } from "../support/nats.ts";
 import { until } from "../support/programs.ts";
@@ -17,6 +18,7 @@ setDefaultTimeout(240_000 * ROUNDS);
 
 const SERVERS = 2;
 const SENDERS = 12;
+const SOURCES = 3;
 const FAULTS = 12 * ROUNDS;
 
 type Ledger = Awaited<ReturnType<typeof openLedger>>;
@@ -42,7 +44,36 @@ test.if(hasNats)(
         if (status !== 201) await Bun.sleep(20);
       }
     };
-    const senders = Array.from({ length: SENDERS }, sender);
+    /** Sends a source piece by piece, to any server; after a failure it asks where the source stands. */
+    const sourceSender = async (_: unknown, number: number) => {
+      let text = "";
+      const pieces: { to: number; users: string[] }[] = [];
+      for (let from = 0, isSure = true; !isOver || from < text.length;) {
+        const server = servers[Math.floor(random() * SERVERS)] as Server;
+        if (!isSure) {
+          const offset = await askOffset(server, `f${number}`);
+          if (offset === null) {
+            await Bun.sleep(100);
+            continue;
+          }
+          from = offset;
+          isSure = true;
+        }
+        if (from === text.length) {
+          const users = Array.from({ length: 5 }, (_, i) => `s${number}-${pieces.length}-${i}`);
+          text += users.map((user) => line(user)).join("");
+          pieces.push({ to: text.length, users });
+        }
+        isSure = (await patch(server, `f${number}`, text, from)) === 200;
+        if (isSure) from = text.length;
+        await Bun.sleep(20);
+      }
+      acknowledged.push(...pieces.flatMap(({ users }) => users));
+    };
+    const senders = [
+      ...Array.from({ length: SENDERS }, sender),
+      ...Array.from({ length: SOURCES }, sourceSender),
+    ];
     for (let fault = 0; fault < FAULTS; fault++) {
       await Bun.sleep(300 + random() * 1500);
       await FAULT_KINDS[Math.floor(random() * FAULT_KINDS.length)]!({
@@ -96,6 +127,41 @@ async function post(server: Server, user: string): Promise<number> {
     return response.status;
   } catch {
     return 0;
+  }
+}
+
+async function patch(server: Server, name: string, text: string, from: number): Promise<number> {
+  try {
+    const response = await fetch(`${server.url}/sources/${name}`, {
+      method: "PATCH",
+      headers: {
+        authorization: "secret",
+        "content-type": "application/x-ndjson",
+        "upload-offset": `${from}`,
+        "source-digest": createHash("sha256").update(text).digest("hex"),
+      },
+      body: text.slice(from),
+      signal: AbortSignal.timeout(12_000),
+    });
+    return response.status;
+  } catch {
+    return 0;
+  }
+}
+
+/** How much of a source is stored; `null` if the server does not say. */
+async function askOffset(server: Server, name: string): Promise<number | null> {
+  try {
+    const headers = { authorization: "secret" };
+    const signal = AbortSignal.timeout(12_000);
+    const { status, headers: found } = await fetch(`${server.url}/sources/${name}`, {
+      method: "HEAD",
+      headers,
+      signal,
+    });
+    return status === 404 ? 0 : status === 204 ? Number(found.get("upload-offset")) : null;
+  } catch {
+    return null;
   }
 }
 

@@ -12,6 +12,7 @@ interface Options {
   nodes?: number;
   /** What is acknowledged is on the disk: "always"; the default of nats-server is "2m". */
   sync?: string;
+  hasJetStream?: boolean;
   /** More lines of the configuration. */
   more?: string;
   /** The folder of a node's store. */
@@ -24,6 +25,7 @@ interface Options {
 export async function openNats({
   nodes: count = 3,
   sync = "always",
+  hasJetStream = true,
   more = "",
   storeOf,
   routeOf,
@@ -49,7 +51,7 @@ export async function openNats({
       `server_name: node${n}
        listen: "127.0.0.1:${ports[n]}"
        http: "127.0.0.1:${monitors[n]}"
-       jetstream { store_dir: "${store}", sync_interval: ${sync}, max_mem: 64MB, max_file: 4GB }
+       ${hasJetStream ? `jetstream { store_dir: "${store}", sync_interval: ${sync}, max_mem: 64MB, max_file: 4GB }` : ""}
        ${cluster}
        ${more}`,
     );
@@ -80,10 +82,16 @@ export async function openNats({
     return node;
   });
   for (const node of nodes) node.start();
+  const isListening = (port: number) =>
+    new Promise<boolean>((resolve) => {
+      const socket = connect(port, "127.0.0.1", () => (socket.destroy(), resolve(true)));
+      socket.on("error", () => resolve(false));
+    });
+  for (const { port } of nodes) await until(() => isListening(port), 30_000);
   const ready = async () => {
     for (const node of nodes) await until(node.isReady, 30_000);
   };
-  await ready();
+  if (hasJetStream && count > 1) await ready();
   return {
     nodes,
     ready,
