@@ -118,17 +118,16 @@ export function watchStream(stream: Stream) {
 }
 
 /**
- * Removes what a journal holds before `position`, but never its last message: an empty subject would accept
- * a first one again. Returns where the journal begins then.
+ * The message with which a journal begins after a purge of what is before `position`: never behind its last one,
+ * because an empty subject would accept a first message again. `null` if the journal is not there.
  */
-export async function purgeJournal(stream: Stream, id: string, position: number): Promise<number> {
+export async function findKept(stream: Stream, id: string, position: number) {
   const last = await stream.last(id);
-  if (!last) return 0;
+  if (!last) return null;
   const end = await whole(stream, last);
-  const keep = end.base <= position ? end : await findMessage(stream, id, position);
-  if (!keep) throw damage(stream, id, position, "no message begins here");
-  await stream.purge(id, keep.seq);
-  return keep.base;
+  const kept = end.base <= position ? end : await findMessage(stream, id, position);
+  if (!kept) throw damage(stream, id, position, "no message begins here");
+  return { position: kept.base, seq: kept.seq };
 }
 
 /**

@@ -5,11 +5,12 @@
  * it holds frames; it leaves a journal alone once another processor has moved its checkpoint. A journal without
  * new frames costs nothing.
  */
-import { journalName, openStreamReader, watchStream } from "../journal/stream-reader.ts";
+import { findKept, journalName, openStreamReader, watchStream } from "../journal/stream-reader.ts";
 import { openStream, type Stream } from "../journal/stream.ts";
 import { JournalUnavailable } from "../journal/format.ts";
 import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
-import type { Database } from "../ledger/database.ts";
+import { type Database, openDatabase } from "../ledger/database.ts";
+import { ledgerUrl } from "../postgres/cluster.ts";
 import { type Context, followJournal, openUpkeep } from "./posting.ts";
 import type { Job } from "./supervisor.ts";
 
@@ -34,6 +35,7 @@ export async function followStream(job: Job, context: Context): Promise<void> {
   /** Those that others post, or nobody. */
   const watched = new Set<string>();
   const pauses = new Map<string, string>();
+  const purging = purgeOld(job, stream, context);
   let trouble = "";
   while (!stop.aborted) {
     try {
@@ -55,7 +57,7 @@ export async function followStream(job: Job, context: Context): Promise<void> {
       await Promise.race([Bun.sleep(RETRY_MS), aborted]);
     }
   }
-  await Promise.all([...held.values()].map(({ ended }) => ended));
+  await Promise.all([purging, ...[...held.values()].map(({ ended }) => ended)]);
   await stream.close();
 
   function hold(id: string): void {
@@ -89,6 +91,23 @@ export async function followStream(job: Job, context: Context): Promise<void> {
     else pauses.set(id, each.why);
     report({ type: "paused", why: [...pauses.values()][0] ?? null });
   }
+}
+
+/** Runs beside the posting, with a connection of its own. */
+async function purgeOld({ settings }: Job, stream: Stream, { stop, report }: Context) {
+  const { JOURNAL_KEEP_DAYS: keepDays } = settings;
+  if (keepDays === undefined) return;
+  const { openPurging, retain } = await import("./retention.ts");
+  const database = openDatabase(ledgerUrl(settings), "processor", 1);
+  const purged = {
+    ids: async () => (await stream.list()).counts.keys(),
+    open: (id: string) => openStreamReader(stream, id),
+    kept: (id: string, position: number) => findKept(stream, id, position),
+    purge: stream.purge,
+  };
+  const say = (line: string) => report({ type: "say", line: `processor: ${line}` });
+  await retain(openPurging({ database, stream: purged, keepDays }), { keepDays, stop, say });
+  await database.close();
 }
 
 /** Waits for the stream for as long as it takes; `null` if it is stopped before. */

@@ -49,10 +49,10 @@ async function work(job: Job): Promise<void> {
 async function deleteOldSegments({ settings }: Job): Promise<void> {
   const { JOURNAL_KEEP_DAYS: keepDays, DATA_DIR: dataDir } = settings;
   if (keepDays === undefined) return;
-  const { retain } = await import("./retention.ts");
+  const { openRetention, retain } = await import("./retention.ts");
   const database = openDatabase(ledgerUrl(settings), "processor", 1);
   const path = join(dataDir, JOURNAL_FILE);
   const say = (line: string) => report({ type: "say", line: `processor: ${line}` });
-  await retain({ database, path, keepDays, stop: stop.signal, say });
+  await retain(openRetention({ database, path, keepDays }), { keepDays, stop: stop.signal, say });
   await database.close();
 }

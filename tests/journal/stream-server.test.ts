@@ -220,3 +220,26 @@ test.if(hasNats)("JOURNAL_URL without DATABASE_URL is invalid", async () => {
   expect(code).toBe(2);
   expect(stderr).toStartWith("JOURNAL_URL is set and DATABASE_URL is not");
 });
+
+test.if(hasNats)(
+  "what is posted and old is deleted, and still recounted; the rest is kept",
+  async () => {
+    await using ledger = await openLedger({ JOURNAL_URL: newStream(), JOURNAL_KEEP_DAYS: "0" });
+    await using app = await ledger.start({}, ["--no-processor"]);
+    for (let i = 0; i < 5; i++) await app.post(event("ann", 1));
+    const processor = ledger.process();
+    await until(
+      () => /deleted journal \S+ up to position \d+/.exec(processor.stderr.text()),
+      20_000,
+    );
+    await app.post(event("ann", 1));
+    await untilBalance(app, "ann", "6");
+    processor.kill("SIGTERM");
+    await processor.exit();
+    await app.post(event("ann", 1));
+    expect(await ledger.tool(["--verify"])).toMatchObject({ code: 0 });
+    await using _next = ledger.process();
+    await untilBalance(app, "ann", "7");
+    expect(await ledger.tool(["--check"])).toMatchObject({ code: 0 });
+  },
+);
