@@ -247,3 +247,18 @@ test.if(hasNats)("a purge keeps what is behind a position, and always the last f
   const next = await world.open();
   expect(next.id).toBe(journal.id);
 });
+
+test.if(hasNats)("a reader stops at a gap, and names it", async () => {
+  await using world = await openWorld();
+  const journal = await world.open();
+  const end = await journal.append(lines("a"));
+  const { seq } = (await world.stream.last(journal.id))!;
+  const beyond = encodeMessage(journal.id, end + 10, [lines("b")], Date.now());
+  await world.stream.publish(journal.id, beyond, { expected: seq, writer: "damage" });
+  const reader = (await openStreamReader(world.stream, journal.id))!;
+  expect((await reader.read(0)).map(({ payload }) => payload.toString())).toEqual(["a\n"]);
+  expect(reader.read(end)).rejects.toThrow(
+    `journal ${journal.id} of stream ${world.url.split("/").at(-1)} is damaged at byte ${end}: the next ` +
+      `message begins at position ${end + 10}, and no server has what is before it`,
+  );
+});

@@ -17,8 +17,8 @@ interface Options {
   more?: string;
   /** The folder of a node's store. */
   storeOf?(node: number): string;
-  /** The address at which a node is reached by the others and by clients, for a proxy. */
-  routeOf?(node: number, port: number): number;
+  /** The port at which one node reaches another, whose own is `port`: that of a proxy. */
+  routeOf?(from: number, to: number, port: number): number;
 }
 
 /** Starts a cluster of three, or one server without a cluster. All are stopped when the test ends. */
@@ -40,7 +40,7 @@ export async function openNats({
     mkdirSync(store, { recursive: true });
     const others = numbers
       .filter((other) => other !== n)
-      .map((other) => `nats://127.0.0.1:${routeOf?.(other, routes[other]!) ?? routes[other]}`);
+      .map((other) => `nats://127.0.0.1:${routeOf?.(n, other, routes[other]!) ?? routes[other]}`);
     const cluster =
       count === 1
         ? ""
