@@ -115,7 +115,7 @@ export async function openStreamJournal(
     },
     onCommit: (listener) => void listeners.push(listener),
     async close() {
-      while (committing) await committing;
+      while (committing !== null) await committing;
       isClosed = true;
       await stream.close();
     },

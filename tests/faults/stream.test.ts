@@ -10,8 +10,9 @@ import { createHash } from "node:crypto";
 import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
 import { hasNats, type Nats, openNats } from "../support/nats.ts";
-import { until } from "../support/programs.ts";
-import { FAULT_ROUNDS as ROUNDS, seeded } from "../support/random.ts";
+import { startApp, until } from "../support/programs.ts";
+import { FAULT_ROUNDS as ROUNDS, IS_LONG, seeded } from "../support/random.ts";
+import { type Alteration, alteredCopy } from "./altered.ts";
 import { count } from "./figures.ts";
 
 setDefaultTimeout(240_000 * ROUNDS);
@@ -164,6 +165,90 @@ async function askOffset(server: Server, name: string): Promise<number | null> {
     return null;
   }
 }
+
+/** Kills its own process when it runs for the FAULT_PASS-th time. */
+const DIE =
+  'if ((globalThis.passes = (globalThis.passes ?? 0) + 1) == process.env.FAULT_PASS) process.kill(process.pid, "SIGKILL");';
+const inWriter = (find: string, put: string) => ({
+  file: "lib/journal/stream-writer.ts",
+  find,
+  put,
+});
+const POINTS: Record<string, Alteration> = {
+  "before the publish": inWriter(
+    "const sentMs = performance.now();",
+    `${DIE} const sentMs = performance.now();`,
+  ),
+  "after the publish and before its acknowledgement": {
+    file: "lib/journal/stream.ts",
+    find: "const message = await nc.request(`${name}.${id}`",
+    put: `setTimeout(() => { ${DIE} }, 0); const message = await nc.request(\`\${name}.\${id}\``,
+  },
+  "after the acknowledgement and before the answer": inWriter(
+    "for (const { append, isLast } of group)",
+    `${DIE} for (const { append, isLast } of group)`,
+  ),
+};
+
+test.if(hasNats).each(Object.keys(POINTS))(
+  "an event counts once when the server is killed %s",
+  async (point) => {
+    await using nats = await openNats();
+    await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    using copy = alteredCopy([POINTS[point]!]);
+    const options = { home: copy.path, dataDir: ledger.dataDir, databaseUrl: ledger.url };
+    let events = 0;
+    for (const FAULT_PASS of ["1", "3", "7"]) {
+      await using server = await startApp({ ...options, env: { ...ledger.env, FAULT_PASS } });
+      while (server.child.exitCode === null && server.child.signalCode === null)
+        await send(server, events++);
+      expect(server.child.signalCode).toBe("SIGKILL");
+      count("kills");
+    }
+    await using server = await ledger.start();
+    for (let n = 0; n < events; n++) expect(await send(server, n)).toBe(201);
+    const balances = async () => Object.values(await ledger.balances());
+    await until(async () => (await balances()).length === events);
+    expect(await balances()).toEqual(Array.from({ length: events }, () => "1"));
+  },
+);
+
+/** Sends an event with an id of its own. */
+async function send(server: Server, n: number): Promise<number> {
+  const signal = AbortSignal.timeout(12_000);
+  const headers = { authorization: "secret", "content-type": "application/json" };
+  const body = event(`user${n}`, 1, { id: `id${n}` });
+  const sending = fetch(`${server.url}/liveEvent`, { method: "POST", headers, body, signal });
+  return sending.then(
+    ({ status }) => status,
+    () => 0,
+  );
+}
+
+test.if(hasNats)(
+  "however often servers start, and end, the journals stay as many as the servers",
+  async () => {
+    await using nats = await openNats({ nodes: 1 });
+    await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    const starts = IS_LONG ? 200 : 15;
+    let events = 0;
+    const lane = async (_: unknown, lane: number) => {
+      for (let n = lane; n < starts; n += 3) {
+        const server = await ledger.start({}, ["--no-processor"]);
+        expect(await send(server, events++)).toBe(201);
+        server.kill(n % 2 ? "SIGTERM" : "SIGKILL");
+        await server.exit();
+      }
+    };
+    await Promise.all(Array.from({ length: 3 }, lane));
+    await using server = await ledger.start();
+    const count = async () => Object.keys(await ledger.balances()).length;
+    await until(async () => (await count()) === events, 30_000);
+    const journals = await ledger.select("select from checkpoints where source like 'journal:%'");
+    expect(journals.length).toBeLessThanOrEqual(6);
+    expect((await fetch(`${server.url}/readyz`)).status).toBe(200);
+  },
+);
 
 interface World {
   nats: Nats;
