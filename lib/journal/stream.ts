@@ -58,7 +58,8 @@ const CONNECT_MS = 2_000;
 /** A server that answers no two pings in a row is given up. */
 const PING_MS = 2_000;
 export const REQUEST_MS = 2_000;
-const ALIVE_MS = 1_000;
+/** A busy server answers late. Of one that has ended, NATS says at once that nobody answers. */
+const ALIVE_MS = 3_000;
 const BATCH = { batch: 1000, max_bytes: 4 * 1024 * 1024 };
 
 const WRITER = "Daybook-Writer";

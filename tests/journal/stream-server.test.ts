@@ -1,7 +1,7 @@
 /** Servers and processors whose journal is a stream, on a cluster of three real nats-servers. */
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
-import { existsSync } from "node:fs";
+import { appendFileSync, cpSync, existsSync, rmSync } from "node:fs";
 
 import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
@@ -243,3 +243,78 @@ test.if(hasNats)(
     expect(await ledger.tool(["--check"])).toMatchObject({ code: 0 });
   },
 );
+
+test.if(hasNats)(
+  "a server with a disk is followed by servers on a stream under load, and nothing counts twice",
+  async () => {
+    await using ledger = await openLedger();
+    const file = ledger.write(
+      "f.jsonl",
+      Array.from({ length: 3000 }, (_, i) => line(`u${i}`)).join(""),
+    );
+    const old = await ledger.start();
+    let isOver = false;
+    let target: { post(event: string): Promise<Response> } = old;
+    let sent = 0;
+    const sending = (async () => {
+      for (; !isOver; sent++) expect((await target.post(event("single"))).status).toBe(201);
+    })();
+    await run("client.ts", { args: [file], env: { SERVER_URL: old.url } });
+    const settings = { JOURNAL_URL: newStream(), DATA_DIR: ledger.file("none") };
+    await using one = await ledger.start(settings);
+    await using two = await ledger.start(settings);
+    target = one;
+    const more = Array.from({ length: 3000 }, (_, i) => line(`u${i}`)).join("");
+    appendFileSync(file, more);
+    const client = await run("client.ts", { args: [file], env: { SERVER_URL: two.url } });
+    expect(client.code).toBe(0);
+    old.kill("SIGTERM");
+    await old.exit();
+    isOver = true;
+    await sending;
+    const posted = await ledger.tool([ledger.journal]);
+    expect(posted.stdout).toContain("posted 0 events");
+    await untilBalance(one, "single", `${sent}`, 20_000);
+    await until(async () => (await two.balance("u2999")) === "2");
+    const found = Object.entries(await ledger.balances()).filter(([user]) => user !== "single");
+    expect(found.filter(([, revenue]) => revenue !== "2")).toEqual([]);
+    expect(await ledger.tool(["--verify", ledger.journal], settings)).toMatchObject({ code: 0 });
+  },
+);
+
+test.if(hasNats)("a stream that is behind the ledger is named, and can be left", async () => {
+  await using own = await openNats({ nodes: 1 });
+  const [node] = own.nodes;
+  await using ledger = await openLedger({ JOURNAL_URL: own.url() });
+  const first = await ledger.start();
+  await first.post(event("ann", 1));
+  await untilBalance(first, "ann", "1");
+  await node!.kill("SIGTERM");
+  const copy = own.file("copy");
+  cpSync(node!.store, copy, { recursive: true });
+  node!.start();
+  await until(async () => (await first.post(event("ann", 2))).status === 201, 30_000);
+  await untilBalance(first, "ann", "3");
+  first.kill("SIGTERM");
+  await first.exit();
+  await node!.kill("SIGTERM");
+  rmSync(node!.store, { recursive: true });
+  cpSync(copy, node!.store, { recursive: true });
+  node!.start();
+
+  const server = ledger.start();
+  const refused = await server.then(
+    (app) => app.exit().then(() => app.stderr.text()),
+    (error: Error) => error.message,
+  );
+  expect(refused).toContain("is behind the ledger");
+  const [{ id }] = (await ledger.select<{ id: string }>(
+    "select substr(source, 9) as id from checkpoints where source like 'journal:%'",
+  )) as [{ id: string }];
+  await own.purge("daybook", id);
+  expect(await ledger.tool(["--retire", `journal:${id}`, "--yes"])).toMatchObject({ code: 0 });
+  await using app = await ledger.start();
+  await app.post(event("ann", 4));
+  await untilBalance(app, "ann", "7");
+  expect(await ledger.tool(["--verify"])).toMatchObject({ code: 0 });
+});

@@ -1,13 +1,15 @@
 /** What a server requires of the stream and its nats-servers, and how it reaches them. */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 
 import { nkeys } from "@nats-io/transport-node";
 
 import { checkJournalUrl, parseJournalUrl } from "../../lib/journal/url.ts";
 import { openStream } from "../../lib/journal/stream.ts";
+import { openStreamJournal } from "../../lib/journal/stream-writer.ts";
 import { hasNats, openNats } from "../support/nats.ts";
-import { tempDir } from "../support/programs.ts";
+import { root, tempDir } from "../support/programs.ts";
 
 setDefaultTimeout(60_000);
 
@@ -105,6 +107,31 @@ test.if(hasNats)("a user and a password are presented, and wrong ones named", as
     "cannot open stream s of JOURNAL_URL: the server refuses the user or password",
   );
 });
+
+test.if(hasNats)(
+  "the permissions in deploy/README.md are enough, and missing ones are named",
+  async () => {
+    const readme = readFileSync(join(root, "deploy/README.md"), "utf8");
+    const [permissions] = /permissions: \{[^}]*\}/.exec(readme)!;
+    const more = (text: string) =>
+      `authorization { users: [{ user: daybook, password: x, ${text} }] }`;
+    await using nats = await openNats({ nodes: 1, more: more(permissions) });
+    const journal = await openStreamJournal(nats.url("daybook", "daybook:x@"));
+    await journal.append(Buffer.from("a\n"));
+    const stream = await openStream(nats.url("daybook", "daybook:x@"));
+    expect(await stream.isLive(journal.id)).toBe(true);
+    expect(await stream.read(journal.id, 1)).toHaveLength(1);
+    await stream.purge(journal.id, 1);
+    for await (const { seq } of stream.readElsewhere(journal.id, 1)) expect(seq).toBe(1);
+    await stream.close();
+    await journal.close();
+    await using other = await openNats({
+      nodes: 1,
+      more: more('permissions { publish: ["_INBOX.>"] }'),
+    });
+    expect(await tryStream(other.url("daybook", "daybook:x@"))).toMatch(/permission/i);
+  },
+);
 
 test.if(hasNats)("TLS is used, and a certificate of an unknown authority refused", async () => {
   using folder = tempDir();

@@ -92,6 +92,15 @@ export async function openNats({
     for (const node of nodes) await until(node.isReady, 30_000);
   };
   if (hasJetStream && count > 1) await ready();
+  const ask = async (subject: string, request: object): Promise<{ config?: object }> => {
+    const nc = await connectNats({ servers: `127.0.0.1:${ports[0]}` });
+    const body = JSON.stringify(request);
+    const answer = await nc.request(`$JS.API.STREAM.${subject}`, body, { timeout: 5_000 });
+    await nc.close();
+    const found = answer.json<{ config?: object; error?: { description: string } }>();
+    if (found.error) throw new Error(found.error.description);
+    return found;
+  };
   return {
     nodes,
     ready,
@@ -101,21 +110,11 @@ export async function openNats({
     file: folder.file,
     /** Changes the configuration of a stream, as an operator does. */
     async edit(stream: string, changes: object): Promise<void> {
-      const nc = await connectNats({ servers: `127.0.0.1:${ports[0]}` });
-      const ask = async (subject: string, request: object) =>
-        (
-          await nc.request(`$JS.API.STREAM.${subject}.${stream}`, JSON.stringify(request), {
-            timeout: 5_000,
-          })
-        ).json<{
-          config: object;
-          error?: { description: string };
-        }>();
-      const { config } = await ask("INFO", {});
-      const { error } = await ask("UPDATE", { ...config, ...changes });
-      await nc.close();
-      if (error) throw new Error(error.description);
+      const { config } = await ask(`INFO.${stream}`, {});
+      await ask(`UPDATE.${stream}`, { ...config, ...changes });
     },
+    /** Removes all messages of a journal. */
+    purge: (stream: string, id: string) => ask(`PURGE.${stream}`, { filter: `${stream}.${id}` }),
     async [Symbol.asyncDispose]() {
       for (const node of nodes) await node.kill();
       folder[Symbol.dispose]();
