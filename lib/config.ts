@@ -149,7 +149,7 @@ export const SETTINGS = {
   JOURNAL_URL: {
     programs: ["app", "processor"],
     meaning:
-      "keep the journal in a NATS JetStream stream instead of DATA_DIR: `nats://HOST,HOST/STREAM`; needs DATABASE_URL",
+      "keep the journal in a NATS JetStream stream, `nats://HOST,HOST/STREAM`; needs DATABASE_URL",
     // lib/journal/url.ts has the rest.
     kind: secret(textLike(/^(nats|tls):\/\//, "nats://HOST[,HOST…]/STREAM")),
   },
