@@ -9,18 +9,18 @@ import { join } from "node:path";
 import { InvalidSetting, readCommand, type SettingsOf } from "./lib/config.ts";
 import { explain } from "./lib/errors.ts";
 import { setEventTypes } from "./lib/event/event.ts";
-import { disk, leavingRoom } from "./lib/journal/disk.ts";
-import { type Journal, openJournal } from "./lib/journal/writer.ts";
+import { checkJournalUrl } from "./lib/journal/url.ts";
 import { LedgerRefused, openDatabase, requireLedger } from "./lib/ledger/database.ts";
 import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { type Log, openLog } from "./lib/log.ts";
 import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
 import { sayLines } from "./lib/progress.ts";
-import { announce, readServer } from "./lib/server/announce.ts";
+import { announce } from "./lib/server/announce.ts";
 import { createApi, type Parts } from "./lib/server/api.ts";
 import { readAccess } from "./lib/server/auth.ts";
 import { watchDescriptors } from "./lib/server/descriptors.ts";
+import { openServerJournal } from "./lib/server/journal.ts";
 import { listen, readCertificate } from "./lib/server/listener.ts";
 import { openLive } from "./lib/server/live.ts";
 import { openMetrics } from "./lib/server/metrics.ts";
@@ -63,7 +63,7 @@ async function main(): Promise<number> {
   stack.defer(() => posted.close());
   posted.compared.catch(() => stop.abort());
   await Promise.race([posted.asked, Bun.sleep(COMPARE_MS)]);
-  const metrics = openMetrics(journal, database, posted);
+  const metrics = openMetrics({ journal, database, posted, settings });
   const live = openLive({ journal, database, posted, metrics });
   const parts = { journal, database, access, schema, log, posted, metrics, live, isHttps };
   const server = listen(createApi(parts), settings);
@@ -101,7 +101,7 @@ const COMMAND = {
     expires: { type: "string", meaning: "with --token: how long it is valid, like 12h or 30d" },
     sub: { type: "string", meaning: "with --token: the user whose own balance it may read" },
   },
-  check: checkDatabaseUrl,
+  checks: [checkDatabaseUrl, checkJournalUrl],
   maxFiles: 0,
   exits: {
     0: "stopped by SIGTERM or SIGINT; everything acknowledged is on disk",
@@ -134,24 +134,15 @@ async function openEmbedded(settings: AppSettings, stop: AbortSignal, say: (line
   return cluster && { [Symbol.asyncDispose]: () => cluster.close() };
 }
 
-/** An embedded Postgres on the same disk keeps some room for itself. */
-function openServerJournal(settings: AppSettings, say: (line: string) => void): Promise<Journal> {
-  const { DATA_DIR: directory, DATABASE_URL, JOURNAL_SEGMENT_BYTES: segmentBytes } = settings;
-  const shared = DATABASE_URL ? disk : leavingRoom(disk);
-  const opening = openJournal({ directory, say, disk: shared, segmentBytes });
-  return opening.catch((error: Error) => {
-    const last = error.message.includes("written by another process") && readServer(directory);
-    throw last ? new Error(`${error.message}; the last server here was ${last}`) : error;
-  });
-}
-
 /** Runs the processor beside the server, once no other one follows this journal. */
 async function runProcessor(settings: AppSettings, stop: AbortSignal, parts: Parts) {
-  const { log, metrics, posted } = parts;
+  const { journal, log, metrics, posted } = parts;
   const tell = (line: string) => log.info(`processor: ${line}`);
-  const lock = await acquireProcessorLock(settings.DATA_DIR, stop, tell);
-  if (!lock) return;
-  const job = { settings, files: [], waitsForLedger: true };
+  const isStream = settings.JOURNAL_URL !== undefined; // any number of processors follows it
+  const lock = isStream ? null : await acquireProcessorLock(settings.DATA_DIR, stop, tell);
+  if (!lock && !isStream) return;
+  const own = isStream ? { own: journal.id } : {};
+  const job = { settings, files: [], waitsForLedger: true, ...own };
   const processor = supervise(job, (report) => {
     if (report.type === "say") log[report.level ?? "info"](report.line);
     if (report.type === "failed") log.fatal(report.line);
@@ -160,7 +151,7 @@ async function runProcessor(settings: AppSettings, stop: AbortSignal, parts: Par
   });
   await aborted(stop);
   await processor.stop();
-  lock.release();
+  lock?.release();
 }
 
 function aborted(signal: AbortSignal): Promise<null> {

@@ -17,6 +17,7 @@ import { inspectFile } from "./lib/event/input.ts";
 import { disk } from "./lib/journal/disk.ts";
 import { explainPiece, openJournalReader } from "./lib/journal/reader.ts";
 import { activeOf } from "./lib/journal/segments.ts";
+import { checkJournalUrl } from "./lib/journal/url.ts";
 import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { openCluster } from "./lib/postgres/cluster.ts";
 import { runJob, type Tell } from "./lib/processor/run.ts";
@@ -41,7 +42,7 @@ async function main(): Promise<number> {
       process.on(signal, () => stop.abort(signal));
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl } = settings;
   const { note = null } = databaseUrl ? parseDatabaseUrl(databaseUrl) : {};
-  mkdirSync(dataDir, { recursive: true });
+  if (!settings.JOURNAL_URL) mkdirSync(dataDir, { recursive: true });
   // A program that keeps running has a log; to a person who waits, it speaks plainly.
   const isFollowing = !tool && files.length === 0;
   const log = isFollowing ? (await import("./lib/log.ts")).openLog(settings.LOG_LEVEL) : null;
@@ -100,7 +101,7 @@ const COMMAND = {
         "list the quarantined lines; =retry posts those that are valid by now; =dismiss [SOURCE[@POSITION]…] removes them for good",
     },
   },
-  check: checkDatabaseUrl,
+  checks: [checkDatabaseUrl, checkJournalUrl],
   maxFiles: Number.POSITIVE_INFINITY,
   exits: {
     0: "done, or stopped; nothing differs, is damaged or is in quarantine",

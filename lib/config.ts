@@ -35,7 +35,7 @@ const MIN_SECRET_LENGTH = 16;
 const MIN_JWT_SECRET_BYTES = 32;
 const SECRETS = ["AUTH_SECRET", "READ_SECRET", "JWT_SECRET"] as const;
 /** These may be given as NAME_FILE. */
-const FROM_FILES = [...SECRETS, "AUTH_TOKEN", "DATABASE_URL"] as readonly string[];
+const FROM_FILES = [...SECRETS, "AUTH_TOKEN", "DATABASE_URL", "JOURNAL_URL"] as readonly string[];
 /** Longer than any secret: a path that was mistaken names something else. */
 const MAX_SECRET_FILE_BYTES = 65_536;
 /** A pipe has 5 s to deliver a secret. */
@@ -146,6 +146,13 @@ export const SETTINGS = {
       "a Postgres 13 or later, also behind a pooler; unset: an embedded Postgres under `DATA_DIR/postgres`",
     // lib/ledger/url.ts has the rest: it may name several hosts, and parameters.
     kind: secret(textLike(/^postgres(ql)?:\/\//, "postgres://USER:PASSWORD@HOST:PORT/DATABASE")),
+  },
+  JOURNAL_URL: {
+    programs: ["app", "processor"],
+    meaning:
+      "keep the journal in a NATS JetStream stream, `nats://HOST,HOST/STREAM`; needs DATABASE_URL",
+    // lib/journal/url.ts has the rest.
+    kind: secret(textLike(/^(nats|tls):\/\//, "nats://HOST[,HOST…]/STREAM")),
   },
   JOURNAL_SEGMENT_BYTES: {
     programs: ["app"],
@@ -301,6 +308,10 @@ function readSecretFile(path: string): string {
 function checkTogether(settings: Partial<Settings<SettingName>>): string[] {
   const { HOST, JWT_SECRET, JWKS_URL, TLS_CERT, TLS_KEY } = settings;
   const invalid: string[] = [];
+  if (settings.JOURNAL_URL && !settings.DATABASE_URL)
+    invalid.push(
+      "JOURNAL_URL is set and DATABASE_URL is not: a journal in a stream needs a Postgres that all servers reach",
+    );
   if (HOST && !isLoopback(HOST))
     for (const name of SECRETS) {
       const secrets = [settings[name] ?? []].flat();
@@ -364,7 +375,7 @@ export interface Command<P extends Program> {
   maxFiles: number;
   exits: Record<number, string>;
   /** What else is wrong with the settings: a line each, as those of `readSettings`. */
-  check?(settings: SettingsOf<P>): string[];
+  checks?: readonly ((settings: SettingsOf<P>) => string[])[];
 }
 
 /** The options of a command line: strings for options with a value. */
@@ -377,7 +388,7 @@ export type Options = Record<string, string | boolean | string[] | undefined>;
 export function readCommand<P extends Program>(command: Command<P>) {
   const { settings, invalid } = readSettings(settingsOf(command), process.env);
   exemptThisMachine(settings);
-  invalid.push(...(command.check?.(settings as SettingsOf<P>) ?? []));
+  for (const check of command.checks ?? []) invalid.push(...check(settings as SettingsOf<P>));
   const { options, files, misuse } = readArguments(command);
   if (options["help"]) {
     process.stdout.write(help(command));

@@ -20,6 +20,7 @@ const MAY_IMPORT: Record<string, string[]> = {
 /** The files that may use a dependency. All others reach it through them. */
 const OWNERS: Record<string, string[]> = {
   "@elysiajs/openapi": ["server/api.ts"],
+  "@nats-io/transport-node": ["journal/stream.ts"],
   "@sinclair/typebox": ["server/openapi.ts"],
   ajv: ["server/validator.ts"],
   "bun:sqlite": ["lock.ts"],

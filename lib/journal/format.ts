@@ -55,13 +55,14 @@ export interface ParsedFrame {
 
 /** Acknowledged bytes cannot be read. The message says where, and what a person can do. */
 export class JournalDamage extends Error {
-  constructor(path: string, offset: number, what: string) {
-    super(
-      `${path} is damaged at byte ${offset}: ${what}; restore it from a copy, or see ` +
-        "bun run processor.ts --check and its --repair",
-    );
+  constructor(path: string, offset: number, what: string, advice = REPAIR) {
+    super(`${path} is damaged at byte ${offset}: ${what}; ${advice}`);
   }
 }
+const REPAIR = "restore it from a copy, or see bun run processor.ts --check and its --repair";
+
+/** The journal cannot be read or opened now. The same may succeed later. */
+export class JournalUnavailable extends Error {}
 
 /**
  * The ledger has posted more than the journal holds: an older copy of the journal was restored. Events

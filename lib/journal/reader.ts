@@ -56,6 +56,28 @@ export interface JournalReader {
   sync(): Promise<void>;
 }
 
+/** Where journals are: the files of a folder, which hold one, or a stream, which holds those of all servers. */
+export interface Journals {
+  /** For messages. */
+  readonly name: string;
+  /** Opens the journal with this id (in files, the one that is there); `null` when there is none (yet). */
+  open(id: string): Promise<JournalReader | null>;
+  /** Where each journal ends, by id. */
+  ends(): Promise<Map<string, number>>;
+}
+
+/** The journal whose active file is `path`. */
+export function fileJournals(path: string): Journals {
+  return {
+    name: path,
+    open: () => openJournalReader(path),
+    async ends() {
+      const journal = await openJournalReader(path);
+      return new Map(journal ? [[journal.id, await journal.end()]] : []);
+    },
+  };
+}
+
 /** Opens the journal whose active file is `path`; `null` when that is not a journal (yet). */
 export async function openJournalReader(
   path: string,

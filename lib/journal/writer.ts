@@ -27,6 +27,7 @@ import {
   parseJournalHeader,
   toFrameTime,
 } from "./format.ts";
+import { fileJournals, type Journals } from "./reader.ts";
 import { listSegments, type Segment, segmentPath } from "./segments.ts";
 import type { Lock } from "../lock.ts";
 
@@ -53,21 +54,31 @@ export class JournalFull extends Error {}
 export class JournalBusy extends Error {}
 /** The journal accepts nothing more until the program is restarted. */
 export class JournalFailed extends Error {}
+/** What belongs to a source was not stored, because this server writes another journal by now. */
+export class JournalMoved extends Error {}
 
 export interface Journal {
-  /** Identifies this journal among all that post to one ledger. */
+  /**
+   * Identifies this journal among all that post to one ledger. It changes when a server goes on in another
+   * journal of the stream; what `append` resolves to is a position in the one of that moment.
+   */
   readonly id: string;
-  /** Its active file. */
-  readonly path: string;
+  /** This journal, and in a stream those of other servers, for reading. */
+  readonly journals: Journals;
+  /** Whether `journals` has those of other servers. */
+  readonly isShared: boolean;
+  /** What is longer may be stored in several commits. */
+  readonly maxFrameBytes: number;
   /** The position after everything that is acknowledged: where the last frame ends. */
   end(): number;
   /** Why nothing can be appended now, or `null`. */
   trouble(): string | null;
   /**
-   * Stores whole event lines, each with its newline, on the disk together; resolves to the position
-   * after them. Rejects with JournalFull, JournalBusy or JournalFailed: then none of them is acknowledged.
+   * Stores whole event lines, each with its newline; resolves to the position after them. A part that fits
+   * into a frame is stored whole. Rejects with JournalFull, JournalBusy, JournalMoved or JournalFailed: then
+   * none of them is acknowledged.
    */
-  append(lines: Uint8Array): Promise<number>;
+  append(...parts: Uint8Array[]): Promise<number>;
   /** Calls `listener` after each commit. */
   onCommit(listener: (commit: Commit) => void): void;
   /** Finishes the waiting appends, closes the file and releases the lock. */
@@ -198,7 +209,9 @@ function writer(opened: {
 
   return {
     id: header.id,
-    path,
+    journals: fileJournals(path),
+    isShared: false,
+    maxFrameBytes: MAX_FRAME_BYTES,
     end: position,
     trouble() {
       // A caller that asks before it appends would otherwise never append again, nor find the room.
@@ -206,7 +219,8 @@ function writer(opened: {
       if (!(Math.abs(disk.now() - troubleAtMs) <= TROUBLE_MS)) trouble = null;
       return (failed ?? trouble)?.message ?? null;
     },
-    append(lines) {
+    append(...parts) {
+      const lines = parts.length === 1 ? (parts[0] as Uint8Array) : Buffer.concat(parts);
       if (failed) return Promise.reject(failed);
       if (lines.length === 0) return Promise.resolve(position());
       if (lines.length > MAX_FRAME_BYTES)

@@ -6,7 +6,8 @@
  *     journal:<id>         a journal                      where its last posted frame begins, and that frame's header
  *     file:<name>#<n>      generation n of a file that    SHA-256 (hex) of the bytes before the position
  *                          `processor.ts FILE` posted
- *     sent:<name>          a source that came over HTTP   the sender's SHA-256 (hex) of the same
+ *     sent:<name>          a source that came over HTTP   the sender's SHA-256 (hex) of the same, or of
+ *                                                         the first N of them: SHA-256@N
  *
  * Keys and digests are made and parsed here and nowhere else. In the tables of the ledger the key is the
  * column `source`. Positions are read as float8, which is exact: they are below 2^53.
@@ -49,6 +50,21 @@ export function parseFrameDigest(
 ): { position: number; header: string } | null {
   const [, position, header] = /^(\d+) (.*)$/.exec(digest ?? "") ?? [];
   return header === undefined ? null : { position: Number(position), header };
+}
+
+/** A digest for a place in a source whose own digest nobody knows: that of its first `offset` bytes. */
+export function earlierDigest(offset: number, digest: string): string {
+  return `${digest}@${offset}`;
+}
+
+/** How much of a source is posted for certain, from its checkpoint; `null` if nothing is. */
+export function parseSent({
+  position,
+  digest,
+}: Checkpoint): { offset: number; digest: string } | null {
+  const [, earlier, offset] = /^(.*)@(\d+)$/.exec(digest ?? "") ?? [];
+  if (earlier !== undefined) return { offset: Number(offset), digest: earlier };
+  return digest ? { offset: position, digest } : null;
 }
 
 /** The position up to which the ledger has posted the journal; 0 if it has posted nothing. Throws Unavailable. */

@@ -63,6 +63,8 @@ export interface BatchSource {
   refused?: ReadonlyMap<number, string>;
   /** Called with each event that counts (see Fold). */
   counted?: ((position: number, change: Change) => void) | undefined;
+  /** Opens the journal again: what it holds may have been deleted. */
+  reopen?: () => Promise<JournalReader | null>;
   /** Called with the offset up to which lines are folded, block after block. */
   folded?(offset: number): void;
 }
@@ -72,13 +74,22 @@ export interface BatchSource {
  * frame. Throws JournalBehind, JournalDamage or Unavailable.
  */
 export async function openJournalBatches(
-  { database, path, limit, ahead, refused, counted, folded }: BatchSource,
+  {
+    database,
+    path,
+    limit,
+    ahead,
+    refused,
+    counted,
+    folded,
+    reopen = () => openJournalReader(path),
+  }: BatchSource,
   journal: JournalReader,
   leftOver?: (what: string) => void,
 ): Promise<BatchReader> {
   const key = journalKey(journal.id);
   const checkpoint = await openCheckpoint(database, key, null);
-  await checkCheckpoint(checkpoint, path, { journal, database });
+  await checkCheckpoint(checkpoint, path, { journal, reopen, database });
   const posted = new Map(ahead);
   const { position: from } = checkpoint;
   let position = from;
@@ -172,7 +183,11 @@ class JournalIncomplete extends Error {
 async function checkCheckpoint(
   { position, digest }: Checkpoint,
   path: string,
-  { journal, database }: { journal: JournalReader; database: Database },
+  {
+    journal,
+    reopen,
+    database,
+  }: Required<Pick<BatchSource, "database" | "reopen">> & { journal: JournalReader },
 ): Promise<void> {
   const end = await journal.end();
   const posted = `the ledger has posted it up to position ${position}`;
@@ -189,7 +204,7 @@ async function checkCheckpoint(
   const frame = found instanceof Error ? null : found[0];
   if (frame?.header === last.header && frame.to === position) return;
   // Asked only now: what is posted may be deleted at any moment.
-  if (last.position < ((await openJournalReader(path))?.start ?? 0)) return;
+  if (last.position < ((await reopen())?.start ?? 0)) return;
   if (found instanceof Error) throw found;
   const what = `the ledger has posted another frame at position ${last.position}: ${last.header}`;
   throw new JournalBehind(path, what);

@@ -5,6 +5,8 @@ import type { Database } from "../ledger/database.ts";
 import { decodeEvent, InvalidEvent, MAX_JOURNALED_BYTES } from "../event/event.ts";
 import { checkJournal, type CheckedFile } from "../journal/check.ts";
 import { disk } from "../journal/disk.ts";
+import { JournalDamage } from "../journal/format.ts";
+import type { JournalReader } from "../journal/reader.ts";
 import {
   MIN_FILLER_BYTES,
   type Repaired,
@@ -42,6 +44,30 @@ export async function check(path: string, print: Print): Promise<number> {
           "run bun run processor.ts --check --repair, which moves them aside and keeps the rest"),
   );
   return damage.length;
+}
+
+/** Checks a journal of a stream: each of its messages, and that they follow each other. */
+export async function checkStreamed(journal: JournalReader, print: Print): Promise<number> {
+  let frames = 0;
+  let position = journal.start;
+  try {
+    for (;;) {
+      const read = await journal.read(position);
+      if (read.length === 0) break;
+      frames += read.length;
+      position = read.at(-1)?.to ?? position;
+    }
+    print(
+      `journal ${journal.id}: ${frames} whole frames up to position ${position}; nothing is damaged`,
+    );
+    return 0;
+  } catch (error) {
+    if (!(error instanceof JournalDamage)) throw error;
+    print(
+      `journal ${journal.id}: ${frames} whole frames up to position ${position}; ${error.message}`,
+    );
+    return 1;
+  }
 }
 
 /**

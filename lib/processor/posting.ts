@@ -13,7 +13,8 @@ import { join } from "node:path";
 import type { SettingsOf } from "../config.ts";
 import { getEventTypes } from "../event/event.ts";
 import { keyedDigest } from "../event/keyed-digest.ts";
-import { openJournalReader, openNamedJournal } from "../journal/reader.ts";
+import { JournalUnavailable } from "../journal/format.ts";
+import { type JournalReader, openJournalReader, openNamedJournal } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { openPruning } from "../ledger/boundary.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
@@ -101,54 +102,64 @@ interface Posting extends Context {
   more?(): Promise<void>;
 }
 
-/** Posts the journal as it grows, until it is stopped. Waits while something is wrong. */
+/** Posts the journal in DATA_DIR as it grows, until it is stopped. */
 export async function follow(
   { DATA_DIR, ID_DAYS }: Pick<SettingsOf<"processor">, "DATA_DIR" | "ID_DAYS">,
   context: Context,
 ): Promise<void> {
-  const { database, stop, report } = context;
   const path = join(DATA_DIR, JOURNAL_FILE);
   const directory = watchDirectory(DATA_DIR);
-  stop.addEventListener("abort", directory.close);
+  context.stop.addEventListener("abort", directory.close);
+  const open = () => openJournalReader(path);
+  const upkeep = openUpkeep(context, ID_DAYS);
+  await followJournal({ path, open, next: directory.next, upkeep }, context);
+}
+
+/** A journal that is followed. */
+export interface Followed {
+  /** For messages. */
+  path: string;
+  /** `null` if it is not there yet. */
+  open(): Promise<JournalReader | null>;
+  /** Waits until there may be more. */
+  next(): Promise<void>;
+  upkeep: Upkeep;
+  /** Whether it is left to another processor that posts it. */
+  isShared?: boolean;
+}
+
+/** Posts a journal as it grows, until it is stopped, or left to another processor. Waits while something is wrong. */
+export async function followJournal(
+  { path, open, next, upkeep, isShared = false }: Followed,
+  context: Context,
+): Promise<void> {
+  const { stop, report } = context;
   let waiting: string | null | undefined;
-  const age = openAging(database);
-  const prune = openPruning(database, ID_DAYS);
-  const noteQuarantined = openQuarantineNotice((line) =>
-    report({ type: "say", level: "warn", line }),
-  );
-  let agingDueMs = 0;
   const posting: Posting = {
     ...context,
     ...startOfPosting(),
     async open(counted) {
-      const journal = await openJournalReader(path);
-      if (!journal) await directory.next();
-      return journal && openJournalBatches({ path, ...posting, counted }, journal);
+      const journal = await open();
+      if (!journal) await next();
+      return journal && openJournalBatches({ path, ...posting, counted, reopen: open }, journal);
     },
     opened({ from, bytes }) {
       report({ type: "opened", file: path, bytes, from });
     },
     posted(posted) {
-      noteQuarantined(posted.quarantined);
+      upkeep.noteQuarantined(posted.quarantined);
       wait(null);
       report(posted);
     },
-    /** Deletes old ids, some at a time, so that no posting waits for long. */
-    async between() {
-      noteQuarantined();
-      const isTight = posting.limit.roomForUsers < MIN_USERS; // what deletes rows is logged, too
-      if (isTight || performance.now() < agingDueMs) return;
-      await age();
-      while (await foldPoints(database));
-      agingDueMs = performance.now() + ((await prune()) ? 0 : AGE_EVERY_MS);
-    },
+    between: () => upkeep.between(posting.limit),
     more() {
       wait(null); // nothing is left to post
-      return directory.next();
+      return next();
     },
   };
   while (!stop.aborted) {
     const attempted = await attempt(posting);
+    if (attempted.state === "elsewhere" && isShared) return;
     if (attempted.state !== "failed") continue;
     const { isTransient, error } = attempted;
     wait(error.message, !isTransient || error instanceof DiskFull);
@@ -163,6 +174,36 @@ export async function follow(
     waiting = why;
     report({ type: "waiting", why, isPaused });
   }
+}
+
+/** What a processor does beside posting, between two batches. */
+export type Upkeep = ReturnType<typeof openUpkeep>;
+
+export function openUpkeep({ database, report }: Context, idDays: number) {
+  const age = openAging(database);
+  const prune = openPruning(database, idDays);
+  const noteQuarantined = openQuarantineNotice((line) =>
+    report({ type: "say", level: "warn", line }),
+  );
+  let agingDueMs = 0;
+  return {
+    noteQuarantined,
+    /** Deletes old ids, some at a time, so that no posting waits for long. */
+    async between({ roomForUsers }: BatchLimit): Promise<void> {
+      noteQuarantined();
+      const isTight = roomForUsers < MIN_USERS; // what deletes rows is logged, too
+      if (isTight || performance.now() < agingDueMs) return;
+      agingDueMs = Number.POSITIVE_INFINITY; // nobody else begins meanwhile
+      try {
+        await age();
+        while (await foldPoints(database));
+        agingDueMs = performance.now() + ((await prune()) ? 0 : AGE_EVERY_MS);
+      } catch (error) {
+        agingDueMs = 0;
+        throw error;
+      }
+    },
+  };
 }
 
 /**
@@ -286,7 +327,9 @@ async function attempt(posting: Posting): Promise<Attempt> {
     return ended;
   } catch (error) {
     const isTransient =
-      error instanceof DiskFull || (error instanceof Unavailable && error.isTransient);
+      error instanceof DiskFull ||
+      error instanceof JournalUnavailable ||
+      (error instanceof Unavailable && error.isTransient);
     return { state: "failed", error: error as Error, isTransient };
   }
 }

@@ -12,7 +12,7 @@ import {
   MAX_JOURNALED_BYTES,
 } from "../event/event.ts";
 import { eachLine, SHOWN_BYTES } from "../event/lines.ts";
-import { type JournalReader, openNamedJournal } from "../journal/reader.ts";
+import type { JournalReader } from "../journal/reader.ts";
 import { journalKey, parseKey } from "../ledger/checkpoints.ts";
 import { CannotProceed, RowRefused, type Transaction } from "../ledger/database.ts";
 import { noteEventTypes, OTHER_EVENT } from "../ledger/ledger.ts";
@@ -32,7 +32,13 @@ import {
 import { listRecountable, readSnapshotEnd, withRecountLock } from "../ledger/reconcile.ts";
 import { visible } from "../progress.ts";
 import { identityOf, lineOf, shownLine } from "./fold.ts";
-import { locateSources, readSource, type Reconciliation, type Source } from "./recount.ts";
+import {
+  locateSources,
+  openPath,
+  readSource,
+  type Reconciliation,
+  type Source,
+} from "./recount.ts";
 
 const MAX_PRINTED_CHARS = 200;
 /** So many bytes of packed lines are in memory at a time, and those of one frame more. */
@@ -252,10 +258,10 @@ async function readPacked(tx: Transaction, located: Located, page: PackedLine[])
 }
 
 /** The journals of `paths`, by checkpoint key, each with the position before which it may be deleted. */
-async function openJournals(sql: Transaction, paths: string[]) {
+async function openJournals(sql: Transaction, paths: Reconciliation["paths"]) {
   const journals = new Map<string, { journal: JournalReader; from: number }>();
   for (const path of paths) {
-    const journal = await openNamedJournal(path);
+    const journal = await openPath(path);
     if (!journal) continue;
     const key = journalKey(journal.id);
     const from = Math.max(journal.start, await readSnapshotEnd(sql, key));

@@ -45,8 +45,8 @@ const MAX_USERS = 50_000;
 /** What the tools work with that compare a ledger with its sources. */
 export interface Reconciliation {
   database: Database;
-  /** Journals (their active files) and event files. */
-  paths: string[];
+  /** Journals (their active files, or readers of those of a stream) and event files. */
+  paths: (string | JournalReader)[];
   print(line: string): void;
   say(line: string): void;
 }
@@ -78,7 +78,7 @@ type Lines = Pick<Block, "bytes" | "from" | "to"> & {
 export async function recount(
   sql: Transaction,
   recountable: Recountable[],
-  paths: string[],
+  paths: Reconciliation["paths"],
 ): Promise<Recount> {
   const { sources, missing } = await locateSources(recountable, paths);
   const several = missing.length > 1 ? ["(several that are gone are retired together)"] : [];
@@ -146,20 +146,25 @@ function refuse(reason: string): never {
 /** Finds the source of each checkpoint that is not wholly in its snapshot among `paths`. */
 export async function locateSources(
   recountable: Recountable[],
-  paths: string[],
+  paths: Reconciliation["paths"],
 ): Promise<{ sources: Source[]; missing: Recountable[] }> {
   const checkpoints = recountable.filter(({ position, removedTo }) => removedTo < position);
   const found = new Map<string, Source>();
   for (const path of paths) {
-    const journal = await openNamedJournal(path);
+    const journal = await openPath(path);
     const checkpoint = checkpoints.find(({ key }) => journal && key === journalKey(journal.id));
     if (journal && checkpoint) found.set(checkpoint.key, { checkpoint, journal });
-    if (!journal)
+    if (!journal && typeof path === "string")
       for (const source of await matchFile(path, checkpoints))
         found.set(source.checkpoint.key, source);
   }
   const missing = checkpoints.filter(({ key }) => !found.has(key));
   return { sources: [...found.values()], missing };
+}
+
+/** The journal at `path`; `null` if that is something else. */
+export async function openPath(path: string | JournalReader): Promise<JournalReader | null> {
+  return typeof path === "string" ? openNamedJournal(path) : path;
 }
 
 /** The lines of a source from the end of its snapshot to its checkpoint. Throws CannotProceed where it is not whole. */

@@ -7,7 +7,7 @@ import { dirname } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 
 import { disk } from "../journal/disk.ts";
-import { openJournalReader } from "../journal/reader.ts";
+import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import { listSegmentFiles, openSegment, type SegmentFile } from "../journal/segments.ts";
 import { noteSegments, readOldSegments } from "../ledger/boundary.ts";
 import { journalKey, readPosted } from "../ledger/checkpoints.ts";
@@ -16,6 +16,7 @@ import { snapshotUpTo } from "./recount.ts";
 
 const POLL_MS = 2_000;
 const DAY_MS = 24 * 3600 * 1000;
+const NOTE_EVERY_MS = 3600 * 1000;
 
 interface Retention {
   database: Database;
@@ -24,12 +25,11 @@ interface Retention {
   keepDays: number;
 }
 
-/** Deletes old segments again and again until `stop` is aborted. Says what it deletes, and each new failure. */
+/** Calls `deleteOld` again and again until `stop` is aborted. Says what it deletes, and each new failure. */
 export async function retain(
-  retention: Retention & { stop: AbortSignal; say(line: string): void },
+  deleteOld: () => AsyncIterable<string>,
+  { keepDays, stop, say }: { keepDays: number; stop: AbortSignal; say(line: string): void },
 ): Promise<void> {
-  const { keepDays, stop, say } = retention;
-  const deleteOld = openRetention(retention);
   let failure = "";
   while (!stop.aborted) {
     try {
@@ -43,6 +43,59 @@ export async function retain(
     }
     await sleep(POLL_MS, undefined, { signal: stop }).catch(() => {}); // aborted
   }
+}
+
+/** What a purge needs of a stream. */
+export interface Purged {
+  ids(): Promise<Iterable<string>>;
+  open(id: string): Promise<JournalReader | null>;
+  /** Where a journal may begin when what is before `position` is deleted. */
+  kept(id: string, position: number): Promise<{ position: number; seq: number } | null>;
+  purge(id: string, seq: number): Promise<void>;
+}
+
+/**
+ * The same for the journals of a stream, which have no segments: what is old is what was found posted long
+ * enough ago, which the ledger notes once an hour. Yields what it has deleted.
+ */
+export function openPurging({
+  database,
+  stream,
+  keepDays,
+}: {
+  database: Database;
+  stream: Purged;
+  keepDays: number;
+}) {
+  const days = Math.floor(keepDays);
+  const moreMs = (keepDays - days) * DAY_MS;
+  const noted = new Map<string, number>();
+  /** Up to where journals were seen to be old enough but for the fraction of a day, and when. */
+  const seen = new Map<string, { position: number; ms: number }[]>();
+
+  return async function* () {
+    for (const id of await stream.ids()) {
+      const key = journalKey(id);
+      const posted = await readPosted(database, id);
+      const now = performance.now();
+      if (days > 0 && now - (noted.get(id) ?? Number.NEGATIVE_INFINITY) > NOTE_EVERY_MS) {
+        await noteSegments(database, key, [posted]);
+        noted.set(id, now);
+      }
+      const oldTo = days > 0 ? await readOldSegments(database, key, days) : posted;
+      const places = seen.get(id) ?? [];
+      seen.set(id, places);
+      if (oldTo > (places.at(-1)?.position ?? 0)) places.push({ position: oldTo, ms: now });
+      const due = places.findLast(({ ms }) => now - ms >= moreMs);
+      const journal = due && (await stream.open(id));
+      const kept = due && (await stream.kept(id, due.position));
+      if (!journal || !kept || kept.position <= journal.start) continue;
+      await snapshotUpTo(database, journal, kept.position);
+      await stream.purge(id, kept.seq);
+      places.splice(0, places.indexOf(due));
+      yield `journal ${id} up to position ${kept.position}`;
+    }
+  };
 }
 
 /**

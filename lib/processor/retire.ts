@@ -3,7 +3,6 @@
  * snapshot of removed segments does, so that the ledger can be recounted without it. What it has added is
  * what the balances hold beyond all other sources, which therefore have to be here.
  */
-import { openNamedJournal } from "../journal/reader.ts";
 import { journalKey } from "../ledger/checkpoints.ts";
 import { CannotProceed } from "../ledger/database.ts";
 import {
@@ -14,7 +13,7 @@ import {
   withRecountLock,
 } from "../ledger/reconcile.ts";
 import { visible } from "../progress.ts";
-import { recount, type Reconciliation } from "./recount.ts";
+import { openPath, recount, type Reconciliation } from "./recount.ts";
 
 /**
  * Retires the sources `gone`, keys as `--verify` names them. Of several, only the sum of what they have
@@ -68,13 +67,14 @@ function find(all: Recountable[], source: string): Recountable {
 }
 
 /** Where a journal that is here, but lacks its older segments, begins; 0 for a source that is not here. */
-async function findStart(retired: Recountable, paths: string[]): Promise<number> {
+async function findStart(retired: Recountable, paths: Reconciliation["paths"]): Promise<number> {
   for (const path of paths) {
-    const journal = await openNamedJournal(path);
+    const journal = await openPath(path);
     if (!journal || journalKey(journal.id) !== retired.key) continue;
     if (journal.start > retired.removedTo) return journal.start;
+    const where = typeof path === "string" ? `, in ${visible(path)}` : "";
     throw new CannotProceed(
-      `${visible(retired.key)} is here, in ${visible(path)}: only what is gone can be retired`,
+      `${visible(retired.key)} is here${where}: only what is gone can be retired`,
     );
   }
   return 0;

@@ -17,14 +17,15 @@ export async function runJob(
   stop: AbortSignal,
   tell: Tell,
 ): Promise<number> {
-  const { DATA_DIR: dataDir, METRICS_PORT } = job.settings;
+  const { DATA_DIR: dataDir, METRICS_PORT, JOURNAL_URL } = job.settings;
   const isFollowing = job.files.length === 0;
   await using monitor =
     isFollowing && METRICS_PORT !== undefined
       ? (await import("./monitor.ts")).openMonitor(job.settings)
       : null;
   if (monitor) tell(`metrics on ${monitor.url}/metrics`);
-  if (isFollowing && !(await acquireProcessorLock(dataDir, stop, tell))) return 0;
+  // Any number follows a stream.
+  if (isFollowing && !JOURNAL_URL && !(await acquireProcessorLock(dataDir, stop, tell))) return 0;
 
   const startedMs = performance.now();
   const total = { events: 0, quarantined: 0, duplicates: 0, bytes: 0 };

@@ -19,6 +19,8 @@ const STOP_MS = 3_000;
 export interface Job {
   settings: Omit<SettingsOf<"processor">, "METRICS_PORT">;
   files: string[];
+  /** The journal of the server beside it, in a stream. */
+  own?: string;
   /** A ledger that is refused at the start is waited for. Otherwise it ends the job. */
   waitsForLedger?: boolean;
 }

@@ -15,6 +15,8 @@ import type { Job, Report } from "./supervisor.ts";
 
 /** The ledger is asked for this long whether it can be used, before it is waited for. */
 const REQUIRE_MS = 15_000;
+/** Journals of a stream that are posted at the same time. */
+const MAX_POSTINGS = 3;
 
 const stop = new AbortController();
 const report = (report: Report) => postMessage(report);
@@ -25,13 +27,16 @@ self.onmessage = ({ data }: MessageEvent<Job | "stop">) => {
 
 async function work(job: Job): Promise<void> {
   setEventTypes(job.settings.EVENT_TYPES);
-  const database = openDatabase(ledgerUrl(job.settings), "processor", 1);
-  const { DATA_DIR, DATABASE_URL } = job.settings;
+  const { DATA_DIR, DATABASE_URL, JOURNAL_URL } = job.settings;
+  const isStream = JOURNAL_URL !== undefined;
+  const database = openDatabase(ledgerUrl(job.settings), "processor", isStream ? MAX_POSTINGS : 1);
   const room = DATABASE_URL ? null : openRoom(join(DATA_DIR, "postgres"), database);
   const context = { database, room, stop: stop.signal, report };
   try {
     if (!job.waitsForLedger) await requireLedger(database, REQUIRE_MS);
-    if (job.files.length === 0)
+    if (job.files.length === 0 && isStream)
+      await (await import("./streaming.ts")).followStream(job, context);
+    else if (job.files.length === 0)
       await Promise.all([follow(job.settings, context), deleteOldSegments(job)]);
     let isDone = true;
     for (const file of job.files) isDone &&= await postFile(file, context);
@@ -47,10 +52,10 @@ async function work(job: Job): Promise<void> {
 async function deleteOldSegments({ settings }: Job): Promise<void> {
   const { JOURNAL_KEEP_DAYS: keepDays, DATA_DIR: dataDir } = settings;
   if (keepDays === undefined) return;
-  const { retain } = await import("./retention.ts");
+  const { openRetention, retain } = await import("./retention.ts");
   const database = openDatabase(ledgerUrl(settings), "processor", 1);
   const path = join(dataDir, JOURNAL_FILE);
   const say = (line: string) => report({ type: "say", line: `processor: ${line}` });
-  await retain({ database, path, keepDays, stop: stop.signal, say });
+  await retain(openRetention({ database, path, keepDays }), { keepDays, stop: stop.signal, say });
   await database.close();
 }

@@ -121,7 +121,7 @@ export function createApi(parts: Parts) {
   gauge("request_memory_bytes", "Memory that requests have reserved.", budget.usedBytes);
   gauge("request_memory_limit_bytes", "The most that they may.", () => MAX_REQUESTS_BYTES);
   const answers = openAnswers();
-  const sources = openSources(journal, database);
+  const sources = openSources(journal, database, posted.settle);
   const balances = openBalances(database);
   const journalHealth = watchHealth(log, "error", "journal: events are stored again");
   const databaseHealth = watchHealth(log, "warn", "database: available again");

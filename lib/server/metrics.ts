@@ -2,8 +2,7 @@
  * The server's metrics: routes by their pattern, methods and reasons from lists. No scrape waits for the
  * database.
  */
-import { dirname } from "node:path";
-
+import type { SettingsOf } from "../config.ts";
 import type { InvalidEvent } from "../event/event.ts";
 import { diskSpace } from "../journal/disk.ts";
 import type { Journal } from "../journal/writer.ts";
@@ -28,8 +27,15 @@ const FRAME_REQUESTS = [1, 4, 16, 64, 256];
 
 export type Metrics = ReturnType<typeof openMetrics>;
 
+interface Parts {
+  journal: Journal;
+  database: Database;
+  posted: PostedWatch;
+  settings: Pick<SettingsOf<"app">, "DATA_DIR" | "JOURNAL_URL">;
+}
+
 /** Metrics of a server with this journal. They hear of each of its commits. */
-export function openMetrics(journal: Journal, database: Database, posted: PostedWatch) {
+export function openMetrics({ journal, database, posted, settings }: Parts) {
   const meters = openMeters();
   const { counter, counted, gauge, histogram, timed } = meters;
   const accepted = counter("events_accepted", "Events synced to disk and acknowledged.");
@@ -53,10 +59,11 @@ export function openMetrics(journal: Journal, database: Database, posted: Posted
     journal.trouble() === null && performance.now() - failedMs > NOT_WRITABLE_MS;
   const { lag, isAnswering, paused } = posted;
   const isPaused = () => paused() !== null;
-  const directory = dirname(journal.path);
+  const { DATA_DIR, JOURNAL_URL } = settings;
   gauge("journal_bytes", "Bytes ever written to the journal.", journal.end);
   gauge("journal_writable", "0 for 10 minutes after an event could not be stored.", isWritable);
-  gauge("disk_free_bytes", "Free space on the disk of DATA_DIR.", () => diskSpace(directory).free);
+  if (!JOURNAL_URL)
+    gauge("disk_free_bytes", "Free space on the disk of DATA_DIR.", () => diskSpace(DATA_DIR).free);
   gauge("database_up", "1 if the database answered the last query, else 0.", isAnswering);
   gauge("posting_paused", "1 while posting waits for a person; the log says why.", isPaused);
   gauge("posting_lag_bytes", "Bytes of the journal that are not posted.", () => lag().bytes);

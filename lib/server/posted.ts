@@ -1,27 +1,30 @@
 /**
  * How far the ledger has posted this server's journal, and others. One poller of the checkpoints
- * serves three askers: the lag, `?after=POSITION`, and the comparison when the server starts.
+ * serves three askers: the lag, `?after=POSITION`, and the comparison when the server starts. In a stream the
+ * lag is that of the journals of all servers.
  *
  * It polls only while somebody waits or something is unposted. So the lag holds whichever process
  * posts, and keeps growing while the database is down.
  */
 import { JournalBehind } from "../journal/format.ts";
-import { openJournalReader } from "../journal/reader.ts";
 import type { Journal } from "../journal/writer.ts";
 import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
+import { unavailable } from "./problem.ts";
 
 const WAITING_POLL_MS = 10;
 const POLL_MS = 1_000;
 /** Until the database has answered once, it is asked this often. */
 const FIRST_POLL_MS = 500;
 const MAX_WAITERS = 10_000;
+/** Of the ends of a journal that are seen within this time, the first one's is kept. */
+const SEEN_EVERY_MS = 50;
 
 export type PostedWatch = ReturnType<typeof watchPosted>;
 
 export function watchPosted(journal: Journal, database: Database) {
-  const { path } = journal;
-  const ownKey = journalKey(journal.id);
+  const { journals, isShared } = journal;
+  const all = isShared ? watchAll(journal) : null;
   const comparison = Promise.withResolvers<void>();
   // Until the ledger has answered, all that was in the journal counts as posted.
   let posted = journal.end();
@@ -67,25 +70,19 @@ export function watchPosted(journal: Journal, database: Database) {
     paused: () => paused,
     /** Asks the ledger. Throws Unavailable. */
     refresh,
+    wait,
     /**
-     * Returns `true` once `journalId` is posted up to `position`, `false` after `withinMs`. Throws
-     * Unavailable when the database does not answer or too many wait.
+     * Returns once everything is posted that the stream held when this was called. Throws Unavailable, and a
+     * 503 if the stream does not answer, or not all is posted within `withinMs`.
      */
-    async wait(journalId: string, position: number, withinMs: number): Promise<boolean> {
-      if (waiting.size >= MAX_WAITERS) throw new Unavailable("too many requests wait", true);
-      const waiter = { key: journalKey(journalId) };
+    async settle(withinMs: number): Promise<void> {
       const untilMs = performance.now() + withinMs;
-      waiting.add(waiter);
-      wake();
-      try {
-        do {
-          const positions = await next.promise;
-          if ((positions.get(waiter.key) ?? 0) >= position) return true;
-        } while (performance.now() <= untilMs);
-        return false;
-      } finally {
-        waiting.delete(waiter);
-      }
+      const ends = await journals.ends().catch((error: Error) => {
+        throw unavailable(`${journals.name}: ${error.message}`);
+      });
+      for (const [id, end] of ends)
+        if (!(await wait(id, end, Math.max(0, untilMs - performance.now()))))
+          throw unavailable("what other servers have stored is not posted yet; retry shortly");
     },
     close() {
       isClosed = true;
@@ -94,7 +91,29 @@ export function watchPosted(journal: Journal, database: Database) {
     },
   };
 
+  /**
+   * Returns `true` once `journalId` is posted up to `position`, `false` after `withinMs`. Throws
+   * Unavailable when the database does not answer or too many wait.
+   */
+  async function wait(journalId: string, position: number, withinMs: number): Promise<boolean> {
+    if (waiting.size >= MAX_WAITERS) throw new Unavailable("too many requests wait", true);
+    const waiter = { key: journalKey(journalId) };
+    const untilMs = performance.now() + withinMs;
+    waiting.add(waiter);
+    wake();
+    try {
+      do {
+        const positions = await next.promise;
+        if ((positions.get(waiter.key) ?? 0) >= position) return true;
+      } while (performance.now() <= untilMs);
+      return false;
+    } finally {
+      waiting.delete(waiter);
+    }
+  }
+
   function lag() {
+    if (all) return all.lag();
     const bytes = Math.max(0, journal.end() - posted);
     if (bytes === 0) return { bytes, seconds: 0 };
     // A frame may be unreadable, or dated in the future: as long as nothing is posted, the lag grows.
@@ -111,7 +130,8 @@ export function watchPosted(journal: Journal, database: Database) {
       wake = pause.resolve;
       await pause.promise;
       clearTimeout(timer);
-      const isNeeded = !hasAnswered || waiting.size > 0 || posted < journal.end();
+      const isBehind = (await all?.look()) || posted < journal.end();
+      const isNeeded = !hasAnswered || waiting.size > 0 || isBehind;
       if (isNeeded && !isClosed) await refresh().catch(() => {});
     }
   }
@@ -119,12 +139,14 @@ export function watchPosted(journal: Journal, database: Database) {
   /** Reads the checkpoints that anybody waits for, and passes them on. */
   async function refresh() {
     try {
-      const keys = new Set([ownKey, ...[...waiting].map(({ key }) => key)]);
+      const ownKey = journalKey(journal.id);
+      const keys = new Set([ownKey, ...(all?.keys() ?? []), ...[...waiting].map(({ key }) => key)]);
       const rows = await readCheckpoints(database, [...keys]);
       const positions = new Map(rows.map(({ key, position }) => [key, position]));
       const position = positions.get(ownKey) ?? 0;
       if (position !== posted || position >= journal.end()) movedMs = performance.now();
       posted = position;
+      all?.posted(positions);
       isAnswering = true;
       next.resolve(positions);
     } catch (error) {
@@ -145,17 +167,18 @@ export function watchPosted(journal: Journal, database: Database) {
    * checkpoint: what is posted was in the file before.
    */
   async function compare(posted: number) {
-    const end = (await (await openJournalReader(path))?.end()) ?? 0;
+    const reader = isShared ? journal : await journals.open(journal.id);
+    const end = (await reader?.end()) ?? 0;
     if (posted <= end) return;
     const what = `it ends at position ${end}, but the ledger has posted it up to ${posted}`;
-    throw new JournalBehind(path, what);
+    throw new JournalBehind(journals.name, what);
   }
 
   async function findOldest() {
-    if (posted >= journal.end()) oldest = null;
+    if (posted >= journal.end() || all) oldest = null;
     else if (oldest?.position !== posted && performance.now() - readMs > POLL_MS) {
       readMs = performance.now();
-      const atMs = await writtenAt(path, posted).catch(() => null);
+      const atMs = await writtenAt(journal, posted).catch(() => null);
       if (atMs !== null) oldest = { position: posted, atMs };
     }
   }
@@ -168,7 +191,55 @@ function nextAnswer() {
 }
 
 /** When the frame that begins at `position` was written. */
-async function writtenAt(path: string, position: number): Promise<number | null> {
-  const [frame] = (await (await openJournalReader(path))?.read(position)) ?? [];
+async function writtenAt({ journals, id }: Journal, position: number): Promise<number | null> {
+  const [frame] = (await (await journals.open(id))?.read(position)) ?? [];
   return frame?.atMs ?? null;
+}
+
+/**
+ * The lag of all journals of a stream: where each ends, from a look once a second, and for this server's own
+ * from its commits. An end that is not posted is as old as the moment in which it was first seen.
+ */
+function watchAll(journal: Journal) {
+  const known = new Map<
+    string,
+    { end: number; posted: number; seen: { end: number; ms: number }[] }
+  >();
+  let lookMs = Number.NEGATIVE_INFINITY;
+  journal.onCommit(({ from, bytes }) => saw(journal.id, from + bytes));
+
+  return {
+    /** Looks, once a second; returns whether a journal holds more than is known to be posted. */
+    async look(): Promise<boolean> {
+      if (performance.now() - lookMs >= POLL_MS) {
+        lookMs = performance.now();
+        const ends = await journal.journals.ends().catch(() => new Map<string, number>());
+        for (const [id, end] of ends) saw(id, end);
+      }
+      return [...known.values()].some(({ end, posted }) => posted < end);
+    },
+    keys: () => Array.from(known.keys(), journalKey),
+    posted(positions: ReadonlyMap<string, number>) {
+      for (const [id, one] of known) {
+        one.posted = positions.get(journalKey(id)) ?? one.posted;
+        one.seen = one.seen.filter(({ end }) => end > one.posted);
+      }
+    },
+    lag() {
+      const behind = [...known.values()].filter(({ end, posted }) => posted < end);
+      const bytes = behind.reduce((sum, { end, posted }) => sum + end - posted, 0);
+      const sinceMs = Math.min(...behind.map(({ seen }) => seen[0]?.ms ?? Infinity));
+      return { bytes, seconds: Math.max(0, performance.now() - sinceMs) / 1000 };
+    },
+  };
+
+  function saw(id: string, end: number): void {
+    const one = known.get(id) ?? { end: 0, posted: 0, seen: [] };
+    known.set(id, one);
+    if (end <= one.end) return;
+    one.end = end;
+    const now = performance.now();
+    if (now - (one.seen.at(-1)?.ms ?? 0) > SEEN_EVERY_MS) one.seen.push({ end, ms: now });
+    else one.seen.at(-1)!.end = end;
+  }
 }

@@ -17,16 +17,28 @@
  * remembers the source. After a restart it knows only the digest that is stored, from which the next one
  * cannot be computed: then the sender's stands.
  *
+ * In a stream, bytes of a source are accepted only after bytes that are posted, or that this server's own
+ * journal holds: those that another journal holds may be posted later than what follows them, and would then
+ * not count. So unless it has itself stored what precedes them, a server waits until all that the stream holds
+ * is posted; and when its journal becomes another one, it forgets all sources.
+ *
  * Stale knowledge here never causes double counting: another server may have stored more of a source,
  * but bytes that are stored twice are posted once, because the ledger decides.
  */
 import { isText, MAX_SOURCE_BYTES } from "../event/event.ts";
-import { type JournalReader, openJournalReader } from "../journal/reader.ts";
+import type { JournalReader } from "../journal/reader.ts";
 import { eachSourceMark, encodeSourceMark } from "../journal/source-mark.ts";
-import type { Journal } from "../journal/writer.ts";
-import { readCheckpoint, readPosted, sentKey } from "../ledger/checkpoints.ts";
+import { type Journal, JournalMoved } from "../journal/writer.ts";
+import {
+  earlierDigest,
+  parseSent,
+  readCheckpoint,
+  readPosted,
+  sentKey,
+} from "../ledger/checkpoints.ts";
 import { type Database, Unavailable } from "../ledger/database.ts";
 import type { Lines } from "./body.ts";
+import type { PostedWatch } from "./posted.ts";
 import { Problem } from "./problem.ts";
 import { nextTurn } from "./turns.ts";
 
@@ -35,6 +47,10 @@ const MAX_KNOWN_SOURCES = 10_000;
 
 /** Hashed between two turns of the event loop: 4 ms where the processor does not help. */
 const HASH_SLICE_BYTES = 1024 * 1024;
+
+/** It is waited for this long until all that the stream holds is posted. */
+const SETTLE_MS = 5_000;
+const LF = 10;
 
 /** How much of a source is stored; `digest` is the SHA-256 (hex) of its bytes before `offset`. */
 export interface SourceState {
@@ -48,9 +64,15 @@ const NOTHING_STORED: Known = {
 };
 
 /** The next bytes of a source: where they begin, and the digest of all bytes up to their end. */
-interface Piece {
+interface NextBytes {
   name: string;
   from: number;
+  digest: string;
+}
+
+/** A piece of a body that is stored whole: where it ends in the body, and the digest up to there. */
+interface Piece {
+  to: number;
   digest: string;
 }
 
@@ -63,8 +85,10 @@ export interface NotStored {
 /** `hash` has seen the bytes before `offset`; `undefined` where another process has. */
 type Known = SourceState & { hash?: Bun.CryptoHasher | undefined };
 
-export function openSources(journal: Journal, database: Database) {
-  const { path } = journal;
+export function openSources(journal: Journal, database: Database, settle: PostedWatch["settle"]) {
+  const { journals, isShared } = journal;
+  const openJournal = () => journals.open(journal.id);
+  let knownIn = journal.id;
   const known = new Map<string, Known>();
   const queues = new Map<string, Promise<unknown>>();
   let marks: "unread" | "tail" | "whole" | "partial" = "unread";
@@ -79,7 +103,7 @@ export function openSources(journal: Journal, database: Database) {
      * synced. `sort` finds these lines, after the digest has been computed, because it moves bytes.
      */
     store(
-      piece: Piece,
+      piece: NextBytes,
       body: Uint8Array,
       sort: () => Promise<Lines>,
     ): Promise<{ position: number } | NotStored> {
@@ -95,32 +119,66 @@ export function openSources(journal: Journal, database: Database) {
   };
 
   async function stateOf(name: string): Promise<Known | null> {
-    if (marks === "unread") await readTailOnce();
-    const posted = await readPostedState(name);
+    if (isShared) {
+      forgetOthers();
+      await settle(SETTLE_MS).catch((error) => {
+        if (!known.has(name)) throw error;
+      });
+    } else if (marks === "unread") await readTailOnce();
+    const inLedger = await readPostedState(name);
     const here = known.get(name) ?? null;
-    return posted && posted.offset > (here?.offset ?? -1) ? posted : here;
+    return inLedger && inLedger.offset > (here?.offset ?? -1) ? inLedger : here;
+  }
+
+  /** Forgets what another journal holds. */
+  function forgetOthers(): void {
+    if (knownIn === journal.id) return;
+    knownIn = journal.id;
+    known.clear();
   }
 
   async function store(
-    { name, from, digest }: Piece,
+    { name, from, digest }: NextBytes,
     body: Uint8Array,
     sort: () => Promise<Lines>,
   ) {
-    const here = marks === "unread" ? undefined : known.get(name);
+    if (isShared) forgetOthers();
+    const here = marks === "unread" && !isShared ? undefined : known.get(name);
+    let acceptedIn = journal.id;
     const state = here?.offset === from ? here : ((await stateOf(name)) ?? NOTHING_STORED);
     if (state.offset !== from) return { why: "offset", state } as const;
     const hash = from === 0 ? new Bun.CryptoHasher("sha256") : state.hash?.copy();
-    for (let at = 0; hash && at < body.length; at += HASH_SLICE_BYTES) {
+    const pieces: Piece[] = [];
+    for (let at = 0; at < body.length && (hash || isShared);) {
       if (at > 0) await nextTurn();
-      hash.update(body.subarray(at, at + HASH_SLICE_BYTES));
+      const end = isShared ? sliceEnd(body, at, journal.maxFrameBytes) : at + HASH_SLICE_BYTES;
+      hash?.update(body.subarray(at, end));
+      at = end;
+      // Without all bytes before it, nobody can compute the digest of a piece in the middle.
+      if (isShared && at < body.length)
+        pieces.push({
+          to: at,
+          digest: hash?.copy().digest("hex") ?? earlierDigest(from, state.digest),
+        });
     }
+    pieces.push({ to: body.length, digest });
     if (!isDigest(digest, { hash, state, body })) return { why: "digest", state } as const;
     const to = from + body.length;
-    const { good, counts, ...ends } = await sort();
-    const mark = { name, from, to, digest, events: counts.accepted, ...ends };
-    const position = await journal.append(Buffer.concat([encodeSourceMark(mark), good]));
-    remember(name, { offset: to, digest, hash });
-    return { position };
+    const parts = encodePieces(name, from, await sort(), pieces);
+    for (;;) {
+      try {
+        if (journal.id !== acceptedIn) throw new JournalMoved();
+        const position = await journal.append(...parts);
+        forgetOthers();
+        if (knownIn === acceptedIn) remember(name, { offset: to, digest, hash });
+        return { position };
+      } catch (error) {
+        if (!(error instanceof JournalMoved)) throw error;
+        acceptedIn = journal.id;
+        const now = (await stateOf(name)) ?? NOTHING_STORED;
+        if (now.offset !== from) return { why: "offset", state: now } as const;
+      }
+    }
   }
 
   function remember(name: string, state: Known): void {
@@ -136,7 +194,7 @@ export function openSources(journal: Journal, database: Database) {
   async function readPostedState(name: string): Promise<SourceState | null> {
     try {
       const checkpoint = await readCheckpoint(database, sentKey(name));
-      return checkpoint?.digest ? { offset: checkpoint.position, digest: checkpoint.digest } : null;
+      return checkpoint && parseSent(checkpoint);
     } catch (error) {
       if (!(error instanceof Unavailable)) throw error;
       if (!known.has(name) && marks === "tail") await readAllOnce();
@@ -146,14 +204,14 @@ export function openSources(journal: Journal, database: Database) {
   }
 
   async function readTail(): Promise<void> {
-    const reader = await openJournalReader(path);
+    const reader = await openJournal();
     const posted = await readPosted(database, journal.id).catch(nullIfUnavailable);
     const from = Math.max(posted ?? 0, reader?.start ?? 0);
     try {
       if (reader) await readMarks(reader, from);
     } catch (error) {
       // Its segment may have been posted and deleted since the ledger was asked.
-      const start = (await openJournalReader(path))?.start ?? 0;
+      const start = (await openJournal())?.start ?? 0;
       if (from < start) return readTail();
       throw error;
     }
@@ -161,7 +219,7 @@ export function openSources(journal: Journal, database: Database) {
   }
 
   async function readAll(): Promise<void> {
-    const reader = await openJournalReader(path);
+    const reader = await openJournal();
     if (!reader) return;
     await readMarks(reader, reader.start);
     if (marks === "tail") marks = reader.start === 0 ? "whole" : "partial";
@@ -184,6 +242,44 @@ export function openSources(journal: Journal, database: Database) {
       if (frames.length === 0) return;
     }
   }
+}
+
+/**
+ * Where the slice of `body` from `at` on ends: it is hashed in one turn. Where only frames of `maxBytes` are
+ * stored whole, its lines, with their mark, fit into one: a mark states where each line ends, which is less
+ * than a quarter of the line's own length.
+ */
+function sliceEnd(body: Uint8Array, at: number, maxBytes: number): number {
+  const bytes = Math.min(HASH_SLICE_BYTES, Math.floor(maxBytes * 0.75));
+  if (body.length - at <= bytes) return body.length;
+  const end = body.lastIndexOf(LF, at + bytes - 1) + 1;
+  if (end > at) return end;
+  return body.indexOf(LF, at) + 1 || body.length; // a line that is too long to be an event
+}
+
+/** The good lines of each piece, after the mark that says where they come from. */
+function encodePieces(name: string, from: number, lines: Lines, pieces: Piece[]): Uint8Array[] {
+  const { good, counts, ends } = lines;
+  const parts: Uint8Array[] = [];
+  let line = 0;
+  let index = 0; // in `good`
+  let begin = 0; // of the piece, in the body
+  for (const { to, digest } of pieces) {
+    const isLast = parts.length === pieces.length - 1;
+    const first = line;
+    const firstIndex = index;
+    for (; line < counts.accepted && !isLast; line++) {
+      const newline = good.indexOf(LF, index);
+      if ((ends?.[line] ?? newline) >= to) break;
+      index = newline + 1;
+    }
+    if (isLast) [line, index] = [counts.accepted, good.length];
+    const own = ends && { ends: ends.slice(first, line).map((end) => end - begin) };
+    const mark = { name, from: from + begin, to: from + to, digest, events: line - first, ...own };
+    parts.push(Buffer.concat([encodeSourceMark(mark), good.subarray(firstIndex, index)]));
+    begin = to;
+  }
+  return parts;
 }
 
 /** Callers share an attempt in progress; the next call after it tries again. */

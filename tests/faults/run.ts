@@ -39,6 +39,11 @@ const PARTS: Part[] = [
   { name: "load", tests: ["server/memory", "client/client"] },
   { name: "posting", tests: ["processor/processor", "server/sources"] },
   { name: "driver", tests: ["ledger/driver", "ledger/ledger"] },
+  { name: "stream", tests: ["faults/stream"], env: { FAULT_ROUNDS: "4" } },
+  {
+    name: "nodes",
+    tests: ["faults/stream-damage", "faults/stream-power", "journal/stream"],
+  },
   { name: "events", tests: ["unit/event", "processor/ids"] },
 ];
 

@@ -294,7 +294,7 @@ test("a server that reads the marks of its sources while segments are deleted as
     },
     close: async () => {},
   };
-  const sources = openSources(journal, database);
+  const sources = openSources(journal, database, async () => {});
   expect(await sources.state("a")).toBeNull();
   expect(ledger).toEqual([]);
   await journal.close();

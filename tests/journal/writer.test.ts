@@ -412,13 +412,15 @@ for (const [what, nowMs, at] of WRONG_CLOCKS)
     const expected = ["1", "2", "3", "4", "5"];
     for (const text of expected) await journal.append(line(text));
     await journal.close();
-    expect(await readLines(journal.path)).toEqual(expected);
+    expect(await readLines(journal.journals.name)).toEqual(expected);
     expect(await reopen(dir.path)).toEqual(expected);
-    const { files } = await checkJournal(journal.path, disk);
+    const { files } = await checkJournal(journal.journals.name, disk);
     expect(files.length).toBeGreaterThan(1);
     expect(files.flatMap(({ damage }) => damage)).toEqual([]);
     expect(stated).toEqual(expected.map(() => at));
-    const headers = (await readFrames(journal.path)).map(({ header }) => JSON.parse(header));
+    const headers = (await readFrames(journal.journals.name)).map(({ header }) =>
+      JSON.parse(header),
+    );
     expect(headers.map(({ frame }) => frame.at)).toEqual(stated);
   });
 

@@ -1,0 +1,155 @@
+/**
+ * Posts the journals of a stream, those of all servers. Any number of processors may do so, on any machines,
+ * without a lock: the checkpoint of a journal decides which batch is posted. To waste little, a processor
+ * posts the journal of its own server, and any other whose checkpoint has stood still for 2 s although
+ * it holds frames; it leaves a journal alone once another processor has moved its checkpoint. A journal without
+ * new frames costs nothing.
+ */
+import { findKept, journalName, openStreamReader, watchStream } from "../journal/stream-reader.ts";
+import { openStream, type Stream } from "../journal/stream.ts";
+import { JournalUnavailable } from "../journal/format.ts";
+import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
+import { type Database, openDatabase } from "../ledger/database.ts";
+import { ledgerUrl } from "../postgres/cluster.ts";
+import { type Context, followJournal, openUpkeep } from "./posting.ts";
+import type { Job, Report } from "./supervisor.ts";
+
+type Waiting = Extract<Report, { type: "waiting" }>;
+
+const STILL_MS = 2_000;
+/** The checkpoints of journals that others post are looked at so often, while they hold frames. */
+const LOOK_MS = 500;
+const RETRY_MS = 500;
+
+/** Posts all journals of the stream until it is stopped. Throws InvalidSetting. */
+export async function followStream(job: Job, context: Context): Promise<void> {
+  const { stop, report } = context;
+  const stream = await openPatiently(job, context);
+  if (!stream) return;
+  const upkeep = openUpkeep(context, job.settings.ID_DAYS);
+  const isStill = watchStanding(stream, context.database);
+  const news = watchStream(stream);
+  const aborted = new Promise<void>((resolve) =>
+    stop.addEventListener("abort", () => (news.close(), resolve())),
+  );
+  /** The journals that this processor posts. */
+  const held = new Map<string, { wake(): void; ended: Promise<void> }>();
+  /** Those that others post, or nobody. */
+  const watched = new Set<string>();
+  const waits = new Map<string, Waiting>();
+  const purging = purgeOld(job, stream, context);
+  let trouble = "";
+  while (!stop.aborted) {
+    try {
+      for (const id of await news.next()) {
+        held.get(id)?.wake();
+        if (!held.has(id)) watched.add(id);
+      }
+      if (job.own !== undefined && watched.has(job.own)) hold(job.own);
+      for (const { id, isPosted } of await isStill(watched)) {
+        if (isPosted) watched.delete(id);
+        else hold(id);
+      }
+      trouble = "";
+    } catch (error) {
+      const { message } = error as Error;
+      if (message !== trouble)
+        report({ type: "say", level: "warn", line: `processor: waiting; ${message}` });
+      trouble = message;
+      await Promise.race([Bun.sleep(RETRY_MS), aborted]);
+    }
+  }
+  await Promise.all([purging, ...[...held.values()].map(({ ended }) => ended)]);
+  await stream.close();
+
+  function hold(id: string): void {
+    watched.delete(id);
+    let hasNews = true;
+    let wake = () => {};
+    const followed = {
+      path: journalName(stream as Stream, id),
+      open: () => openStreamReader(stream as Stream, id),
+      async next() {
+        if (!hasNews)
+          await Promise.race([new Promise<void>((resolve) => (wake = resolve)), aborted]);
+        hasNews = false;
+      },
+      upkeep,
+      isShared: true,
+    };
+    const mine = { ...context, report: (each: Report) => pass(id, each) };
+    const ended = followJournal(followed, mine).then(() => {
+      held.delete(id);
+      waits.delete(id);
+      watched.add(id);
+    });
+    held.set(id, { ended, wake: () => ((hasNews = true), wake()) });
+  }
+
+  /** Posting waits as long as any journal cannot be posted. */
+  function pass(id: string, each: Report): void {
+    if (each.type !== "waiting") return report(each);
+    if (each.why === null) waits.delete(id);
+    else waits.set(id, each);
+    const all = [...waits.values()];
+    report(all.find(({ isPaused }) => isPaused) ?? all[0] ?? each);
+  }
+}
+
+/** Runs beside the posting, with a connection of its own. */
+async function purgeOld({ settings }: Job, stream: Stream, { stop, report }: Context) {
+  const { JOURNAL_KEEP_DAYS: keepDays } = settings;
+  if (keepDays === undefined) return;
+  const { openPurging, retain } = await import("./retention.ts");
+  const database = openDatabase(ledgerUrl(settings), "processor", 1);
+  const purged = {
+    ids: async () => (await stream.list()).counts.keys(),
+    open: (id: string) => openStreamReader(stream, id),
+    kept: (id: string, position: number) => findKept(stream, id, position),
+    purge: stream.purge,
+  };
+  const say = (line: string) => report({ type: "say", line: `processor: ${line}` });
+  await retain(openPurging({ database, stream: purged, keepDays }), { keepDays, stop, say });
+  await database.close();
+}
+
+/** Waits for the stream for as long as it takes; `null` if it is stopped before. */
+async function openPatiently({ settings, own }: Job, { stop, report }: Context) {
+  const say = (line: string) => report({ type: "say", line });
+  while (!stop.aborted)
+    try {
+      // The server beside it has said the same.
+      return await openStream(settings.JOURNAL_URL as string, own === undefined ? say : undefined);
+    } catch (error) {
+      if (!(error instanceof JournalUnavailable)) throw error;
+      say(`processor: waiting; ${error.message}`);
+    }
+  return null;
+}
+
+/**
+ * Returns a function that returns those of the journals which are posted to their end, or whose checkpoint has
+ * stood still. Throws Unavailable and JournalUnavailable.
+ */
+function watchStanding(stream: Stream, database: Database) {
+  const standing = new Map<string, { position: number; sinceMs: number }>();
+  let lookMs = Number.NEGATIVE_INFINITY;
+  return async (ids: ReadonlySet<string>): Promise<{ id: string; isPosted: boolean }[]> => {
+    for (const id of standing.keys()) if (!ids.has(id)) standing.delete(id);
+    if (ids.size === 0 || performance.now() - lookMs < LOOK_MS) return [];
+    lookMs = performance.now();
+    const rows = await readCheckpoints(database, Array.from(ids, journalKey));
+    const positions = new Map(rows.map(({ key, position }) => [key, position]));
+    const found: { id: string; isPosted: boolean }[] = [];
+    for (const id of ids) {
+      const position = positions.get(journalKey(id)) ?? 0;
+      const before = standing.get(id);
+      if (before?.position === position) {
+        if (lookMs - before.sinceMs < STILL_MS) continue;
+        const end = (await (await openStreamReader(stream, id))?.end()) ?? 0;
+        found.push({ id, isPosted: position >= end });
+      } else standing.set(id, { position, sinceMs: lookMs });
+    }
+    return found;
+  };
+}

@@ -1,0 +1,305 @@
+/**
+ * Servers whose journal is a stream, while nodes, servers and processors are killed or stopped at random. Each
+ * event has a user of its own, so its balance says how often it counted.
+ *
+ * FAULT_ROUNDS=N makes it N times as long.
+ */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { createHash } from "node:crypto";
+
+import { event, line } from "../support/events.ts";
+import { openLedger } from "../support/ledger.ts";
+import { hasNats, type Nats, openNats } from "../support/nats.ts";
+import { startApp, until } from "../support/programs.ts";
+import { FAULT_ROUNDS as ROUNDS, IS_LONG, seeded } from "../support/random.ts";
+import { type Alteration, alteredCopy } from "./altered.ts";
+import { count } from "./figures.ts";
+
+setDefaultTimeout(240_000 * ROUNDS);
+
+const SERVERS = 2;
+const SENDERS = 12;
+const SOURCES = 3;
+const FAULTS = 12 * ROUNDS;
+
+type Ledger = Awaited<ReturnType<typeof openLedger>>;
+type Server = Awaited<ReturnType<Ledger["start"]>>;
+
+test.if(hasNats)(
+  "no acknowledged event is lost, and none counts twice, whatever is killed",
+  seeded(async (random) => {
+    await using nats = await openNats();
+    await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    const servers = await Promise.all(Array.from({ length: SERVERS }, () => ledger.start()));
+    const acknowledged: string[] = [];
+    const uncertain: string[] = [];
+    let isOver = false;
+    let sent = 0;
+    const sender = async () => {
+      while (!isOver) {
+        const user = `u${sent++}`;
+        const server = servers[Math.floor(random() * SERVERS)] as Server;
+        const status = await post(server, user);
+        if (status === 201) acknowledged.push(user);
+        else uncertain.push(user);
+        if (status !== 201) await Bun.sleep(20);
+      }
+    };
+    /** Sends a source piece by piece, to any server; after a failure it asks where the source stands. */
+    const sourceSender = async (_: unknown, number: number) => {
+      let text = "";
+      const pieces: { to: number; users: string[] }[] = [];
+      for (let from = 0, isSure = true; !isOver || from < text.length;) {
+        const server = servers[Math.floor(random() * SERVERS)] as Server;
+        if (!isSure) {
+          const offset = await askOffset(server, `f${number}`);
+          if (offset === null) {
+            await Bun.sleep(100);
+            continue;
+          }
+          from = offset;
+          isSure = true;
+        }
+        if (from === text.length) {
+          const users = Array.from({ length: 5 }, (_, i) => `s${number}-${pieces.length}-${i}`);
+          text += users.map((user) => line(user)).join("");
+          pieces.push({ to: text.length, users });
+        }
+        isSure = (await patch(server, `f${number}`, text, from)) === 200;
+        if (isSure) from = text.length;
+        await Bun.sleep(20);
+      }
+      acknowledged.push(...pieces.flatMap(({ users }) => users));
+    };
+    const senders = [
+      ...Array.from({ length: SENDERS }, sender),
+      ...Array.from({ length: SOURCES }, sourceSender),
+    ];
+    for (let fault = 0; fault < FAULTS; fault++) {
+      await Bun.sleep(300 + random() * 1500);
+      await FAULT_KINDS[Math.floor(random() * FAULT_KINDS.length)]!({
+        nats,
+        ledger,
+        servers,
+        random,
+      });
+    }
+    await nats.ready();
+    isOver = true;
+    await Promise.all(senders);
+    const counted = async () => {
+      const rows = await ledger.select<{ user: string; revenue: string }>(
+        `select user_id as user, revenue::text from users_revenue`,
+      );
+      const balances = new Map(rows.map(({ user, revenue }) => [user, revenue]));
+      return { rows, missing: acknowledged.filter((user) => !balances.has(user)) };
+    };
+    const isPosted = async () => (await counted()).missing.length === 0;
+    await until(isPosted, 60_000).catch(() => {});
+    const { rows, missing } = await counted();
+    for (const server of servers) await server[Symbol.asyncDispose]();
+    const journals = await ledger.select<{ n: number }>(
+      "select count(*)::int as n from checkpoints where source like 'journal:%'",
+    );
+    count("events acknowledged by a stream", acknowledged.length);
+    count("faults of a stream", FAULTS);
+    if (process.env["FAULT_SHOW"])
+      console.log({
+        acknowledged: acknowledged.length,
+        uncertain: uncertain.length,
+        journals,
+        known: rows.length,
+      });
+    expect(missing).toEqual([]);
+    expect(rows.filter(({ revenue }) => revenue !== "1")).toEqual([]);
+    expect(acknowledged.length).toBeGreaterThan(FAULTS);
+  }),
+);
+
+async function post(server: Server, user: string): Promise<number> {
+  try {
+    const signal = AbortSignal.timeout(12_000);
+    const response = await fetch(`${server.url}/liveEvent`, {
+      method: "POST",
+      headers: { authorization: "secret", "content-type": "application/json" },
+      body: event(user),
+      signal,
+    });
+    return response.status;
+  } catch {
+    return 0;
+  }
+}
+
+async function patch(server: Server, name: string, text: string, from: number): Promise<number> {
+  try {
+    const response = await fetch(`${server.url}/sources/${name}`, {
+      method: "PATCH",
+      headers: {
+        authorization: "secret",
+        "content-type": "application/x-ndjson",
+        "upload-offset": `${from}`,
+        "source-digest": createHash("sha256").update(text).digest("hex"),
+      },
+      body: text.slice(from),
+      signal: AbortSignal.timeout(12_000),
+    });
+    return response.status;
+  } catch {
+    return 0;
+  }
+}
+
+/** How much of a source is stored; `null` if the server does not say. */
+async function askOffset(server: Server, name: string): Promise<number | null> {
+  try {
+    const headers = { authorization: "secret" };
+    const signal = AbortSignal.timeout(12_000);
+    const { status, headers: found } = await fetch(`${server.url}/sources/${name}`, {
+      method: "HEAD",
+      headers,
+      signal,
+    });
+    return status === 404 ? 0 : status === 204 ? Number(found.get("upload-offset")) : null;
+  } catch {
+    return null;
+  }
+}
+
+/** Kills its own process when it runs for the FAULT_PASS-th time. */
+const DIE =
+  'if ((globalThis.passes = (globalThis.passes ?? 0) + 1) == process.env.FAULT_PASS) process.kill(process.pid, "SIGKILL");';
+const inWriter = (find: string, put: string) => ({
+  file: "lib/journal/stream-writer.ts",
+  find,
+  put,
+});
+const POINTS: Record<string, Alteration> = {
+  "before the publish": inWriter(
+    "const sentMs = performance.now();",
+    `${DIE} const sentMs = performance.now();`,
+  ),
+  "after the publish and before its acknowledgement": {
+    file: "lib/journal/stream.ts",
+    find: "const message = await nc.request(`${name}.${id}`",
+    put: `setTimeout(() => { ${DIE} }, 0); const message = await nc.request(\`\${name}.\${id}\``,
+  },
+  "after the acknowledgement and before the answer": inWriter(
+    "for (const { append, isLast } of group)",
+    `${DIE} for (const { append, isLast } of group)`,
+  ),
+};
+
+test.if(hasNats).each(Object.keys(POINTS))(
+  "an event counts once when the server is killed %s",
+  async (point) => {
+    await using nats = await openNats();
+    await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    using copy = alteredCopy([POINTS[point]!]);
+    const options = { home: copy.path, dataDir: ledger.dataDir, databaseUrl: ledger.url };
+    let events = 0;
+    for (const FAULT_PASS of ["1", "3", "7"]) {
+      await using server = await startApp({ ...options, env: { ...ledger.env, FAULT_PASS } });
+      while (server.child.exitCode === null && server.child.signalCode === null)
+        await send(server, events++);
+      expect(server.child.signalCode).toBe("SIGKILL");
+      count("kills");
+    }
+    await using server = await ledger.start();
+    for (let n = 0; n < events; n++) expect(await send(server, n)).toBe(201);
+    const balances = async () => Object.values(await ledger.balances());
+    await until(async () => (await balances()).length === events);
+    expect(await balances()).toEqual(Array.from({ length: events }, () => "1"));
+  },
+);
+
+/** Sends an event with an id of its own. */
+async function send(server: Server, n: number): Promise<number> {
+  const signal = AbortSignal.timeout(12_000);
+  const headers = { authorization: "secret", "content-type": "application/json" };
+  const body = event(`user${n}`, 1, { id: `id${n}` });
+  const sending = fetch(`${server.url}/liveEvent`, { method: "POST", headers, body, signal });
+  return sending.then(
+    ({ status }) => status,
+    () => 0,
+  );
+}
+
+test.if(hasNats)(
+  "however often servers start, and end, the journals stay as many as the servers",
+  async () => {
+    await using nats = await openNats({ nodes: 1 });
+    await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    const starts = IS_LONG ? 200 : 15;
+    let events = 0;
+    const lane = async (_: unknown, lane: number) => {
+      for (let n = lane; n < starts; n += 3) {
+        const server = await ledger.start({}, ["--no-processor"]);
+        expect(await send(server, events++)).toBe(201);
+        server.kill(n % 2 ? "SIGTERM" : "SIGKILL");
+        await server.exit();
+      }
+    };
+    await Promise.all(Array.from({ length: 3 }, lane));
+    await using server = await ledger.start();
+    const count = async () => Object.keys(await ledger.balances()).length;
+    await until(async () => (await count()) === events, 30_000);
+    const journals = await ledger.select("select from checkpoints where source like 'journal:%'");
+    expect(journals.length).toBeLessThanOrEqual(6);
+    expect((await fetch(`${server.url}/readyz`)).status).toBe(200);
+  },
+);
+
+interface World {
+  nats: Nats;
+  ledger: Ledger;
+  servers: Server[];
+  random(): number;
+}
+
+const FAULT_KINDS: ((world: World) => Promise<void>)[] = [
+  async ({ nats, random }) => {
+    const node = nats.nodes[Math.floor(random() * nats.nodes.length)]!;
+    await node.kill();
+    await Bun.sleep(random() * 2000);
+    node.start();
+    await nats.ready();
+  },
+  async ({ nats, random }) => {
+    await Promise.all(nats.nodes.map((node) => node.kill()));
+    await Bun.sleep(random() * 1000);
+    for (const node of nats.nodes) node.start();
+    await nats.ready();
+  },
+  (world) => restart(world, "SIGKILL"),
+  (world) => restart(world, "SIGKILL"),
+  (world) => restart(world, "SIGTERM"),
+  async ({ servers, random }) => {
+    const server = servers[Math.floor(random() * servers.length)] as Server;
+    server.kill("SIGSTOP");
+    await Bun.sleep(random() * 4000);
+    server.kill("SIGCONT");
+  },
+  async ({ nats, random }) => {
+    const node = nats.nodes[Math.floor(random() * nats.nodes.length)]!;
+    await node.kill("SIGSTOP");
+    await Bun.sleep(random() * 4000);
+    await node.kill("SIGCONT");
+  },
+];
+
+async function restart({ ledger, servers, random }: World, signal: "SIGKILL" | "SIGTERM") {
+  const index = Math.floor(random() * servers.length);
+  const server = servers[index] as Server;
+  server.kill(signal);
+  await server.exit();
+  if (process.env["FAULT_SHOW"])
+    console.log(
+      server.stderr
+        .text()
+        .split("\n")
+        .filter((l) => !/settings|listening|send events|201 relies/.test(l))
+        .join("\n"),
+    );
+  servers[index] = await ledger.start();
+}

@@ -1,0 +1,170 @@
+/** A NATS cluster of real servers, each with a store of its own, on free ports of loopback. */
+import { mkdirSync, writeFileSync } from "node:fs";
+import { connect, createServer, type Socket } from "node:net";
+
+import { connect as connectNats } from "@nats-io/transport-node";
+
+import { closedPort, isInstalled, tempDir, until } from "./programs.ts";
+
+export const hasNats = isInstalled("nats-server");
+
+interface Options {
+  nodes?: number;
+  /** What is acknowledged is on the disk: "always"; the default of nats-server is "2m". */
+  sync?: string;
+  hasJetStream?: boolean;
+  /** More lines of the configuration. */
+  more?: string;
+  /** The folder of a node's store. */
+  storeOf?(node: number): string;
+  /** The port at which one node reaches another, whose own is `port`: that of a proxy. */
+  routeOf?(from: number, to: number, port: number): number;
+}
+
+/** Starts a cluster of three, or one server without a cluster. All are stopped when the test ends. */
+export async function openNats({
+  nodes: count = 3,
+  sync = "always",
+  hasJetStream = true,
+  more = "",
+  storeOf,
+  routeOf,
+}: Options = {}) {
+  const folder = tempDir();
+  const numbers = Array.from({ length: count }, (_, i) => i);
+  const ports = await Promise.all(numbers.map(() => closedPort()));
+  const routes = await Promise.all(numbers.map(() => closedPort()));
+  const monitors = await Promise.all(numbers.map(() => closedPort()));
+  const nodes = numbers.map((n) => {
+    const store = storeOf?.(n) ?? folder.file(`store${n}`);
+    mkdirSync(store, { recursive: true });
+    const others = numbers
+      .filter((other) => other !== n)
+      .map((other) => `nats://127.0.0.1:${routeOf?.(n, other, routes[other]!) ?? routes[other]}`);
+    const cluster =
+      count === 1
+        ? ""
+        : `cluster { name: test, listen: "127.0.0.1:${routes[n]}", routes: [${others.join()}], no_advertise: ${routeOf !== undefined} }`;
+    const path = folder.file(`node${n}.conf`);
+    writeFileSync(
+      path,
+      `server_name: node${n}
+       listen: "127.0.0.1:${ports[n]}"
+       http: "127.0.0.1:${monitors[n]}"
+       ${hasJetStream ? `jetstream { store_dir: "${store}", sync_interval: ${sync}, max_mem: 64MB, max_file: 4GB }` : ""}
+       ${cluster}
+       ${more}`,
+    );
+    let child: Bun.Subprocess | null = null;
+    const log = folder.file(`node${n}.log`);
+    const node = {
+      port: ports[n] as number,
+      store,
+      log,
+      start() {
+        child = Bun.spawn(["nats-server", "-c", path, "-l", log], {
+          stdio: ["ignore", "ignore", "ignore"],
+        });
+      },
+      async kill(signal: NodeJS.Signals = "SIGKILL") {
+        child?.kill(signal);
+        if (signal === "SIGSTOP" || signal === "SIGCONT") return;
+        await child?.exited;
+      },
+      /** Whether it serves, and its JetStream knows a leader. */
+      isReady: () =>
+        fetch(`http://127.0.0.1:${monitors[n]}/healthz?js-enabled-only=true`).then(
+          ({ ok }) => ok,
+          () => false,
+        ),
+      monitor: `http://127.0.0.1:${monitors[n]}`,
+    };
+    return node;
+  });
+  for (const node of nodes) node.start();
+  const isListening = (port: number) =>
+    new Promise<boolean>((resolve) => {
+      const socket = connect(port, "127.0.0.1", () => (socket.destroy(), resolve(true)));
+      socket.on("error", () => resolve(false));
+    });
+  for (const { port } of nodes) await until(() => isListening(port), 30_000);
+  const ready = async () => {
+    for (const node of nodes) await until(node.isReady, 30_000);
+  };
+  if (hasJetStream && count > 1) await ready();
+  const ask = async (subject: string, request: object): Promise<{ config?: object }> => {
+    const nc = await connectNats({ servers: `127.0.0.1:${ports[0]}` });
+    const body = JSON.stringify(request);
+    const answer = await nc.request(`$JS.API.STREAM.${subject}`, body, { timeout: 5_000 });
+    await nc.close();
+    const found = answer.json<{ config?: object; error?: { description: string } }>();
+    if (found.error) throw new Error(found.error.description);
+    return found;
+  };
+  return {
+    nodes,
+    ready,
+    /** JOURNAL_URL of a stream. */
+    url: (stream = "daybook", login = "", scheme = "nats") =>
+      `${scheme}://${login}${ports.map((port) => `127.0.0.1:${port}`).join()}/${stream}`,
+    file: folder.file,
+    /** Changes the configuration of a stream, as an operator does. */
+    async edit(stream: string, changes: object): Promise<void> {
+      const { config } = await ask(`INFO.${stream}`, {});
+      await ask(`UPDATE.${stream}`, { ...config, ...changes });
+    },
+    /** Removes all messages of a journal. */
+    purge: (stream: string, id: string) => ask(`PURGE.${stream}`, { filter: `${stream}.${id}` }),
+    async [Symbol.asyncDispose]() {
+      for (const node of nodes) await node.kill();
+      folder[Symbol.dispose]();
+    },
+  };
+}
+
+export type Nats = Awaited<ReturnType<typeof openNats>>;
+
+/**
+ * A proxy to a port of loopback. Once a client has sent the text given to `muteAfter`, or after `mute`, it
+ * passes no answers on; after `cut` it drops every connection and accepts none, until `mend`.
+ */
+export async function openTcpProxy(port: () => number) {
+  const open = new Set<Socket>();
+  let state: "open" | "mute" | "cut" = "open";
+  let muteAfter: string | null = null;
+  const server = createServer((client) => {
+    if (state === "cut") return void client.destroy();
+    const node = connect(port(), "127.0.0.1");
+    for (const [from, to] of [
+      [client, node],
+      [node, client],
+    ] as const) {
+      open.add(from);
+      from.on("error", () => {}).on("close", () => (open.delete(from), to.destroy()));
+      from.on("data", (bytes) => {
+        if (from === node && state === "mute") return;
+        to.write(bytes);
+        if (from === client && muteAfter && bytes.includes(muteAfter)) {
+          state = "mute";
+          muteAfter = null;
+        }
+      });
+    }
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const cut = () => {
+    state = "cut";
+    for (const socket of open) socket.destroy();
+  };
+  return {
+    port: (server.address() as { port: number }).port,
+    cut,
+    mute: () => void (state = "mute"),
+    muteAfter: (text: string) => void (muteAfter = text),
+    mend: () => void (state = "open"),
+    async [Symbol.asyncDispose]() {
+      cut();
+      await new Promise((resolve) => server.close(resolve));
+    },
+  };
+}
