@@ -143,9 +143,6 @@ export async function followJournal(
       if (!journal) await next();
       return journal && openJournalBatches({ path, ...posting, counted, reopen: open }, journal);
     },
-    opened({ from, bytes }) {
-      report({ type: "opened", file: path, bytes, from });
-    },
     posted(posted) {
       upkeep.noteQuarantined(posted.quarantined);
       wait(null);

@@ -36,10 +36,11 @@ export async function runJob(
   let hasFailed = false;
   let isRefused = false;
   let hasLeftOver = false;
-  const processor = supervise(job, (report) => {
+  const isMonitored = monitor !== null;
+  const processor = supervise({ ...job, isMonitored }, (report) => {
     monitor?.report(report);
     if (report.type === "say") tell(report.line, report.level);
-    if (report.type === "opened" && !isFollowing) {
+    if (report.type === "opened") {
       progress?.stop();
       progress = showProgress(basename(report.file), report.bytes, report.from);
       current = { ...report, offset: report.from, folded: report.from };

@@ -5,12 +5,19 @@
  * it holds frames; it leaves a journal alone once another processor has moved its checkpoint. A journal without
  * new frames costs nothing.
  */
-import { findKept, journalName, openStreamReader, watchStream } from "../journal/stream-reader.ts";
+import {
+  findKept,
+  journalName,
+  openStreamReader,
+  streamJournals,
+  watchStream,
+} from "../journal/stream-reader.ts";
 import { openStream, type Stream } from "../journal/stream.ts";
 import { JournalUnavailable } from "../journal/format.ts";
 import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
 import { type Database, openDatabase } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
+import { reportLag } from "./lag.ts";
 import { type Context, followJournal, openUpkeep } from "./posting.ts";
 import type { Job, Report } from "./supervisor.ts";
 
@@ -38,6 +45,7 @@ export async function followStream(job: Job, context: Context): Promise<void> {
   const watched = new Set<string>();
   const waits = new Map<string, Waiting>();
   const purging = purgeOld(job, stream, context);
+  const lag = job.isMonitored ? reportLag(streamJournals(stream), context) : null;
   let trouble = "";
   while (!stop.aborted) {
     try {
@@ -50,16 +58,19 @@ export async function followStream(job: Job, context: Context): Promise<void> {
         if (isPosted) watched.delete(id);
         else hold(id);
       }
+      if (trouble) pass("", { type: "waiting", why: null, isPaused: false });
       trouble = "";
     } catch (error) {
       const { message } = error as Error;
-      if (message !== trouble)
+      if (message !== trouble) {
         report({ type: "say", level: "warn", line: `processor: waiting; ${message}` });
+        pass("", { type: "waiting", why: message, isPaused: false });
+      }
       trouble = message;
       await Promise.race([Bun.sleep(RETRY_MS), aborted]);
     }
   }
-  await Promise.all([purging, ...[...held.values()].map(({ ended }) => ended)]);
+  await Promise.all([purging, lag, ...[...held.values()].map(({ ended }) => ended)]);
   await stream.close();
 
   function hold(id: string): void {

@@ -21,6 +21,8 @@ export interface Job {
   files: string[];
   /** The journal of the server beside it, in a stream. */
   own?: string;
+  /** Whether it reports its lag. */
+  isMonitored?: boolean;
   /** A ledger that is refused at the start is waited for. Otherwise it ends the job. */
   waitsForLedger?: boolean;
 }
@@ -32,7 +34,6 @@ export type Quarantined = Record<(typeof QUARANTINE_REASONS)[number], number>;
 /** What the processor reports. `done`, `stopped` and `failed` are final. */
 export type Report =
   | { type: "say"; line: string; level?: "warn" | "error" }
-  /** A file, or the journal, is read from its checkpoint on. */
   | { type: "opened"; file: string; bytes: number; from: number }
   /** How far the file is folded: the next batches. */
   | { type: "folded"; fileOffset: number }
@@ -49,6 +50,8 @@ export type Report =
       /** Duration of the transaction. */
       ms: number;
     }
+  /** How far posting is behind all journals: unposted bytes, and the age of the oldest of them. */
+  | { type: "lag"; bytes: number; seconds: number }
   /** Why posting waits; `null`: it does not, or no longer. `isPaused`: until a person changes something. */
   | { type: "waiting"; why: string | null; isPaused: boolean }
   /** Bytes remain that are not a whole event yet. */

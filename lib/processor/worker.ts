@@ -6,9 +6,11 @@
 import { join } from "node:path";
 
 import { setEventTypes } from "../event/event.ts";
+import { fileJournals } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { LedgerRefused, openDatabase, requireLedger } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
+import { reportLag } from "./lag.ts";
 import { follow, postFile } from "./posting.ts";
 import { openRoom } from "./room.ts";
 import type { Job, Report } from "./supervisor.ts";
@@ -36,8 +38,12 @@ async function work(job: Job): Promise<void> {
     if (!job.waitsForLedger) await requireLedger(database, REQUIRE_MS);
     if (job.files.length === 0 && isStream)
       await (await import("./streaming.ts")).followStream(job, context);
-    else if (job.files.length === 0)
-      await Promise.all([follow(job.settings, context), deleteOldSegments(job)]);
+    else if (job.files.length === 0) {
+      const lag = job.isMonitored
+        ? reportLag(fileJournals(join(DATA_DIR, JOURNAL_FILE)), context)
+        : null;
+      await Promise.all([follow(job.settings, context), deleteOldSegments(job), lag]);
+    }
     let isDone = true;
     for (const file of job.files) isDone &&= await postFile(file, context);
     report({ type: isDone ? "done" : "stopped" });
