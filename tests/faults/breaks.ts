@@ -799,19 +799,19 @@ export const BREAKS: readonly Break[] = [
   // What Postgres refuses.
   without(
     "the subtransaction in which the change of a user is tried",
-    "exception when data_exception or integrity_constraint_violation or raise_exception then refused := refused || change.user_id",
+    "exception when others or assert_failure then if not daybook_is_refusal(sqlstate) then raise; end if; refused := refused || change.user_id",
     "exception when division_by_zero then refused := refused || change.user_id",
     "processor/refused",
   ),
   without(
     "that a violated constraint is not an outage",
-    "/^2[23]|^P0001$/",
-    "/^22/",
+    "!NOT_A_ROW.test(sqlState)",
+    "/^22/.test(sqlState)",
     "processor/refused",
   ),
   without(
     "that only what a row contains makes a line bad",
-    "when data_exception or integrity_constraint_violation or raise_exception then indexes",
+    "when others or assert_failure then if not daybook_is_refusal(sqlstate) then raise; end if; indexes",
     "when others then indexes",
     "processor/refused",
   ),
