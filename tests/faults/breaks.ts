@@ -607,9 +607,15 @@ export const BREAKS: readonly Break[] = [
     "processor/quarantine",
   ),
   without(
-    "the ledger's own day: ids are pruned by one reading of a clock",
+    "the ledger's own day: ids of 0.1.0 are pruned by one reading of a clock",
     "(select day - ${days}::int from boundary)",
     "(now() at time zone 'UTC')::date - ${days}::int",
+    "processor/aging",
+  ),
+  without(
+    "the ledger's own day: ids are pruned by one reading of a clock",
+    "(select daybook_day(boundary.day - ${days}::int) from boundary)",
+    "daybook_day((now() at time zone 'UTC')::date - ${days}::int)",
     "processor/aging",
   ),
   without(
