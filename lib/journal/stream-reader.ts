@@ -27,7 +27,8 @@ export function streamJournals(stream: Stream): Journals {
       if (lastSeq === known.lastSeq) return known.ends;
       for (const id of counts.keys()) {
         const last = await stream.last(id);
-        if (last) ends.set(id, (await whole(stream, last)).to);
+        const end = last && (await whole(stream, last).catch(nullIfDamaged));
+        if (end) ends.set(id, end.to);
       }
       known = { lastSeq, ends };
       return ends;
@@ -180,6 +181,12 @@ async function whole(stream: Stream, message: StoredMessage): Promise<Message> {
     if (parsed) return parsed;
   }
   throw damage(stream, id, 0, `no server has a whole message with sequence ${seq}`);
+}
+
+/** Damage to one journal is reported where that is posted, and concerns no other. */
+function nullIfDamaged(error: unknown): null {
+  if (error instanceof JournalDamage) return null;
+  throw error;
 }
 
 function parse(message: StoredMessage): Message | null {

@@ -7,7 +7,7 @@
  */
 import { findKept, journalName, openStreamReader, watchStream } from "../journal/stream-reader.ts";
 import { openStream, type Stream } from "../journal/stream.ts";
-import { JournalUnavailable } from "../journal/format.ts";
+import { JournalDamage, JournalUnavailable } from "../journal/format.ts";
 import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
 import { type Database, openDatabase } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
@@ -143,10 +143,19 @@ function watchStanding(stream: Stream, database: Database) {
       const before = standing.get(id);
       if (before?.position === position) {
         if (lookMs - before.sinceMs < STILL_MS) continue;
-        const end = (await (await openStreamReader(stream, id))?.end()) ?? 0;
-        found.push({ id, isPosted: position >= end });
+        found.push({ id, isPosted: position >= (await endOf(stream, id)) });
       } else standing.set(id, { position, sinceMs: lookMs });
     }
     return found;
   };
+}
+
+/** Of a damaged journal nothing is known to be posted: whoever tries to post it says what is wrong. */
+async function endOf(stream: Stream, id: string): Promise<number> {
+  try {
+    return (await (await openStreamReader(stream, id))?.end()) ?? 0;
+  } catch (error) {
+    if (error instanceof JournalDamage) return Number.POSITIVE_INFINITY;
+    throw error;
+  }
 }

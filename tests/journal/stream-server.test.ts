@@ -3,6 +3,7 @@ import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
 import { appendFileSync, cpSync, existsSync, rmSync } from "node:fs";
 
+import { openStream } from "../../lib/journal/stream.ts";
 import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
 import { hasNats, type Nats, openNats, openTcpProxy } from "../support/nats.ts";
@@ -317,4 +318,24 @@ test.if(hasNats)("a stream that is behind the ledger is named, and can be left",
   await app.post(event("ann", 4));
   await untilBalance(app, "ann", "7");
   expect(await ledger.tool(["--verify"])).toMatchObject({ code: 0 });
+});
+
+test.if(hasNats)("a damaged journal stops no other, and is named", async () => {
+  const url = newStream();
+  await using ledger = await openLedger({ JOURNAL_URL: url });
+  await using app = await ledger.start();
+  await app.post(event("ann"));
+  const stream = await openStream(url);
+  const junk = { expected: 0, writer: "nobody" };
+  expect(await stream.publish("junk", Buffer.from("junk"), junk)).toMatchObject({
+    state: "stored",
+  });
+  await stream.close();
+  await until(() => app.stderr.text().includes("journal junk of stream"), 20_000);
+  await using other = await ledger.start();
+  await other.post(event("ann"));
+  expect((await patch(other, "f", line("ann"), 0)).status).toBe(200);
+  await untilBalance(app, "ann", "3");
+  const ready = (await (await fetch(`${app.url}/readyz`)).json()) as { paused?: string };
+  expect(ready.paused).toContain("journal junk of stream");
 });
