@@ -66,8 +66,8 @@ const WRITER = "Daybook-Writer";
 const NO_MESSAGE = 10037;
 const NO_STREAM = 10059;
 const WRONG_SEQUENCE = new Set([10071, 10164]);
-/** Insufficient resources; resource limits exceeded; storage resources exceeded. */
-const NO_ROOM = new Set([10023, 10047, 10077]);
+/** Limits of the account, the server, its storage, the stream. */
+const NO_ROOM = new Set([10002, 10023, 10047, 10077]);
 const NO_ROOM_TEXT = /maximum bytes|resource|no space/i;
 
 /** A message of the stream, as stored. `data` is not checked yet. */
@@ -119,13 +119,7 @@ export async function openStream(journalUrl: string, say: (line: string) => void
   const live = `${name}-live`;
   const nc = await open(url, say);
   let isConnected = true;
-  const wakeListeners = new Set<(journalId: string) => void>();
   watchConnection();
-  nc.subscribe(`${live}.wake`, {
-    callback: (error, message) => {
-      if (!error) for (const listener of wakeListeners) listener(message.string());
-    },
-  });
 
   return {
     /** For messages. */
@@ -158,8 +152,10 @@ export async function openStream(journalUrl: string, say: (line: string) => void
     wake: (id: string) => nc.publish(`${live}.wake`, id),
     /** Calls `listener` with the id of a journal that has a new frame. */
     onWake(listener: (journalId: string) => void) {
-      wakeListeners.add(listener);
-      return () => void wakeListeners.delete(listener);
+      const subscription = nc.subscribe(`${live}.wake`, {
+        callback: (error, message) => void (error ?? listener(message.string())),
+      });
+      return () => subscription.unsubscribe();
     },
     /** Answers, from now on, that this process writes a journal. Returns what ends that. */
     live(id: string): () => void {

@@ -24,6 +24,7 @@ export async function followStream(job: Job, context: Context): Promise<void> {
   const { stop, report } = context;
   const stream = await openPatiently(job, context);
   if (!stream) return;
+  if (job.own === undefined) report({ type: "say", line: `following ${stream.name}` });
   const upkeep = openUpkeep(context, job.settings.ID_DAYS);
   const isStill = watchStanding(stream, context.database);
   const news = watchStream(stream);

@@ -9,7 +9,7 @@ import { createHash } from "node:crypto";
 
 import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
-import { hasNats, type Nats, openNats } from "../support/nats.ts";
+import { hasNats, type Nats, openNats, openTcpProxy } from "../support/nats.ts";
 import { startApp, until } from "../support/programs.ts";
 import { FAULT_ROUNDS as ROUNDS, IS_LONG, seeded } from "../support/random.ts";
 import { type Alteration, alteredCopy } from "./altered.ts";
@@ -30,6 +30,11 @@ test.if(hasNats)(
   seeded(async (random) => {
     await using nats = await openNats();
     await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    const database = new URL(ledger.url);
+    const { port } = database;
+    await using postgres = await openTcpProxy(() => Number(port));
+    database.port = `${postgres.port}`;
+    ledger.env.DATABASE_URL = database.href;
     const servers = await Promise.all(Array.from({ length: SERVERS }, () => ledger.start()));
     const acknowledged: string[] = [];
     const uncertain: string[] = [];
@@ -81,6 +86,7 @@ test.if(hasNats)(
         nats,
         ledger,
         servers,
+        postgres,
         random,
       });
     }
@@ -254,6 +260,8 @@ interface World {
   nats: Nats;
   ledger: Ledger;
   servers: Server[];
+  /** The way to Postgres. */
+  postgres: Awaited<ReturnType<typeof openTcpProxy>>;
   random(): number;
 }
 
@@ -274,6 +282,11 @@ const FAULT_KINDS: ((world: World) => Promise<void>)[] = [
   (world) => restart(world, "SIGKILL"),
   (world) => restart(world, "SIGKILL"),
   (world) => restart(world, "SIGTERM"),
+  async ({ postgres, random }) => {
+    postgres.cut();
+    await Bun.sleep(random() * 5000);
+    postgres.mend();
+  },
   async ({ servers, random }) => {
     const server = servers[Math.floor(random() * servers.length)] as Server;
     server.kill("SIGSTOP");

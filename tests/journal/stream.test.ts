@@ -94,6 +94,21 @@ test.if(hasNats)("appends are stored in order, and read back from any position",
   expect(journal.end()).toBe(frames.at(-1)!.to);
 });
 
+test.if(hasNats)("a publish that arrives late, or once more, is refused", async () => {
+  await using world = await openWorld();
+  const journal = await world.open();
+  await journal.append(lines("a"));
+  const { seq, data } = (await world.stream.last(journal.id))!;
+  const late = encodeMessage(journal.id, journal.end(), [lines("late")], Date.now());
+  await journal.append(lines("b"));
+  const at = { expected: seq, writer: "late" };
+  expect(await world.stream.publish(journal.id, late, at)).toEqual({ state: "refused" });
+  const again = { expected: 0, writer: "late" };
+  expect(await world.stream.publish(journal.id, data, again)).toEqual({ state: "refused" });
+  await journal.append(lines("c"));
+  expect(await world.lines()).toEqual(["a", "b", "c"]);
+});
+
 test.if(hasNats)("a new writer adopts the journal of one that is gone", async () => {
   await using world = await openWorld();
   const first = await world.open();
