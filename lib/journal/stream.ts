@@ -498,7 +498,7 @@ async function api<T>(
   try {
     message = await nc.request(`$JS.API.${subject}`, JSON.stringify(request), { timeout });
   } catch (error) {
-    throw new JournalUnavailable(explain(error), { cause: error });
+    throw new JournalUnavailable(`${subject}: ${explain(error)}`, { cause: error });
   }
   const answer = message.json<T & { error?: ApiError }>();
   if (answer.error) throw new JetStreamError(answer.error);
