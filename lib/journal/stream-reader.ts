@@ -36,13 +36,21 @@ export function streamJournals(stream: Stream): Journals {
   };
 }
 
-/** Opens a journal of the stream; `null` if it has no message. Throws JournalDamage or JournalUnavailable. */
-export async function openStreamReader(stream: Stream, id: string): Promise<JournalReader | null> {
+/**
+ * Opens a journal of the stream; `null` if it has no message. Where it was found to end, it is read again only
+ * if `hasNews` says so. Throws JournalDamage or JournalUnavailable.
+ */
+export async function openStreamReader(
+  stream: Stream,
+  id: string,
+  hasNews: () => boolean = () => true,
+): Promise<JournalReader | null> {
   const first = await stream.next(id, 1);
   if (!first) return null;
   const { base: start } = await whole(stream, first);
   /** The sequence from which on the message at `position` is found. */
   let place = { position: start, seq: first.seq };
+  let endedAt = -1;
 
   return {
     id,
@@ -53,6 +61,7 @@ export async function openStreamReader(stream: Stream, id: string): Promise<Jour
       return last ? (await whole(stream, last)).to : 0;
     },
     async read(position) {
+      if (position === endedAt && !hasNews()) return [];
       const seq =
         place.position === position ? place.seq : (await findMessage(stream, id, position))?.seq;
       if (seq === undefined) throw damage(stream, id, position, "no message begins here");
@@ -68,6 +77,7 @@ export async function openStreamReader(stream: Stream, id: string): Promise<Jour
       if (frames.length > 0) return frames;
       const found = await readAnywhere(stream, id, { seq, position });
       if (found) place = { position: found.to, seq: found.seq + 1 };
+      else endedAt = position;
       return found ? [found] : [];
     },
   };

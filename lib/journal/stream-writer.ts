@@ -21,7 +21,14 @@
 import { newJournalId, toFrameTime } from "./format.ts";
 import { isMarked } from "./source-mark.ts";
 import { journalName, streamJournals } from "./stream-reader.ts";
-import { encodeMessage, openStream, parseMessage, type Published, type Stream } from "./stream.ts";
+import {
+  encodeMessage,
+  openStream,
+  parseMessage,
+  type Published,
+  RECONNECT_MS,
+  type Stream,
+} from "./stream.ts";
 import {
   type Commit,
   type Journal,
@@ -36,8 +43,6 @@ const PATIENCE_MS = 5_000;
 /** The pause before a publish of unknown outcome is repeated. */
 const PAUSE_MS = 50;
 const MAX_PAUSE_MS = 500;
-/** Without an answer for this long, another server is tried: this one may be cut off from the others. */
-const RECONNECT_MS = 3_000;
 /** Trouble is reported for this long after an append failed. */
 const TROUBLE_MS = 5_000;
 /**

@@ -60,6 +60,8 @@ const PING_MS = 2_000;
 export const REQUEST_MS = 2_000;
 /** A busy server answers late. Of one that has ended, NATS says at once that nobody answers. */
 const ALIVE_MS = 3_000;
+/** Without an answer for this long, another server is tried: this one may be cut off from the others. */
+export const RECONNECT_MS = 3_000;
 const BATCH = { batch: 1000, max_bytes: 4 * 1024 * 1024 };
 
 const WRITER = "Daybook-Writer";
@@ -119,6 +121,8 @@ export async function openStream(journalUrl: string, say: (line: string) => void
   const live = `${name}-live`;
   const nc = await open(url, say);
   let isConnected = true;
+  /** Since when the leader has not answered. */
+  let silentMs: number | null = null;
   watchConnection();
 
   return {
@@ -139,7 +143,7 @@ export async function openStream(journalUrl: string, say: (line: string) => void
     readElsewhere,
     /** How many messages each journal has, and the last sequence of the stream. Throws JournalUnavailable. */
     async list() {
-      const { state } = await info(nc, name);
+      const { state } = await heard(info(nc, name));
       const subjects = Object.entries(state.subjects ?? {});
       const counts = new Map(subjects.map(([subject, n]) => [subject.slice(name.length + 1), n]));
       return { counts, lastSeq: state.last_seq };
@@ -196,7 +200,24 @@ export async function openStream(journalUrl: string, say: (line: string) => void
   }
 
   function ask(id: string, request: object): Promise<StoredMessage | null> {
-    return getMessage(nc, name, id, request);
+    return heard(getMessage(nc, name, id, request));
+  }
+
+  /** What the leader answers. After a while without an answer, another server is tried. */
+  async function heard<T>(asking: Promise<T>): Promise<T> {
+    try {
+      const answer = await asking;
+      silentMs = null;
+      return answer;
+    } catch (error) {
+      const now = performance.now();
+      silentMs = isConnected && !(error instanceof JetStreamError) ? (silentMs ?? now) : null;
+      if (silentMs !== null && now - silentMs > RECONNECT_MS) {
+        silentMs = null;
+        nc.reconnect().catch(() => {});
+      }
+      throw error;
+    }
   }
 
   /** The first message of a journal from `seq` on, as the leader and then each server has it. */

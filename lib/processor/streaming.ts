@@ -63,15 +63,21 @@ export async function followStream(job: Job, context: Context): Promise<void> {
 
   function hold(id: string): void {
     watched.delete(id);
-    let hasNews = true;
+    /** For the reader, and for whoever waits at the end. */
+    let news = { read: true, next: true };
     let wake = () => {};
+    const take = (who: keyof typeof news) => {
+      const hadNews = news[who];
+      news[who] = false;
+      return hadNews;
+    };
     const followed = {
       path: journalName(stream as Stream, id),
-      open: () => openStreamReader(stream as Stream, id),
+      open: () => openStreamReader(stream as Stream, id, () => take("read")),
       async next() {
-        if (!hasNews)
-          await Promise.race([new Promise<void>((resolve) => (wake = resolve)), aborted]);
-        hasNews = false;
+        if (take("next")) return;
+        await Promise.race([new Promise<void>((resolve) => (wake = resolve)), aborted]);
+        take("next");
       },
       upkeep,
       isShared: true,
@@ -82,7 +88,11 @@ export async function followStream(job: Job, context: Context): Promise<void> {
       pauses.delete(id);
       watched.add(id);
     });
-    held.set(id, { ended, wake: () => ((hasNews = true), wake()) });
+    const woken = () => {
+      news = { read: true, next: true };
+      wake();
+    };
+    held.set(id, { ended, wake: woken });
   }
 
   /** Posting pauses as long as any journal cannot be posted. */
