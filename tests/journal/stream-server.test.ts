@@ -89,12 +89,12 @@ test.if(hasNats)(
       )
         .join("")
         .replaceAll("}\n", (end, at: number) => (at % 7 === 0 ? "} \r\n" : end));
-    const first = many(0, PATIENCE_MS);
+    const first = many(0, 100_000);
     expect((await patch(one, "big", first, 0)).status).toBe(200);
     const whole = first + many(0, 5000);
     // The second server has not seen the beginning.
     expect((await patch(two, "big", whole, Buffer.byteLength(first))).status).toBe(200);
-    await untilBalance(one, "u7", "500", PATIENCE_MS);
+    await untilBalance(one, "u7", "2100", PATIENCE_MS);
     expect(await ledger.tool(["--verify"])).toMatchObject({ code: 0 });
   },
 );
