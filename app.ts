@@ -7,6 +7,7 @@ import "./lib/install.ts";
 import { join } from "node:path";
 
 import { InvalidSetting, readCommand, type SettingsOf } from "./lib/config.ts";
+import { explain } from "./lib/errors.ts";
 import { setEventTypes } from "./lib/event/event.ts";
 import { checkJournalUrl } from "./lib/journal/url.ts";
 import { LedgerRefused, openDatabase, requireLedger } from "./lib/ledger/database.ts";
@@ -14,7 +15,7 @@ import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { type Log, openLog } from "./lib/log.ts";
 import { ledgerUrl, openCluster } from "./lib/postgres/cluster.ts";
 import { acquireProcessorLock, supervise } from "./lib/processor/supervisor.ts";
-import { say } from "./lib/progress.ts";
+import { sayLines } from "./lib/progress.ts";
 import { announce } from "./lib/server/announce.ts";
 import { createApi, type Parts } from "./lib/server/api.ts";
 import { readAccess } from "./lib/server/auth.ts";
@@ -44,7 +45,7 @@ async function main(): Promise<number> {
   const log = openLog(settings.LOG_LEVEL);
   const logLine = (line: string) => log.info(line);
   const access = readAccess(settings, log);
-  const schema = await openSchema(settings);
+  const schema = await openSchema(settings, log);
   const isHttps = readCertificate(settings) !== null; // throws before anything is created
   const { note = null } = databaseUrl ? parseDatabaseUrl(databaseUrl) : {};
   if (note) log.info(note);
@@ -62,7 +63,7 @@ async function main(): Promise<number> {
   stack.defer(() => posted.close());
   posted.compared.catch(() => stop.abort());
   await Promise.race([posted.asked, Bun.sleep(COMPARE_MS)]);
-  const metrics = openMetrics(journal, posted);
+  const metrics = openMetrics({ journal, database, posted, settings });
   const live = openLive({ journal, database, posted, metrics });
   const parts = { journal, database, access, schema, log, posted, metrics, live, isHttps };
   const server = listen(createApi(parts), settings);
@@ -100,7 +101,7 @@ const COMMAND = {
     expires: { type: "string", meaning: "with --token: how long it is valid, like 12h or 30d" },
     sub: { type: "string", meaning: "with --token: the user whose own balance it may read" },
   },
-  check: checkUrls,
+  checks: [checkDatabaseUrl, checkJournalUrl],
   maxFiles: 0,
   exits: {
     0: "stopped by SIGTERM or SIGINT; everything acknowledged is on disk",
@@ -111,10 +112,6 @@ const COMMAND = {
 
 type AppSettings = SettingsOf<"app">;
 
-function checkUrls(settings: AppSettings): string[] {
-  return [...checkDatabaseUrl(settings), ...checkJournalUrl(settings)];
-}
-
 /** SIGTERM and SIGINT abort `stop`. SIGHUP reloads, once there is something to reload. */
 function handleSignals(log: Log) {
   const stop = new AbortController();
@@ -124,10 +121,10 @@ function handleSignals(log: Log) {
   return { stop, onReload: (work: () => void) => (reload = work) };
 }
 
-/** Sets the event types. Loads the schema compiler only where a schema is set. */
-async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings) {
+/** Sets the event types. Starts what validates events only where a schema is set. */
+async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings, log: Log) {
   setEventTypes(EVENT_TYPES);
-  return path ? (await import("./lib/server/event-schema.ts")).openEventSchema(path) : null;
+  return path ? (await import("./lib/server/event-schema.ts")).openEventSchema(path, log) : null;
 }
 
 /** The embedded Postgres; `null` if the start is stopped before it runs. */
@@ -150,7 +147,7 @@ async function runProcessor(settings: AppSettings, stop: AbortSignal, parts: Par
     if (report.type === "say") log[report.level ?? "info"](report.line);
     if (report.type === "failed") log.fatal(report.line);
     if (report.type === "posted") metrics.posted(report);
-    if (report.type === "paused") posted.pause(report.why);
+    if (report.type === "waiting") posted.pause(report.isPaused ? report.why : null);
   });
   await aborted(stop);
   await processor.stop();
@@ -166,7 +163,7 @@ function aborted(signal: AbortSignal): Promise<null> {
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say((error as Error).message);
+    sayLines(explain(error));
     return error instanceof InvalidSetting || error instanceof LedgerRefused ? 2 : 1;
   });
   process.exit();

@@ -8,8 +8,9 @@ import { openApi, UploadFailed } from "./lib/client/api.ts";
 import { type GivenInput, inspect } from "./lib/client/inputs.ts";
 import { ForeignInput, sendFile, type SendOptions, sendStream, Total } from "./lib/client/send.ts";
 import { parseDuration, readCommand } from "./lib/config.ts";
+import { explain } from "./lib/errors.ts";
 import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event/event.ts";
-import { counted, print, say, STOPPED } from "./lib/progress.ts";
+import { counted, print, say, sayLines, STOPPED, visible } from "./lib/progress.ts";
 
 async function main(): Promise<number> {
   const { settings, options, files } = readCommand(COMMAND);
@@ -19,7 +20,9 @@ async function main(): Promise<number> {
   for (const option of ["source", "follow"])
     if (options[option] && paths.length > 1) return reject(`--${option} requires a single FILE`);
   const inputs = await Promise.all(paths.map(inspect));
-  const problems = inputs.flatMap(({ path, problem }) => (problem ? `${path}: ${problem}` : []));
+  const problems = inputs.flatMap(({ path, problem }) =>
+    problem ? `${visible(path)}: ${problem}` : [],
+  );
   if (problems.length > 0) return reject(problems.join("\n"));
   const follow = options["follow"] === true && inputs.every(({ isStream }) => !isStream);
   const compressed = inputs.find(({ compression }) => compression);
@@ -153,14 +156,14 @@ function summarize(from: string, total: Total, ms: number): string {
   );
 }
 
-function reject(line: string): number {
-  say(line);
+function reject(message: string): number {
+  sayLines(message);
   return 2;
 }
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say((error as Error).message);
+    sayLines(explain(error));
     return 3;
   });
   process.exit();

@@ -11,7 +11,8 @@ import "./lib/install.ts";
 import { mkdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 
-import { maskSettings, type Options, readCommand, type SettingsOf } from "./lib/config.ts";
+import { maskSettings, type Options, readCommand } from "./lib/config.ts";
+import { explain } from "./lib/errors.ts";
 import { inspectFile } from "./lib/event/input.ts";
 import { disk } from "./lib/journal/disk.ts";
 import { explainPiece, openJournalReader } from "./lib/journal/reader.ts";
@@ -21,7 +22,7 @@ import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { openCluster } from "./lib/postgres/cluster.ts";
 import { runJob, type Tell } from "./lib/processor/run.ts";
 import type { ToolName } from "./lib/processor/tools.ts";
-import { say } from "./lib/progress.ts";
+import { say, sayLines, visible } from "./lib/progress.ts";
 import { parseTime, TIME_RULE } from "./lib/time.ts";
 
 async function main(): Promise<number> {
@@ -100,21 +101,17 @@ const COMMAND = {
         "list the quarantined lines; =retry posts those that are valid by now; =dismiss [SOURCE[@POSITION]…] removes them for good",
     },
   },
-  check: checkUrls,
+  checks: [checkDatabaseUrl, checkJournalUrl],
   maxFiles: Number.POSITIVE_INFINITY,
   exits: {
     0: "done, or stopped; nothing differs, is damaged or is in quarantine",
     1: "balances differ, the journal is damaged, lines are in quarantine, or the end of a FILE is not a whole event yet",
     2: "invalid use or setting, no such file, one that is not lines of events, a source that --verify needs is missing, or a ledger that cannot be used as it is",
-    3: "gave up: the database is unavailable or refuses, or a file is damaged",
+    3: "gave up: the database is unavailable or refuses, a file is damaged, or METRICS_PORT is in use",
     130: "stopped by SIGINT before the end of the FILEs; run again, it continues",
     143: "the same, by SIGTERM",
   },
 } as const;
-
-function checkUrls(settings: SettingsOf<"processor">): string[] {
-  return [...checkDatabaseUrl(settings), ...checkJournalUrl(settings)];
-}
 
 /** Exit code 2. */
 class InvalidUse extends Error {}
@@ -142,14 +139,14 @@ function toolOf(options: Options): ToolName | null {
   if (quarantine === "list" || quarantine === "retry" || quarantine === "dismiss")
     return quarantine;
   const known = "use --quarantine, --quarantine=retry or --quarantine=dismiss";
-  throw new InvalidUse(`--quarantine=${quarantine} is unknown: ${known}`);
+  throw new InvalidUse(`--quarantine=${visible(quarantine as string)} is unknown: ${known}`);
 }
 
 /** What --history asks for. Throws InvalidUse. */
 function readAsked({ history, from, to }: Options) {
   const read = (name: string, text: Options[string], otherwise: number) => {
     const ms = text === undefined ? otherwise : parseTime(String(text));
-    if (ms === undefined) throw new InvalidUse(`--${name}=${text}: ${TIME_RULE}`);
+    if (ms === undefined) throw new InvalidUse(`--${name}=${visible(String(text))}: ${TIME_RULE}`);
     return ms;
   };
   const toMs = read("to", to, Number.POSITIVE_INFINITY);
@@ -164,16 +161,18 @@ async function whyUnreadable(file: string, tool: ToolName | null): Promise<strin
     const { problem, head, compression } = await inspectFile(file);
     const found =
       problem ?? (await explainPiece(file, { head, isCompressed: compression !== null }));
-    return found && `${file}: ${found}`;
+    return found && `${visible(file)}: ${found}`;
   }
-  if (stat) return `${file}: not a regular file`;
+  if (stat) return `${visible(file)}: not a regular file`;
   // While a journal begins its next file, no file has this name.
-  return (await openJournalReader(file).catch(() => null)) ? null : `${file}: no such file`;
+  return (await openJournalReader(file).catch(() => null))
+    ? null
+    : `${visible(file)}: no such file`;
 }
 
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
-    say((error as Error).message);
+    sayLines(explain(error));
     return error instanceof InvalidUse ? 2 : 3;
   });
   process.exit();

@@ -3,7 +3,7 @@
  * in one run on one machine. Each row and its reference are measured alternately, A B A B A B, and the
  * medians are compared. Every total is checked: a run with a wrong total has no figures. `--large` adds a
  * file of 2 GB, and tables that hold millions of users and ids. PART selects parts by the beginning of their
- * names: single, bulk, post, end, lag, ids, others, stream, known.
+ * names: single, bulk, post, end, lag, viewers, ids, others, stream, known.
  */
 import { closeSync, existsSync, mkdtempSync, openSync, rmSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -18,6 +18,8 @@ import { openNats } from "../tests/support/nats.ts";
 const EVENTS = 2_000_000;
 const USERS = 100_000;
 const ROUNDS = 3;
+/** Of what differs by a few per cent. */
+const PAIRS = 5;
 const ID_EVENTS = 400_000;
 const root = join(import.meta.dir, "..");
 
@@ -51,6 +53,7 @@ async function bench() {
     wants("post") || wants("end") || wants("others") ? await post(file, total) : Number.NaN;
   if (wants("end")) await endToEnd(file, total, bulkMs, postMs);
   if (wants("lag")) await lag();
+  if (wants("viewers")) await viewers();
   if (wants("ids")) await ids();
   if (wants("others")) await others(postMs);
   if (wants("stream")) await stream(file);
@@ -94,6 +97,29 @@ async function single() {
   const postingRate = median(posting.map(({ rate }) => rate));
   const rates = `${many(postingRate)} vs. ${many(rate)} requests/s`;
   add("single with the processor / without", postingRate / rate, rates);
+}
+
+/** What 200 viewers of the page cost "single": pairs on one server, with them and without. */
+async function viewers() {
+  const ratios: number[] = [];
+  await using database = await openDatabase();
+  await using server = await serve(database.url, "--no-processor");
+  for (let pair = 0; pair < PAIRS; pair++) {
+    const rates = { with: 0, without: 0 };
+    for (const kind of pair % 2 ? (["with", "without"] as const) : (["without", "with"] as const)) {
+      const hangUp = new AbortController();
+      const view = async () => {
+        const { body } = await fetch(`${server.url}/live`, { signal: hangUp.signal });
+        body?.pipeTo(new WritableStream()).catch(() => {}); // hung up
+      };
+      if (kind === "with") await Promise.all(Array.from({ length: 200 }, view));
+      rates[kind] = (await load(server.url)).rate;
+      hangUp.abort();
+    }
+    ratios.push(rates.with / rates.without);
+  }
+  const shown = ratios.map((ratio) => ratio.toFixed(3)).join(", ");
+  add("single with 200 viewers / without", median(ratios), `${PAIRS} pairs: ${shown}`);
 }
 
 /** client.ts until the last 201; a sender and a server that only write and sync. */

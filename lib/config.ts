@@ -7,6 +7,7 @@ import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 
 import { version } from "../package.json";
+import { say } from "./progress.ts";
 
 type Program = "app" | "processor" | "client";
 
@@ -56,7 +57,7 @@ export const SETTINGS = {
     kind: whole(0, 65_535, "a whole number from 0 to 65535"),
   },
   HOST: {
-    programs: ["app"],
+    programs: ["app", "processor"],
     default: "127.0.0.1",
     meaning: "address to bind; a non-loopback address requires your own AUTH_SECRET",
     kind: textLike(/^[\w.:%-]+$/, "an address or a host name"),
@@ -201,6 +202,12 @@ export const SETTINGS = {
       requires: `one of ${LOG_LEVELS.join(", ")}`,
       parse: (text) => LOG_LEVELS.find((level) => level === text),
     },
+  },
+  METRICS_PORT: {
+    programs: ["processor"],
+    meaning:
+      "where a processor without a server serves `/metrics`, `/healthz` and `/readyz`, on HOST",
+    kind: whole(0, 65_535, "a whole number from 0 to 65535"),
   },
   SERVER_URL: {
     programs: ["client"],
@@ -368,7 +375,7 @@ export interface Command<P extends Program> {
   maxFiles: number;
   exits: Record<number, string>;
   /** What else is wrong with the settings: a line each, as those of `readSettings`. */
-  check?(settings: SettingsOf<P>): string[];
+  checks?: readonly ((settings: SettingsOf<P>) => string[])[];
 }
 
 /** The options of a command line: strings for options with a value. */
@@ -380,7 +387,8 @@ export type Options = Record<string, string | boolean | string[] | undefined>;
  */
 export function readCommand<P extends Program>(command: Command<P>) {
   const { settings, invalid } = readSettings(settingsOf(command), process.env);
-  invalid.push(...(command.check?.(settings as SettingsOf<P>) ?? []));
+  exemptThisMachine(settings);
+  for (const check of command.checks ?? []) invalid.push(...check(settings as SettingsOf<P>));
   const { options, files, misuse } = readArguments(command);
   if (options["help"]) {
     process.stdout.write(help(command));
@@ -392,10 +400,39 @@ export function readCommand<P extends Program>(command: Command<P>) {
   }
   if (misuse || invalid.length > 0) {
     const usage = misuse ? [misuse, `usage: ${command.usage}`] : [];
-    process.stderr.write(`${[...invalid, ...usage].join("\n")}\n`);
+    for (const line of [...invalid, ...usage]) say(line);
     process.exit(2);
   }
   return { settings: settings as SettingsOf<P>, options, files };
+}
+
+/**
+ * Which proxy of the environment Bun uses for a URL, for messages: ` (through the proxy HOST:PORT of
+ * http_proxy)`, or nothing.
+ */
+export function describeProxy(url: string): string {
+  const { protocol, hostname, host } = new URL(url);
+  const { env } = process;
+  const names = [`${protocol.slice(0, -1)}_proxy`];
+  names.push((names[0] as string).toUpperCase());
+  const name = names.find((each) => env[each]);
+  const exempt = (env["no_proxy"] || env["NO_PROXY"] || "").split(",").map((each) => each.trim());
+  const isExempt = (each: string) =>
+    ["*", hostname, host].includes(each) ||
+    (each && hostname.endsWith(`.${each.replace(/^\./, "")}`));
+  if (!name || exempt.some(isExempt)) return "";
+  const proxy = env[name] as string;
+  // It may hold a password.
+  const shown = URL.canParse(proxy) ? new URL(proxy).host : proxy.replace(/^.*@/, "");
+  return ` (through the proxy ${shown} of ${name})`;
+}
+
+/** A proxy of the environment cannot reach this machine's own addresses. Bun asks these variables at each request. */
+function exemptThisMachine({ SERVER_URL, JWKS_URL }: Partial<Settings<SettingName>>): void {
+  const hosts = [SERVER_URL, JWKS_URL].flatMap((url) => (url ? new URL(url).hostname : []));
+  const local = ["localhost", "127.0.0.1", "::1", "[::1]", ...hosts.filter(isLoopback)];
+  for (const name of ["no_proxy", "NO_PROXY"])
+    process.env[name] = [process.env[name] || [], local].flat().join(",");
 }
 
 function readArguments({ options, maxFiles }: Command<Program>) {

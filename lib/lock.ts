@@ -7,6 +7,8 @@
  */
 import { Database } from "bun:sqlite";
 
+import { requireWritableFolder } from "./errors.ts";
+
 export interface Lock {
   release(): void;
 }
@@ -30,6 +32,7 @@ export function tryLock(path: string): Lock | null {
     db?.close();
     const { code, message } = error as { code?: string; message: string };
     if (code === "SQLITE_BUSY") return null;
+    requireWritableFolder(path); // SQLite does not say why
     throw new Error(`cannot lock ${path}: ${message}`);
   }
   const lock = db;

@@ -5,6 +5,8 @@
  */
 import pino from "pino";
 
+import { visible } from "./progress.ts";
+
 export type Log = pino.Logger;
 
 export function openLog(level: string): Log {
@@ -25,7 +27,8 @@ function readable(line: string): string {
   const more = Object.entries(fields).map(
     ([name, value]) => `  ${name}=${typeof value === "string" ? value : JSON.stringify(value)}`,
   );
-  return `${String(time).slice(11, 19)} ${String(level).padEnd(5)} ${msg}${more.join("")}\n`;
+  const text = `${String(time).slice(11, 19)} ${String(level).padEnd(5)} ${msg}${more.join("")}`;
+  return `${visible(text)}\n`;
 }
 
 /** Tells the log when something stops working, and when it works again. */

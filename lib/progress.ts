@@ -28,16 +28,35 @@ export function counted(count: number, noun: string): string {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
+/** What a terminal obeys instead of showing it (C0, DEL, C1), what reverses text, and further ends of a line. */
+const HIDDEN = /[\p{Cc}\p{Cs}\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]/gu;
+
+/**
+ * The text as one line that shows all of it, whoever wrote it: a line of a file, a file's name, a server's answer. It
+ * is escaped as in JSON, so that a line of NDJSON stays the same value.
+ */
+export function visible(text: string): string {
+  return text.replaceAll(
+    HIDDEN,
+    (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  );
+}
+
 /** Writes a line to stderr, above the bar. */
 export function say(line: string): void {
-  process.stderr.write(`${draw ? CLEAR_LINE : ""}${line}\n`);
+  process.stderr.write(`${draw ? CLEAR_LINE : ""}${visible(line)}\n`);
   draw?.();
+}
+
+/** Writes a message of several lines to stderr. */
+export function sayLines(message: string): void {
+  for (const line of message.split("\n")) say(line);
 }
 
 /** Writes a line of the result to stdout. */
 export function print(line: string): void {
   if (draw) process.stderr.write(CLEAR_LINE);
-  process.stdout.write(`${line}\n`);
+  process.stdout.write(`${visible(line)}\n`);
 }
 
 export type Progress = ReturnType<typeof showProgress>;
@@ -100,7 +119,7 @@ function barOf(shown: { what: string; share: number; rate: number; left: string 
 /** One column stays free: a line that fills the last one wraps on some terminals. */
 function fit(line: string, columns: number): string {
   let [text, width] = ["", 0];
-  for (const character of line.replaceAll(/\p{Cc}/gu, "?")) {
+  for (const character of visible(line)) {
     width += Bun.stringWidth(character);
     if (width >= columns) break;
     text += character;

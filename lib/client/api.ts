@@ -13,11 +13,12 @@
  */
 import { setTimeout as wait } from "node:timers/promises";
 
+import { describeProxy } from "../config.ts";
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import { type Chunk, digestAt } from "./chunks.ts";
 
 const ANSWER_TIMEOUT_MS = 60_000;
-/** An attempt that fails after this long has failed by time, whatever it ended with. */
+/** An attempt that fails after this long counts as too slow, whatever its error. */
 const SLOW_MS = 10_000;
 /** At 1 kB/s, below which the server gives up. Smaller chunks than this are not made. */
 const MIN_CHUNK_MS = 64_000;
@@ -25,6 +26,9 @@ const MIN_PAUSE_MS = 100;
 const MAX_PAUSE_MS = 5_000;
 /** A pause this long is worth a message. */
 const NOTED_PAUSE_MS = 1_000;
+/** No answer of a Daybook server is longer. */
+const MAX_ANSWER_BYTES = 1024 * 1024;
+const MAX_DETAIL_LENGTH = 500;
 const DENIED: Record<number, string> = {
   401: "wrong secret, or an invalid or expired token",
   403: "this secret or token does not grant write access",
@@ -93,7 +97,8 @@ export function openApi(options: ApiOptions) {
   const { serverUrl, credential, retryMs, say, stop, sleep = sleepUntilStopped } = options;
   const { timeoutMs = ANSWER_TIMEOUT_MS } = options;
   const baseUrl = serverUrl.replace(/\/+$/, "");
-  const shownUrl = baseUrl.replace(/\/\/[^/@]*@/, "//"); // it may hold a password
+  // It may hold a password.
+  const shownUrl = baseUrl.replace(/\/\/[^/@]*@/, "//") + describeProxy(baseUrl);
   return { state, send, waitUntilPosted };
 
   /** The state of a source, or `null` when nothing of it is stored. */
@@ -126,10 +131,8 @@ export function openApi(options: ApiOptions) {
     const isSmaller = typeof fits === "number" && fits > 0 && fits < chunk.bytes.length;
     if (answer.status === 413 && isSmaller) return { fits };
     if (answer.status !== 200) throw failure(answer);
-    const stored = answer.body as Partial<Stored> | null;
-    if (!Array.isArray(stored?.errors))
-      throw new UploadFailed(`${shownUrl} is not a Daybook server`);
-    return stored as Stored;
+    if (!isStored(answer.body)) throw new UploadFailed(`${shownUrl} is not a Daybook server`);
+    return answer.body;
   }
 
   /** Returns once the ledger has posted `position`. */
@@ -167,13 +170,18 @@ export function openApi(options: ApiOptions) {
     try {
       const response = await fetch(baseUrl + path, {
         ...init,
-        headers: { ...init.headers, authorization: `Bearer ${credential}` },
+        headers: {
+          ...init.headers,
+          authorization: `Bearer ${credential}`,
+          "accept-encoding": "identity",
+        },
         signal: AbortSignal.timeout(limitMs),
         redirect: "manual",
+        decompress: false, // a few bytes could become many
       });
       const { status, headers } = response;
       // An answer that is cut off does not count, whatever it begins with.
-      const answer: Answer = { status, headers, body: parse(await response.text()) };
+      const answer: Answer = { status, headers, body: parse(await readText(response)) };
       if (!TRANSIENT.has(status)) return { answer, reason: "", retryAfterMs: 0, isLate: false };
       const retryAfterMs = Number(headers.get("retry-after")) * 1000 || 0;
       return { answer: null, reason: describe(answer), retryAfterMs, isLate: status === 408 };
@@ -187,12 +195,12 @@ export function openApi(options: ApiOptions) {
   /** The state of a source in an answer. */
   function stateIn(answer: Answer): SourceState {
     const { headers, body } = answer;
-    const offset = headers.get("upload-offset");
-    if (offset === null) throw failure(answer);
+    const offset = headers.get("upload-offset") ?? "";
+    if (!/^\d{1,15}$/.test(offset)) throw failure(answer);
     const digest = headers.get("source-digest") ?? "";
     const position = headers.get("journal-position") ?? "";
-    const { lines = null } = (body ?? {}) as Partial<SourceState>;
-    return { offset: Number(offset), digest, position, lines };
+    const { lines } = (body ?? {}) as { lines?: unknown };
+    return { offset: Number(offset), digest, position, lines: areCounts(lines) ? lines : null };
   }
 
   function failure(answer: Answer): UploadFailed {
@@ -201,11 +209,42 @@ export function openApi(options: ApiOptions) {
 
   function describe({ status, body }: Answer): string {
     const problem = body as { detail?: unknown } | null;
-    const detail = typeof problem?.detail === "string" ? problem.detail : undefined;
+    const { detail } = problem ?? {};
+    const shown = typeof detail === "string" ? detail.slice(0, MAX_DETAIL_LENGTH) : undefined;
     // The answer to HEAD has no body that could say more.
     const fallback = status >= 500 ? "unavailable" : "unexpected from a Daybook server";
-    return `${shownUrl} answered ${status}: ${detail ?? DENIED[status] ?? fallback}`;
+    return `${shownUrl} answered ${status}: ${shown ?? DENIED[status] ?? fallback}`;
   }
+}
+
+/** The text of an answer; empty if it is longer than any of a Daybook server. */
+async function readText(response: Response): Promise<string> {
+  let text = Buffer.alloc(0);
+  let bytes = 0;
+  for await (const chunk of response.body ?? []) {
+    if (bytes + chunk.length > MAX_ANSWER_BYTES) return "";
+    // Doubled, because single bytes would cost far more than their length.
+    if (bytes + chunk.length > text.length)
+      text = Buffer.concat([text], 2 * (bytes + chunk.length));
+    text.set(chunk, bytes);
+    bytes += chunk.length;
+  }
+  return text.toString("utf8", 0, bytes);
+}
+
+function isStored(body: unknown): body is Stored {
+  return areCounts(body) && "position" in body && typeof body.position === "string";
+}
+
+function areCounts(found: unknown): found is LineCounts {
+  const { accepted, rejected, errors } = (found ?? {}) as Record<string, unknown>;
+  const isCounted = Number.isSafeInteger(accepted) && Number.isSafeInteger(rejected);
+  return isCounted && Array.isArray(errors) && errors.every(isListed);
+}
+
+function isListed(error: unknown): boolean {
+  const { line, message } = (error ?? {}) as Record<string, unknown>;
+  return Number.isSafeInteger(line) && typeof message === "string";
 }
 
 function parse(text: string): unknown {

@@ -2,6 +2,7 @@
 import { accessSync, constants, statSync } from "node:fs";
 import { basename } from "node:path";
 
+import { reasonOf } from "../errors.ts";
 import { inspectFile } from "../event/input.ts";
 
 /** What is given to be sent. */
@@ -27,8 +28,8 @@ export async function inspect(path: string): Promise<GivenInput & { problem: str
     if (!stat.isFile()) return { ...file, problem: "not a regular file or a pipe" };
     return { ...file, ...(await inspectFile(path)) };
   } catch (error) {
-    const { code, message } = error as { code?: string; message: string };
-    const problem = code === "ENOENT" || code === "ENOTDIR" ? "no such file" : message;
+    const { code = "" } = error as { code?: string };
+    const problem = ["ENOENT", "ENOTDIR"].includes(code) ? "no such file" : reasonOf(error);
     return { ...file, problem };
   }
 }

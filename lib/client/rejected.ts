@@ -6,6 +6,7 @@
  */
 import { appendFileSync, existsSync, rmSync, truncateSync } from "node:fs";
 
+import { explain } from "../errors.ts";
 import { eachLine, readBlocks, readFile, SHOWN_BYTES } from "../event/lines.ts";
 import type { LineCounts } from "./api.ts";
 import { type Chunk, CHUNK_BYTES } from "./chunks.ts";
@@ -24,7 +25,7 @@ export async function openRejected(
   // A bad line harms no other line: if it cannot be kept, the good lines are sent all the same.
   const stopKeeping = (error: unknown) => {
     isKept = false;
-    say(`cannot write rejected lines: ${(error as Error).message}; they are only counted`);
+    say(`rejected lines are only counted: ${explain(error)}`);
   };
   const records = { count: 0, bytes: 0, lastOffset: -1 };
   try {

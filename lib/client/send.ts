@@ -15,9 +15,10 @@ import {
   writeFileSync,
 } from "node:fs";
 import { type FileHandle, open } from "node:fs/promises";
-import { tmpdir, userInfo } from "node:os";
+import { tmpdir } from "node:os";
 import { basename, dirname, join } from "node:path";
 
+import { explain } from "../errors.ts";
 import { isText, MAX_SOURCE_BYTES } from "../event/event.ts";
 import { foreignFormat, HEAD_BYTES } from "../event/formats.ts";
 import { explainOther, matchGenerations, REWRITTEN } from "../event/generations.ts";
@@ -57,6 +58,8 @@ const FAST_MS = 5_000;
  * chunk. If none is, the source itself has less than before.
  */
 const MAX_PASSED_OVER = 16;
+/** A server that says it has every source would be asked for ever. */
+const MAX_GENERATIONS = 10_000;
 /** How much of what was sent last is compared with the file before more is sent. */
 const TAIL_BYTES = 4096;
 
@@ -140,7 +143,7 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
       // A rotation leaves no file of this name for a moment.
       while (watch && !stop.aborted && !existsSync(path)) await watch.next();
       await using file = await open(path).catch((error: Error) => {
-        throw new UploadFailed(`cannot read ${path}: ${error.message}`);
+        throw new UploadFailed(explain(error));
       });
       const isOwner = lock !== null;
       const fileOptions: FileOptions = { ...options, path, again, watch, isOwner, isRotated };
@@ -409,6 +412,8 @@ async function findSource(options: FileOptions, input: Input) {
     const state = await api.state(source);
     if (!state) break;
     known.push({ source, state, offset: state.offset, digest: state.digest });
+    if (generation > MAX_GENERATIONS)
+      throw new UploadFailed(`the server has more than ${MAX_GENERATIONS} sources named ${name}`);
     source = `${name}#${generation}`;
     if (!isText(source, MAX_SOURCE_BYTES)) break; // a name this long cannot exist
   }
@@ -519,5 +524,5 @@ function lockOrNull(path: string): Lock | null {
 /** One client at a time writes FILE.rejected.jsonl. The lock is elsewhere, so nothing else lies beside FILE. */
 function lockPathOf(path: string): string {
   const digest = new Bun.CryptoHasher("sha256").update(realpathSync(path)).digest("hex");
-  return join(tmpdir(), `daybook-${userInfo().uid}-${digest.slice(0, 16)}.lock`);
+  return join(tmpdir(), `daybook-${process.getuid?.()}-${digest.slice(0, 16)}.lock`);
 }

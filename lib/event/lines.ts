@@ -225,7 +225,7 @@ export async function* readBlocks(
     const whole = end > 0;
     if (!whole) end = bytes.length;
     yield { bytes: bytes.subarray(0, end), from: offset, to: offset + end, whole, tooLong };
-    // Whatever is appended to the file later continues this line, so no block begins after it.
+    // What is appended to the file later continues this line, so no block begins after it.
     if (!whole) return;
     offset += end;
   }

@@ -128,8 +128,18 @@ function isOurs({ uid, mode }: fs.Stats): boolean {
   return uid === process.getuid?.() && (mode & 0o077) !== 0;
 }
 
-/** An append leaves this much of the disk free, or a twentieth of a small disk. */
-const RESERVED_BYTES = 64 * 1024 * 1024;
+const MAX_RESERVED_BYTES = 64 * 1024 * 1024;
+
+/** How much of a disk of `size` bytes the journal leaves free for the embedded Postgres. */
+export function reservedBytes(size: number): number {
+  return Math.min(MAX_RESERVED_BYTES, size / 20);
+}
+
+/** What is free on the disk of `path`, for this user, and its size: 0 where the file system reports none. */
+export function diskSpace(path: string): { free: number; size: number } {
+  const { bsize, blocks, bavail } = statfsSync(path); // 8 µs
+  return { free: bavail * bsize, size: blocks * bsize };
+}
 
 /**
  * `disk` for a journal that shares it with the embedded Postgres: an append finds no room while there
@@ -144,10 +154,8 @@ export function leavingRoom(disk: Disk): Disk {
       return {
         ...file,
         async append(bytes) {
-          const { bsize, blocks, bavail } = statfsSync(dirname(path)); // 8 µs
-          const reserved = Math.min(RESERVED_BYTES, (blocks * bsize) / 20);
-          // Some file systems report no size.
-          if (blocks > 0 && bavail * bsize - bytes.length < reserved)
+          const { free, size } = diskSpace(dirname(path));
+          if (size > 0 && free - bytes.length < reservedBytes(size))
             throw Object.assign(new Error("reserved for Postgres"), { code: "ENOSPC" });
           await file.append(bytes);
         },

@@ -238,7 +238,7 @@ async function readFrames(file: ReadableFile, segment: Segment, position: number
     if (rest !== "nothing" && bytes.length === block && block < MAX_BLOCK_BYTES) continue;
     const { fault, hasMore } =
       typeof rest === "object" ? rest : { fault: "a frame is cut short", hasMore: false };
-    // Whatever lies in a segment was acknowledged.
+    // All that is in a segment was acknowledged.
     if (hasMore || (to < Infinity && base + from + bytes.length > position))
       throw new JournalDamage(path, from + endIndex, fault);
     return [];

@@ -71,7 +71,7 @@ export async function readSegment(
 
 /**
  * The segment in a file; `null` if the file is gone: a processor may delete old ones at any moment,
- * which is no damage. Throws JournalDamage.
+ * which is not damage. Throws JournalDamage.
  */
 export function openSegment(file: SegmentFile, disk: Disk): Promise<Segment | null> {
   return disk.withFile(file.path, (opened) => readSegment(file, opened));

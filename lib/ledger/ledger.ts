@@ -82,7 +82,7 @@ export interface Claim {
   userId: string;
   /** By how much it changes the balance: a decimal. */
   amount: string;
-  /** The event's identity: whatever has the same identity is the same event. */
+  /** The event's identity: two events of one identity are the same event. */
   event: string;
   /** The bytes of its line. */
   from: number;
@@ -135,6 +135,16 @@ export async function noteEventTypes(database: Database, types: ReadonlyMap<stri
         ${arrayLiteral(types.keys())}::text::text[], ${arrayLiteral(types.values())}::text::smallint[])
       on conflict do nothing`,
   );
+}
+
+/** What the tables that postings change take on the disk, with their indexes. Throws Unavailable. */
+export async function readLedgerBytes(database: Database): Promise<number> {
+  const [row] = await database.use(
+    (sql) => sql<{ bytes: number }[]>`
+      select sum(pg_total_relation_size(name))::float8 as bytes
+      from unnest(array['users_revenue', 'ids', 'points', 'quarantine', 'uncounted']::regclass[]) as name`,
+  );
+  return row?.bytes ?? 0;
 }
 
 /**

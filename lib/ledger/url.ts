@@ -161,7 +161,7 @@ function findHosts(authority: string, parameters: Record<string, string>) {
     );
   return names.map((host, index) => {
     const number = Number(ports[index] ?? ports[0]);
-    if (number < 1 || number > 65_535) refuse("has a port that is none: use 1 to 65535");
+    if (number < 1 || number > 65_535) refuse("has an invalid port: use 1 to 65535");
     return { host, port: number };
   });
 }

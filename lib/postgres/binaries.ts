@@ -8,7 +8,7 @@
  *
  * The user that runs Postgres must be able to reach the programs. It cannot if the project lies
  * below a directory of mode 0700 and Postgres runs as another user, or if the package folder is
- * read-only and has no links. Then `native` is copied below the temporary directory, about 60 MB,
+ * read-only and has no links, or has a path that initdb cannot quote. Then `native` is copied below the temporary directory, about 60 MB,
  * once per version. A copy is tried under another name before it is renamed, and it is trusted only
  * if this user owns it and nobody else may write to it. What others have put there first, under
  * whatever name, is passed over.
@@ -64,6 +64,8 @@ function createLinks(native: string): void {
 
 /** Throws unless `runAs` can run the programs, each of which loads libraries of its own. */
 function tryPrograms(native: string, runAs: RunAs): void {
+  // initdb asks a shell for the version of `postgres`, with the path between double quotes.
+  if (/["$`\\]/.test(native)) throw new Error(`initdb cannot be in a folder like ${native}`);
   const script = '"$0/postgres" --version && "$0/initdb" --version';
   const child = Bun.spawnSync(["sh", "-c", script, join(native, "bin")], { ...runAs, cwd: "/" });
   if (!child.success) throw new Error(child.stderr.toString() || `exit code ${child.exitCode}`);
@@ -86,7 +88,7 @@ function copyNative(native: string, base: string, runAs: RunAs): string {
     fs.cpSync(native, copy, { recursive: true, verbatimSymlinks: true });
     createLinks(copy);
     // A umask at the time of installation may have locked other users out.
-    Bun.spawnSync(["chmod", "-R", "go=u-w", making]);
+    Bun.spawnSync(["chmod", "-R", "go=u-w", making], runAsSelf);
     tryPrograms(copy, runAs);
     // An incomplete copy was damaged by a cleaner of temporary files.
     if (!isComplete(target, native)) fs.rmSync(target, { recursive: true, force: true });

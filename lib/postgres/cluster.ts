@@ -18,6 +18,7 @@ import { closeSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Settings } from "../config.ts";
+import { explain } from "../errors.ts";
 import { waitForLock } from "../lock.ts";
 import {
   createCluster,
@@ -52,7 +53,9 @@ export type Cluster = Awaited<ReturnType<typeof openCluster>>;
 /** The embedded Postgres cannot run. The message is one line with the reason and the remedy. */
 export class ClusterError extends Error {
   constructor(path: string, cause: unknown) {
-    const reason = (cause as Error).message.trim().replace(/\s*\n\s*/g, "; ");
+    const reason = explain(cause)
+      .trim()
+      .replace(/\s*\n\s*/g, "; ");
     const remedy = "fix that, or set DATABASE_URL to another Postgres";
     super(`cannot run the embedded Postgres in ${path}: ${reason}; ${remedy}`, { cause });
   }

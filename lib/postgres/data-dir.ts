@@ -10,7 +10,7 @@
  *     postgres.log  what Postgres logs; emptied when it grows too large
  *
  * Postgres refuses to run as root. Under root it runs as another user, to whom `cluster` belongs and
- * nothing else. Whoever controls that user must not become root: so root writes, removes and signals
+ * nothing else. Controlling that user must not lead to root: so root writes, removes and signals
  * nothing in `cluster` but as that user, and keeps everything else in folders of its own. A child
  * changes to `cluster` while it is still root, and calls it /proc/self/cwd from then on (measured: no
  * capability needed).

@@ -11,8 +11,10 @@ import {
   openSync,
   readFileSync,
   readSync,
+  statfsSync,
   truncateSync,
 } from "node:fs";
+import { runAsSelf } from "./binaries.ts";
 import { clusterName, type DataDir, firstReason, inCluster, pathFromInside } from "./data-dir.ts";
 import { socketSettings } from "./socket.ts";
 import { isWatched, spawnWatcher } from "./watcher.ts";
@@ -21,7 +23,7 @@ const MAX_LOG_BYTES = 4 * 1024 * 1024;
 
 /** Where a small instance has the choice, robust rather than fast. */
 const SETTINGS = [
-  "listen_addresses=", // whoever took the port of one that has died would be sent the password
+  "listen_addresses=", // any local user could take the port of one that has died, and be sent the password
   "unix_socket_permissions=0700",
   "max_connections=100",
   "shared_buffers=128MB",
@@ -33,6 +35,22 @@ const SETTINGS = [
   "log_checkpoints=off",
   "log_min_error_statement=panic", // statements contain people's data
 ];
+
+/**
+ * On a small disk, checkpoints come before the write-ahead log fills it, and a sort fails before its
+ * temporary files do. (`max_wal_size` bounds nothing that is written within one checkpoint.)
+ */
+function diskSettings(path: string): string[] {
+  const { blocks, bsize } = statfsSync(path);
+  const mib = Math.floor((blocks * bsize) / 1024 / 1024);
+  if (mib === 0) return []; // some file systems report no size
+  const walMib = Math.max(64, Math.min(1024, Math.floor(mib / 20)));
+  return [
+    `max_wal_size=${walMib}MB`,
+    `min_wal_size=${Math.min(80, walMib)}MB`,
+    `temp_file_limit=${Math.max(16, Math.floor(mib / 20))}MB`,
+  ];
+}
 
 /** See the table in cluster.ts. */
 export type State = "ready" | "unwatched" | "starting" | "stopping" | "hidden" | "absent";
@@ -68,9 +86,10 @@ export function startPostmaster(dataDir: DataDir) {
   if (stalePid > 0 && commandLine(stalePid) !== "") stale.push("postmaster.pid");
   Bun.spawnSync(["rm", "-f", ...stale], inCluster(dataDir));
 
-  const ours = [...socketSettings(dataDir), clusterName(dataDir), ...SETTINGS];
+  const named = [...socketSettings(dataDir), clusterName(dataDir)];
   const command = [`${native}/bin/postgres`, "-D", pathFromInside(`${path}/cluster`)];
-  for (const setting of [...ours, ...dataDir.settings]) command.push("-c", setting);
+  const ours = [...SETTINGS, ...diskSettings(path)];
+  for (const setting of [...named, ...ours, ...dataDir.settings]) command.push("-c", setting);
   const watcher = spawnWatcher(dataDir, "start", ...command);
   return {
     /** Throws the reason if Postgres has ended, and a retry cannot succeed or `mayRetry` is false. */
@@ -97,7 +116,10 @@ export function trimLog({ path }: DataDir): number {
 /** Empty for a process that does not exist, or that has ended and is not reaped yet. */
 function commandLine(pid: number): string {
   if (process.platform === "linux") return textOf(`/proc/${pid}/cmdline`);
-  return Bun.spawnSync(["ps", "-ww", "-o", "command=", "-p", `${pid}`]).stdout.toString();
+  return Bun.spawnSync(
+    ["ps", "-ww", "-o", "command=", "-p", `${pid}`],
+    runAsSelf,
+  ).stdout.toString();
 }
 
 /** `postmaster.pid`, in the folder of the user that runs Postgres: no link is followed, no FIFO waited for. */

@@ -2,7 +2,7 @@
  * The watcher stops the embedded Postgres after its last user has left or died.
  *
  * The watcher is the shell script below. It starts Postgres as its child and reads the FIFO `users`,
- * of which every user holds the write end. The operating system closes whatever a dead process had
+ * of which every user holds the write end. The operating system closes what a dead process had
  * open, so end of file on `users` means that no user is left, even after kill -9. Watcher and
  * Postgres run in a session of their own, so neither Ctrl-C nor the death of a user reaches them.
  *

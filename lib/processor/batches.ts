@@ -32,7 +32,7 @@ import { type BatchLimit, Fold, MAX_BATCH_BYTES } from "./fold.ts";
 /** While a posting is in progress, the journal is polled this often for more. */
 const POLL_MS = 5;
 /**
- * Where events arrived while a posting was in progress, the next one waits for so many polls more. Each posting
+ * Where events arrived while a posting was in progress, the next one waits for this many polls more. Each posting
  * syncs the journal and is a transaction: 300 a second took almost half of the speed of `POST /liveEvent`.
  */
 const GATHERING_POLLS = 4;
@@ -141,7 +141,7 @@ export async function openJournalBatches(
     const bytes = end - position - (position === journal.start ? headerBytes : 0);
     if (bytes > 0)
       leftOver(
-        `: the last ${bytes} bytes are no whole frame of the journal: left for the next run`,
+        `: the last ${bytes} bytes are not a whole frame of the journal: left for the next run`,
       );
   }
 

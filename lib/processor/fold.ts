@@ -34,7 +34,7 @@ const MAX_QUARANTINED = 1_000;
 export const MAX_BATCH_BYTES = 128 * 1024 * 1024;
 
 const MAX_USERS = 200_000;
-const MIN_USERS = 1_000;
+export const MIN_USERS = 1_000;
 const MIN_TIMEOUT_MS = 10_000;
 const MAX_TIMEOUT_MS = 120_000;
 
@@ -44,19 +44,26 @@ const MAX_TIMEOUT_MS = 120_000;
  * never did.)
  */
 export class BatchLimit {
-  /** One transaction changes about this many balances; 200,000 take some 0.8 s. */
-  maxUsers = MAX_USERS;
+  /** What a full disk leaves room for. */
+  roomForUsers = Infinity;
+  /** What the database manages. */
+  private users = MAX_USERS;
   /** Postgres cancels the statement after this time, which releases its locks. */
   timeoutMs = MIN_TIMEOUT_MS;
 
+  /** One transaction changes about this many balances; 200,000 take some 0.8 s. */
+  get maxUsers(): number {
+    return Math.max(MIN_USERS, Math.min(this.users, this.roomForUsers));
+  }
+
   /** Quarters the batch size; if the attempt timed out, also doubles the timeout. */
   failed(ms: number): void {
-    this.maxUsers = Math.max(MIN_USERS, Math.floor(this.maxUsers / 4));
+    this.users = Math.max(MIN_USERS, Math.floor(this.maxUsers / 4));
     if (ms >= this.timeoutMs) this.timeoutMs = Math.min(MAX_TIMEOUT_MS, this.timeoutMs * 2);
   }
 
   succeeded(): void {
-    this.maxUsers = Math.min(MAX_USERS, this.maxUsers * 2);
+    this.users = Math.min(MAX_USERS, this.users * 2);
     this.timeoutMs = MIN_TIMEOUT_MS;
   }
 }
@@ -156,7 +163,7 @@ export class Fold {
     );
   }
 
-  /** Adds the line that begins at `position`; quarantines it if it is no valid event. */
+  /** Adds the line that begins at `position`; quarantines it if it is not a valid event. */
   add(line: Uint8Array, position: number, maxBytes = MAX_EVENT_BYTES): void {
     const decoded = decodeEvent(line, maxBytes);
     if (decoded instanceof InvalidEvent) return this.quarantine(line, position, decoded.reason);
@@ -173,7 +180,7 @@ export class Fold {
     this.quarantined.push({ position, reason, line: shownLine(line) });
   }
 
-  /** Notes that whatever begins in bytes `from` to `to` does not count. */
+  /** Notes that what begins in bytes `from` to `to` does not count. */
   leaveOut(from: number, to: number, why: string): void {
     const last = this.uncounted.at(-1);
     if (last && this.uncountedRun === this.run && to > from) last.to = to;
@@ -281,7 +288,7 @@ export function shownLine(line: Uint8Array): string {
   return Buffer.from(line.subarray(0, SHOWN_BYTES)).toString().replaceAll("\0", "\ufffd");
 }
 
-/** The identity of an event with an id: whatever has the same identity is the same event. */
+/** The identity of an event with an id: two events of one identity are the same event. */
 export function identityOf(change: Change & { id: string }): string {
   const { id, userId, name, sign, amount } = change;
   const value = formatAmount(sign < 0 ? -amount : amount);

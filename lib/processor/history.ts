@@ -23,6 +23,7 @@ import {
   type Recountable,
   withRecountLock,
 } from "../ledger/reconcile.ts";
+import { visible } from "../progress.ts";
 import {
   describeMissing,
   locateSources,
@@ -120,7 +121,7 @@ async function* eventsOf(tx: Transaction, source: Source, user: string): AsyncGe
   const isFile = parseKey(key).generation !== null;
   let lines = 0;
   for await (const group of readSource(tx, source))
-    for (const { bytes, from, to, atMs } of group) {
+    for (const { bytes, from, to, atMs, all = bytes } of group) {
       await exclusions.load(to);
       for (const { change, index, number } of findEvents(bytes, user)) {
         const position = from + index;
@@ -129,7 +130,7 @@ async function* eventsOf(tx: Transaction, source: Source, user: string): AsyncGe
         const place = isFile ? lines + number : position;
         yield { source: key, atMs, place, change, amount, why };
       }
-      lines += isFile ? countLines(bytes) : 0;
+      lines += isFile ? countLines(all) : 0;
     }
   await exclusions.close();
 }
@@ -176,7 +177,7 @@ function describe({ source, atMs, place, change, amount, why }: Entry, balance: 
 /** A line of columns on a terminal, else of NDJSON. */
 function shown(fields: Record<string, string | number | null>): string {
   if (!process.stdout.isTTY) return JSON.stringify(fields);
-  const text = (value: string | number | null) => `${value ?? "-"}`.replace(/\p{C}/gu, "\ufffd");
+  const text = (value: string | number | null) => visible(`${value ?? "-"}`);
   const { at, position, line, id, name, value, balance, ...rest } = fields;
   if (name === undefined)
     return Object.entries(fields)

@@ -1,6 +1,6 @@
 /**
  * Posting: batch after batch, from the journal as it grows or from a file to its end. Each attempt
- * begins at the checkpoint, so whatever died before is continued and nothing is repeated:
+ * begins at the checkpoint, so what was interrupted is continued, and nothing is repeated:
  *
  *     done       everything is posted
  *     stopped    it was asked to, and the batch under way was posted
@@ -36,8 +36,9 @@ import {
   openJournalBatches,
 } from "./batches.ts";
 import { openAging } from "./aging.ts";
-import { BatchLimit } from "./fold.ts";
+import { BatchLimit, MIN_USERS } from "./fold.ts";
 import { findRefusedOf, requireWritableBalances } from "./refusals.ts";
+import { DiskFull, type Room } from "./room.ts";
 import { QUARANTINE_REASONS, type Quarantined, type Report } from "./supervisor.ts";
 
 /** A file fails when the database has been unavailable for this long; the journal waits for ever. */
@@ -64,6 +65,8 @@ const RETRY_ERROR_MS = 2_000;
 
 export interface Context {
   database: Database;
+  /** The room on the disk of the embedded Postgres; `null` for a Postgres elsewhere. */
+  room: Room | null;
   /** Ends the posting once the batch under way is posted. */
   stop: AbortSignal;
   report(report: Report): void;
@@ -125,14 +128,13 @@ export interface Followed {
   isShared?: boolean;
 }
 
-/** Posts a journal as it grows, until it is stopped, or left to another processor. Waits for whatever is wrong to end. */
+/** Posts a journal as it grows, until it is stopped, or left to another processor. Waits while something is wrong. */
 export async function followJournal(
   { path, open, next, upkeep, isShared = false }: Followed,
   context: Context,
 ): Promise<void> {
   const { stop, report } = context;
-  let trouble = "";
-  let paused: string | null | undefined;
+  let waiting: string | null | undefined;
   const posting: Posting = {
     ...context,
     ...startOfPosting(),
@@ -143,12 +145,12 @@ export async function followJournal(
     },
     posted(posted) {
       upkeep.noteQuarantined(posted.quarantined);
-      works();
+      wait(null);
       report(posted);
     },
-    between: upkeep.between,
+    between: () => upkeep.between(posting.limit),
     more() {
-      works();
+      wait(null); // nothing is left to post
       return next();
     },
   };
@@ -157,24 +159,17 @@ export async function followJournal(
     if (attempted.state === "elsewhere" && isShared) return;
     if (attempted.state !== "failed") continue;
     const { isTransient, error } = attempted;
-    const { message } = error;
-    if (message !== trouble)
-      report({ type: "say", level: "warn", line: `processor: waiting; ${message}` });
-    trouble = message;
-    if (!isTransient) pause(message);
+    wait(error.message, !isTransient || error instanceof DiskFull);
     await Bun.sleep(isTransient ? RETRY_MS : RETRY_ERROR_MS);
   }
 
-  /** Nothing is left to post, or a batch was posted. */
-  function works() {
-    if (trouble) report({ type: "say", line: "processor: posting again" });
-    trouble = "";
-    pause(null);
-  }
-
-  function pause(why: string | null) {
-    if (why !== paused) report({ type: "paused", why });
-    paused = why;
+  /** Reports why posting waits, or with `null` that it does not. */
+  function wait(why: string | null, isPaused = false) {
+    if (why === waiting) return;
+    if (why !== null) report({ type: "say", level: "warn", line: `processor: waiting; ${why}` });
+    else if (waiting) report({ type: "say", line: "processor: posting again" });
+    waiting = why;
+    report({ type: "waiting", why, isPaused });
   }
 }
 
@@ -191,9 +186,10 @@ export function openUpkeep({ database, report }: Context, idDays: number) {
   return {
     noteQuarantined,
     /** Deletes old ids, some at a time, so that no posting waits for long. */
-    async between(): Promise<void> {
+    async between({ roomForUsers }: BatchLimit): Promise<void> {
       noteQuarantined();
-      if (performance.now() < agingDueMs) return;
+      const isTight = roomForUsers < MIN_USERS; // what deletes rows is logged, too
+      if (isTight || performance.now() < agingDueMs) return;
       agingDueMs = Number.POSITIVE_INFINITY; // nobody else begins meanwhile
       try {
         await age();
@@ -328,7 +324,9 @@ async function attempt(posting: Posting): Promise<Attempt> {
     return ended;
   } catch (error) {
     const isTransient =
-      error instanceof JournalUnavailable || (error instanceof Unavailable && error.isTransient);
+      error instanceof DiskFull ||
+      error instanceof JournalUnavailable ||
+      (error instanceof Unavailable && error.isTransient);
     return { state: "failed", error: error as Error, isTransient };
   }
 }
@@ -354,6 +352,7 @@ async function postBatches(batches: BatchReader, posting: Posting): Promise<Atte
   let underWay: Promise<Outcome | null> = Promise.resolve(null);
   let garbageBytes = 0;
   for (;;) {
+    posting.limit.roomForUsers = (await posting.room?.maxUsers()) ?? Infinity;
     const batch = posting.stop.aborted ? null : await batches.next(underWay);
     const outcome = await underWay;
     if (outcome && outcome.state !== "posted") return outcome;
@@ -377,7 +376,9 @@ async function postBatches(batches: BatchReader, posting: Posting): Promise<Atte
 }
 
 async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
-  const { database, limit } = posting;
+  const { database, limit, room } = posting;
+  const { changes, claims, from, to } = batch;
+  await room?.require(changes.size + 2 * claims.size, to - from);
   const fromMs = performance.now();
   try {
     const outcome = await post(database, batch, limit.timeoutMs);

@@ -30,6 +30,7 @@ import {
   unpack,
 } from "../ledger/quarantine.ts";
 import { listRecountable, readSnapshotEnd, withRecountLock } from "../ledger/reconcile.ts";
+import { visible } from "../progress.ts";
 import { identityOf, lineOf, shownLine } from "./fold.ts";
 import {
   locateSources,
@@ -78,7 +79,9 @@ export async function dismissQuarantine({ database, print }: Reconciliation, pla
   for (const text of places.length > 0 ? places : [null]) {
     const count = await dismiss(database, text === null ? null : parsePlace(text));
     if (count === 0 && text !== null)
-      throw new CannotProceed(`${text}: no such line is in quarantine; --quarantine lists them`);
+      throw new CannotProceed(
+        `${visible(text)}: no such line is in quarantine; --quarantine lists them`,
+      );
     dismissed += count;
   }
   print(`lines dismissed: ${dismissed}`);

@@ -35,7 +35,7 @@ import {
   withRecountLock,
 } from "../ledger/reconcile.ts";
 import { openPointTally, type PointTally } from "../ledger/points.ts";
-import { showProgress } from "../progress.ts";
+import { showProgress, visible } from "../progress.ts";
 import { linesOf } from "./batches.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
@@ -67,6 +67,8 @@ interface Range {
 type Lines = Pick<Block, "bytes" | "from" | "to"> & {
   /** When a server stored them; `null` for those of a file, whose points are those of its posting. */
   atMs: number | null;
+  /** Of a file: all bytes of the block, those of a line that is too long to be an event too. */
+  all?: Uint8Array;
 };
 
 /**
@@ -130,7 +132,7 @@ export async function snapshotUpTo(
     const { tally, points, firstInvalid } = recount;
     if (firstInvalid)
       refuse(
-        `the line at position ${firstInvalid.position} of ${key} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
+        `the line at position ${firstInvalid.position} of ${visible(key)} has counted, but is not an event by today's rules (${firstInvalid.reason})`,
       );
     await points.keep();
     await extendSnapshot(sql, tally, { key, position });
@@ -179,8 +181,9 @@ function rangeOf({ checkpoint }: Source): Range {
 }
 
 export function describeMissing({ key, position }: Checkpoint): string {
-  const { name, generation } = parseKey(key);
-  const gone = `; if it is gone for good, --retire ${key} keeps what it has added`;
+  const { name: given, generation } = parseKey(key);
+  const name = visible(given);
+  const gone = `; if it is gone for good, --retire ${visible(key)} keeps what it has added`;
   return generation === null
     ? `missing: journal ${name}, which has been posted; add the path of its eventsPost.jsonl${gone}`
     : `missing: the first ${position} bytes of file ${name}, which have been posted; add its path${gone}`;
@@ -314,7 +317,7 @@ async function* readPostedFile(file: Read, from: number, ends: number[]): AsyncG
     if (end <= from) continue;
     const read: Read = (from, to) => file(from, Math.min(to, end));
     for await (const block of readBlocks(read, offset, BLOCK_BYTES))
-      yield [{ ...linesOf(block), to: block.to, atMs: null }];
+      yield [{ ...linesOf(block), to: block.to, atMs: null, all: block.bytes }];
     offset = end;
   }
 }

@@ -12,6 +12,7 @@ import {
   retireSource,
   withRecountLock,
 } from "../ledger/reconcile.ts";
+import { visible } from "../progress.ts";
 import { openPath, recount, type Reconciliation } from "./recount.ts";
 
 /**
@@ -43,7 +44,7 @@ export async function retire(
     }
     if (!yes)
       throw new CannotProceed(
-        `nothing was changed: add --yes to keep that as a snapshot, if ${names} is gone for good`,
+        `nothing was changed: add --yes to keep that as a snapshot, if ${visible(names)} is gone for good`,
       );
     for (const [i, { key, position }] of gone.entries())
       await retireSource(tx, {
@@ -58,11 +59,11 @@ export async function retire(
 function find(all: Recountable[], source: string): Recountable {
   const found = all.find(({ key }) => key === source || key === `journal:${source}`);
   if (found) return found;
-  const known = all.map(({ key, position }) => `  ${key} (posted up to ${position})`);
+  const known = all.map(({ key, position }) => `  ${visible(key)} (posted up to ${position})`);
   const reason = source.startsWith("sent:")
     ? "what is sent over HTTP is in the journals"
     : "the ledger knows no such source";
-  throw new CannotProceed([`${source}: ${reason}. It knows:`, ...known].join("\n"));
+  throw new CannotProceed([`${visible(source)}: ${reason}. It knows:`, ...known].join("\n"));
 }
 
 /** Where a journal that is here, but lacks its older segments, begins; 0 for a source that is not here. */
@@ -71,8 +72,10 @@ async function findStart(retired: Recountable, paths: Reconciliation["paths"]): 
     const journal = await openPath(path);
     if (!journal || journalKey(journal.id) !== retired.key) continue;
     if (journal.start > retired.removedTo) return journal.start;
-    const where = typeof path === "string" ? `, in ${path}` : "";
-    throw new CannotProceed(`${retired.key} is here${where}: only what is gone can be retired`);
+    const where = typeof path === "string" ? `, in ${visible(path)}` : "";
+    throw new CannotProceed(
+      `${visible(retired.key)} is here${where}: only what is gone can be retired`,
+    );
   }
   return 0;
 }

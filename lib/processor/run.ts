@@ -1,16 +1,29 @@
 /** A run of the processor as a command sees it: its signals, progress, summary and exit code. */
 import { basename } from "node:path";
 
+import type { SettingsOf } from "../config.ts";
 import { counted, percent, print, type Progress, showProgress, STOPPED } from "../progress.ts";
 import { acquireProcessorLock, type Job, QUARANTINE_REASONS, supervise } from "./supervisor.ts";
 
 /** Tells the person who waits, or the log. */
 export type Tell = (line: string, level?: "info" | "warn" | "error") => void;
 
-/** Runs the job in its Worker until `stop`, whose reason is the signal; shows its progress, and returns the exit code. */
-export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<number> {
-  const { DATA_DIR: dataDir, JOURNAL_URL } = job.settings;
+/**
+ * Runs the job in its Worker until `stop`, whose reason is the signal; shows its progress, and returns the
+ * exit code.
+ */
+export async function runJob(
+  job: Job & { settings: SettingsOf<"processor"> },
+  stop: AbortSignal,
+  tell: Tell,
+): Promise<number> {
+  const { DATA_DIR: dataDir, METRICS_PORT, JOURNAL_URL } = job.settings;
   const isFollowing = job.files.length === 0;
+  await using monitor =
+    isFollowing && METRICS_PORT !== undefined
+      ? (await import("./monitor.ts")).openMonitor(job.settings)
+      : null;
+  if (monitor) tell(`metrics on ${monitor.url}/metrics`);
   // Any number follows a stream.
   if (isFollowing && !JOURNAL_URL && !(await acquireProcessorLock(dataDir, stop, tell))) return 0;
 
@@ -23,7 +36,9 @@ export async function runJob(job: Job, stop: AbortSignal, tell: Tell): Promise<n
   let hasFailed = false;
   let isRefused = false;
   let hasLeftOver = false;
-  const processor = supervise(job, (report) => {
+  const isMonitored = monitor !== null;
+  const processor = supervise({ ...job, isMonitored }, (report) => {
+    monitor?.report(report);
     if (report.type === "say") tell(report.line, report.level);
     if (report.type === "opened") {
       progress?.stop();

@@ -5,14 +5,23 @@
  * it holds frames; it leaves a journal alone once another processor has moved its checkpoint. A journal without
  * new frames costs nothing.
  */
-import { findKept, journalName, openStreamReader, watchStream } from "../journal/stream-reader.ts";
+import {
+  findKept,
+  journalName,
+  openStreamReader,
+  streamJournals,
+  watchStream,
+} from "../journal/stream-reader.ts";
 import { openStream, type Stream } from "../journal/stream.ts";
 import { JournalDamage, JournalUnavailable } from "../journal/format.ts";
 import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
 import { type Database, openDatabase } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
+import { reportLag } from "./lag.ts";
 import { type Context, followJournal, openUpkeep } from "./posting.ts";
-import type { Job } from "./supervisor.ts";
+import type { Job, Report } from "./supervisor.ts";
+
+type Waiting = Extract<Report, { type: "waiting" }>;
 
 const STILL_MS = 2_000;
 /** The checkpoints of journals that others post are looked at so often, while they hold frames. */
@@ -35,8 +44,9 @@ export async function followStream(job: Job, context: Context): Promise<void> {
   const held = new Map<string, { wake(): void; ended: Promise<void> }>();
   /** Those that others post, or nobody. */
   const watched = new Set<string>();
-  const pauses = new Map<string, string>();
+  const waits = new Map<string, Waiting>();
   const purging = purgeOld(job, stream, context);
+  const lag = job.isMonitored ? reportLag(streamJournals(stream), context) : null;
   let trouble = "";
   while (!stop.aborted) {
     try {
@@ -49,16 +59,19 @@ export async function followStream(job: Job, context: Context): Promise<void> {
         if (isPosted) watched.delete(id);
         else hold(id);
       }
+      if (trouble) pass("", { type: "waiting", why: null, isPaused: false });
       trouble = "";
     } catch (error) {
       const { message } = error as Error;
-      if (message !== trouble)
+      if (message !== trouble) {
         report({ type: "say", level: "warn", line: `processor: waiting; ${message}` });
+        pass("", { type: "waiting", why: message, isPaused: false });
+      }
       trouble = message;
       await Promise.race([Bun.sleep(RETRY_MS), aborted]);
     }
   }
-  await Promise.all([purging, ...[...held.values()].map(({ ended }) => ended)]);
+  await Promise.all([purging, lag, ...[...held.values()].map(({ ended }) => ended)]);
   await stream.close();
 
   function hold(id: string): void {
@@ -82,10 +95,10 @@ export async function followStream(job: Job, context: Context): Promise<void> {
       upkeep,
       isShared: true,
     };
-    const mine = { ...context, report: (each: Parameters<typeof report>[0]) => pass(id, each) };
+    const mine = { ...context, report: (each: Report) => pass(id, each) };
     const ended = followJournal(followed, mine).then(() => {
       held.delete(id);
-      pauses.delete(id);
+      waits.delete(id);
       watched.add(id);
     });
     const woken = () => {
@@ -95,12 +108,13 @@ export async function followStream(job: Job, context: Context): Promise<void> {
     held.set(id, { ended, wake: woken });
   }
 
-  /** Posting pauses as long as any journal cannot be posted. */
-  function pass(id: string, each: Parameters<typeof report>[0]): void {
-    if (each.type !== "paused") return report(each);
-    if (each.why === null) pauses.delete(id);
-    else pauses.set(id, each.why);
-    report({ type: "paused", why: [...pauses.values()][0] ?? null });
+  /** Posting waits as long as any journal cannot be posted. */
+  function pass(id: string, each: Report): void {
+    if (each.type !== "waiting") return report(each);
+    if (each.why === null) waits.delete(id);
+    else waits.set(id, each);
+    const all = [...waits.values()];
+    report(all.find(({ isPaused }) => isPaused) ?? all[0] ?? each);
   }
 }
 

@@ -17,10 +17,12 @@ const STOP_MS = 3_000;
 
 /** What a processor has to do: post `files` and end, or follow the journal when there are none. */
 export interface Job {
-  settings: SettingsOf<"processor">;
+  settings: Omit<SettingsOf<"processor">, "METRICS_PORT">;
   files: string[];
   /** The journal of the server beside it, in a stream. */
   own?: string;
+  /** Whether it reports its lag. */
+  isMonitored?: boolean;
   /** A ledger that is refused at the start is waited for. Otherwise it ends the job. */
   waitsForLedger?: boolean;
 }
@@ -48,8 +50,10 @@ export type Report =
       /** Duration of the transaction. */
       ms: number;
     }
-  /** Posting pauses because of what a person must change; `null`: it does not, or no longer. */
-  | { type: "paused"; why: string | null }
+  /** How far posting is behind all journals: unposted bytes, and the age of the oldest of them. */
+  | { type: "lag"; bytes: number; seconds: number }
+  /** Why posting waits; `null`: it does not, or no longer. `isPaused`: until a person changes something. */
+  | { type: "waiting"; why: string | null; isPaused: boolean }
   /** Bytes remain that are not a whole event yet. */
   | { type: "leftOver"; line: string }
   | { type: "done" | "stopped" }

@@ -11,7 +11,7 @@ import type { JournalReader } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { CannotProceed, LedgerRefused, openDatabase } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
-import { print, say } from "../progress.ts";
+import { print, say, sayLines } from "../progress.ts";
 import { check, checkStreamed, repair } from "./check.ts";
 import { dismissQuarantine, listQuarantine, retryQuarantine } from "./quarantine.ts";
 import type { Reconciliation } from "./recount.ts";
@@ -93,7 +93,7 @@ export async function runTool(
       : 0;
   } catch (error) {
     if (!(error instanceof CannotProceed || error instanceof LedgerRefused)) throw error;
-    say(error.message);
+    sayLines(error.message);
     return 2;
   } finally {
     await database.close();

@@ -6,10 +6,13 @@
 import { join } from "node:path";
 
 import { setEventTypes } from "../event/event.ts";
+import { fileJournals } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { LedgerRefused, openDatabase, requireLedger } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
+import { reportLag } from "./lag.ts";
 import { follow, postFile } from "./posting.ts";
+import { openRoom } from "./room.ts";
 import type { Job, Report } from "./supervisor.ts";
 
 /** The ledger is asked for this long whether it can be used, before it is waited for. */
@@ -26,15 +29,21 @@ self.onmessage = ({ data }: MessageEvent<Job | "stop">) => {
 
 async function work(job: Job): Promise<void> {
   setEventTypes(job.settings.EVENT_TYPES);
-  const isStream = job.settings.JOURNAL_URL !== undefined;
+  const { DATA_DIR, DATABASE_URL, JOURNAL_URL } = job.settings;
+  const isStream = JOURNAL_URL !== undefined;
   const database = openDatabase(ledgerUrl(job.settings), "processor", isStream ? MAX_POSTINGS : 1);
-  const context = { database, stop: stop.signal, report };
+  const room = DATABASE_URL ? null : openRoom(join(DATA_DIR, "postgres"), database);
+  const context = { database, room, stop: stop.signal, report };
   try {
     if (!job.waitsForLedger) await requireLedger(database, REQUIRE_MS);
     if (job.files.length === 0 && isStream)
       await (await import("./streaming.ts")).followStream(job, context);
-    else if (job.files.length === 0)
-      await Promise.all([follow(job.settings, context), deleteOldSegments(job)]);
+    else if (job.files.length === 0) {
+      const lag = job.isMonitored
+        ? reportLag(fileJournals(join(DATA_DIR, JOURNAL_FILE)), context)
+        : null;
+      await Promise.all([follow(job.settings, context), deleteOldSegments(job), lag]);
+    }
     let isDone = true;
     for (const file of job.files) isDone &&= await postFile(file, context);
     report({ type: isDone ? "done" : "stopped" });

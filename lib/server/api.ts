@@ -16,10 +16,10 @@ import { type Access, openAuth } from "./auth.ts";
 import { MAX_LISTED_USERS, openBalances, streamedFormat } from "./balances.ts";
 import { type Lines, readEvent, readLines, sortLines } from "./body.ts";
 import type { EventSchema } from "./event-schema.ts";
-import { holdAnswer } from "./held-answer.ts";
+import { openAnswers } from "./held-answer.ts";
 import { observe } from "./listener.ts";
 import type { Live } from "./live.ts";
-import { openMemoryBudget } from "./memory.ts";
+import { MAX_REQUESTS_BYTES, openMemoryBudget } from "./memory.ts";
 import type { Metrics } from "./metrics.ts";
 import { describeBody, describeEvent, EventBody, EventsBody } from "./openapi.ts";
 import { type ApiDocument, openApiPage } from "./openapi-page.ts";
@@ -73,6 +73,11 @@ const UsersQuery = t.Object(
   },
   openObject,
 );
+const Users = t.Object({
+  users: t.Array(Balance),
+  next: t.Union([t.String(), t.Null()]),
+  at: t.Optional(t.String({ description: "when the largest balances were read" })),
+});
 interface ResponseHeaders {
   headers: Record<string, string | number | undefined>;
 }
@@ -112,6 +117,10 @@ export function createApi(parts: Parts) {
   const { journal, database, access, schema, log, posted, metrics, live, isHttps } = parts;
   const authorize = openAuth(access, log);
   const budget = openMemoryBudget();
+  const { gauge } = metrics;
+  gauge("request_memory_bytes", "Memory that requests have reserved.", budget.usedBytes);
+  gauge("request_memory_limit_bytes", "The most that they may.", () => MAX_REQUESTS_BYTES);
+  const answers = openAnswers();
   const sources = openSources(journal, database, posted.settle);
   const balances = openBalances(database);
   const journalHealth = watchHealth(log, "error", "journal: events are stored again");
@@ -209,11 +218,7 @@ export function createApi(parts: Parts) {
       grants: "balances:read",
       query: UsersQuery,
       response: {
-        200: t.Object({
-          users: t.Array(Balance),
-          next: t.Union([t.String(), t.Null()]),
-          at: t.Optional(t.String({ description: "when the largest balances were read" })),
-        }),
+        200: Users,
       },
       detail: {
         summary:
@@ -228,7 +233,7 @@ export function createApi(parts: Parts) {
       response: { 200: Balance },
       detail: { summary: "The balance of a user; with `after`, once that position is posted" },
     })
-    .get("/revenue", ({ query, set }) => listRevenue(query, set), {
+    .get("/revenue", ({ request, query, set }) => listRevenue(request, query, set), {
       grants: "balances:read",
       query: t.Object(
         {
@@ -261,7 +266,7 @@ export function createApi(parts: Parts) {
           "Revenue over time: events and amounts by name and the time they were stored (UTC)",
       },
     })
-    .get("/quarantine", ({ query, set }) => listQuarantine(query, set), {
+    .get("/quarantine", ({ request, query, set }) => listQuarantine(request, query, set), {
       grants: "balances:read",
       query: t.Object(
         {
@@ -351,7 +356,7 @@ export function createApi(parts: Parts) {
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
     const lines = await sortLines(await readLines(received), received, maxErrors);
-    using held = holdAnswer(budget);
+    using held = answers.hold();
     held.reserve(lines.errorBytes);
     const position = formatPosition(await stored(journal.append(lines.good)));
     metrics.accepted(lines.counts.accepted);
@@ -365,7 +370,7 @@ export function createApi(parts: Parts) {
     const received = { request, reservation, schema, onRejected: metrics.rejected };
     const body = await readLines(received);
     const to = from + body.length;
-    using held = holdAnswer(budget);
+    using held = answers.hold();
     let lines: Lines | undefined;
     const sort = async () => {
       lines = await sortLines(body, received, maxErrors, from);
@@ -423,11 +428,12 @@ export function createApi(parts: Parts) {
   }
 
   async function listUsers(
-    { url, headers, method }: Request,
+    request: Request,
     query: typeof UsersQuery.static,
     set: ResponseHeaders,
   ) {
     set.headers["cache-control"] = "no-store";
+    const { url, headers, method } = request;
     const { user_id: userId, limit = 100, cursor, order } = query;
     // Of a repeated parameter Elysia sees one value.
     if (new URL(url).searchParams.getAll("user_id").length > 1)
@@ -439,7 +445,10 @@ export function createApi(parts: Parts) {
       return { users: revenue === null ? [] : [{ user_id: userId, revenue }], next: null };
     }
     const format = streamedFormat(headers.get("accept"));
-    if (!format) return queried(order ? balances.largest(limit) : balances.list(limit, cursor));
+    if (!format) {
+      const reading = order ? balances.largest(limit) : balances.list(limit, cursor);
+      return answers.read(request, await queried<typeof Users.static>(reading));
+    }
     if (order ?? cursor ?? query.limit)
       throw invalidQuery(
         "",
@@ -449,14 +458,22 @@ export function createApi(parts: Parts) {
     return queried(balances.stream(format, method === "HEAD") as Promise<never>);
   }
 
-  function listRevenue(query: Parameters<typeof readRevenue>[1], set: ResponseHeaders) {
+  async function listRevenue(
+    request: Request,
+    query: Parameters<typeof readRevenue>[1],
+    set: ResponseHeaders,
+  ) {
     set.headers["cache-control"] = "no-store";
-    return queried(readRevenue(database, query));
+    return answers.read(request, await queried(readRevenue(database, query)));
   }
 
-  function listQuarantine(query: Parameters<typeof listQuarantined>[1], set: ResponseHeaders) {
+  async function listQuarantine(
+    request: Request,
+    query: Parameters<typeof listQuarantined>[1],
+    set: ResponseHeaders,
+  ) {
     set.headers["cache-control"] = "no-store";
-    return queried(listQuarantined(database, query));
+    return answers.read(request, await queried(listQuarantined(database, query)));
   }
 
   async function waitUntilPosted(after: string): Promise<void> {

@@ -77,7 +77,7 @@ export function openAuth(access: Access, log: Log) {
       throw forbidden(scope, `this token lacks the scope ${scope}`);
   };
 
-  /** Whoever knows this program knows the default secret: it is for this machine's own requests. */
+  /** The default secret is public: it is for this machine's own requests. */
   function denyDefault(caller: Caller): Promise<never> {
     if (!isRefusalLogged)
       log.warn(

@@ -4,6 +4,7 @@
  */
 import { readBalances, readLargestBalances, type UserBalance } from "../ledger/balances.ts";
 import type { Database } from "../ledger/database.ts";
+import { fitting } from "./held-answer.ts";
 import { invalidQuery, unavailable } from "./problem.ts";
 
 export const MAX_LISTED_USERS = 1_000;
@@ -41,7 +42,7 @@ interface Largest {
   dueMs: number;
 }
 
-export function openBalances(database: Database) {
+export function openBalances(database: Database, { stalledMs = STALLED_MS } = {}) {
   let largest: Largest | null = null;
   let scan: Promise<Largest> | null = null;
   let streams = 0;
@@ -59,8 +60,8 @@ export function openBalances(database: Database) {
       const after = cursor === undefined ? "" : decodeCursor(cursor);
       // One more than asked for says whether there is a next page.
       const rows = await readBalances(database, { after, limit: limit + 1 });
-      const users = rows.slice(0, limit);
-      const next = rows.length > limit ? encodeCursor(users.at(-1) as UserBalance) : null;
+      const users = fitting(rows.slice(0, limit));
+      const next = rows.length > users.length ? encodeCursor(users.at(-1) as UserBalance) : null;
       return { users, next };
     },
 
@@ -90,7 +91,7 @@ export function openBalances(database: Database) {
       streams++;
       try {
         const first = await readPage("");
-        const body = streamOf(readPage, { first, format, ended });
+        const body = streamOf(readPage, { first, format, ended, stalledMs });
         return new Response(body, { headers });
       } catch (error) {
         ended();
@@ -110,8 +111,9 @@ export function openBalances(database: Database) {
 
 function streamOf(
   readPage: (after: string) => Promise<UserBalance[]>,
-  { first, format, ended }: { first: UserBalance[]; format: Format; ended(): void },
+  options: { first: UserBalance[]; format: Format; ended(): void; stalledMs: number },
 ): ReadableStream<Uint8Array> {
+  const { first, format, ended, stalledMs } = options;
   const { head, line } = FORMATS[format];
   let page: Promise<UserBalance[]> = Promise.resolve(first);
   let text = head;
@@ -138,7 +140,7 @@ function streamOf(
           controller.error(new Error("the reader takes nothing"));
           end();
         };
-        stalled = setTimeout(fail, STALLED_MS);
+        stalled = setTimeout(fail, stalledMs);
         page = readPage(last.user_id);
         page.catch(() => {}); // awaited by the next pull
       } catch (error) {

@@ -15,17 +15,16 @@ import { eachEventFrom, withoutBom } from "../event/lines.ts";
 import { watchArrivals } from "./arrivals.ts";
 import type { EventSchema } from "./event-schema.ts";
 import { Gather } from "./gather.ts";
+import { MAX_ANSWER_BYTES } from "./held-answer.ts";
 import { REQUEST_BYTES, type Reservation } from "./memory.ts";
 import { Problem } from "./problem.ts";
-import { nextTurn, SLICE_WORK } from "./turns.ts";
+import { nextTurn, oneAtATime, SLICE_WORK } from "./turns.ts";
 import { zstdContentBytes } from "./zstd.ts";
 
 /** The limit of a body of many events, as sent and decompressed. */
 export const MAX_EVENTS_BYTES = 16 * 1024 * 1024;
 /** A body that announces no more than what each request reserves is read in one go: chunks cost more. */
 const MAX_SMALL_BYTES = REQUEST_BYTES;
-/** An answer is below 1 MiB, whatever it lists. */
-const MAX_ANSWER_BYTES = 1024 * 1024 - 4096;
 /** Compression makes incompressible bytes slightly larger. */
 const COMPRESSION_OVERHEAD_BYTES = 64 * 1024;
 /** Chunks read between two turns of the event loop. */
@@ -42,6 +41,7 @@ const QUOTED_KEY = /^"((?:[ !#-[\]-~]|\\["\\])*)"$/;
 const JOINED = /,[ \t]/;
 
 const arrivals = watchArrivals();
+const inTurn = oneAtATime();
 
 type Decompress = (bytes: Uint8Array, limit: { maxOutputLength: number }) => Promise<Buffer>;
 const DECOMPRESS = new Map<string, Decompress>([
@@ -54,13 +54,13 @@ export interface Received {
   request: Request;
   reservation: Reservation;
   schema: EventSchema | null;
-  /** Called with each line that is no valid event. */
+  /** Called with each line that is not a valid event. */
   onRejected(invalid: InvalidEvent): void;
 }
 
 /**
  * The body of `POST /liveEvent` as a line of the journal, with the `Idempotency-Key` as its id. Throws a
- * Problem that says why it is no event.
+ * Problem that says why it is not an event.
  */
 export async function readEvent({ request, reservation, schema, onRejected }: Received) {
   requireType(request, "application/json");
@@ -78,7 +78,10 @@ export async function readEvent({ request, reservation, schema, onRejected }: Re
   const keyFault = isNew ? faultOfKey(key, id) : null;
   if (keyFault) faults.push(keyFault);
   const line = isNew && !keyFault ? withId(oneLine(body), key) : oneLine(body);
-  faults.push(...(schema?.check(line)?.faults ?? []));
+  if (schema) {
+    const { faults: found } = await schema.openBody()(line, Uint32Array.of(0, line.length));
+    faults.push(...(found.get(0) ?? []));
+  }
   if (faults.length > 0) throw notAnEvent(new InvalidEvent("event", faults));
   return line;
 
@@ -172,7 +175,7 @@ export async function sortLines(
   let goodBytes = 0;
   let rejected = 0;
   let isPlain = true;
-  const sort = (line: number, at: number, end: number, invalid?: InvalidEvent | null) => {
+  const sort: Sort = (line, at, end, invalid) => {
     if (invalid) {
       onRejected(invalid);
       if (rejected++ >= maxErrors || fits !== undefined) return;
@@ -188,23 +191,24 @@ export async function sortLines(
     ends.push(bomBytes + end);
     isPlain &&= bomBytes + end === goodBytes - 1;
   };
+  const validator = schema && openValidation(schema, body, sort);
+  const found = validator?.add ?? sort;
   const scanner = openScanner();
   const options = {
     bytes: body,
     scanner,
-    scanned(at: number, number: number) {
-      sort(number, at, scanner.end, schema?.check(body.subarray(at, scanner.end)));
-    },
+    scanned: (at: number, number: number) => found(number, at, scanner.end),
     visit(line: Uint8Array, at: number, number: number) {
-      sort(number, at, at + line.length, check(line, schema));
+      const decoded = decodeEvent(line);
+      found(number, at, at + line.length, decoded instanceof InvalidEvent ? decoded : null);
     },
     maxBytes: MAX_EVENT_BYTES,
-    // With a schema each event is parsed, too, and that takes 16 times as long.
-    maxWork: schema ? SLICE_WORK / 16 : SLICE_WORK,
+    maxWork: SLICE_WORK,
   };
   for (let place = { index: 0, number: 1 }; place.index < body.length;) {
     if (place.index > 0) await nextTurn();
     place = eachEventFrom(place, options);
+    await validator?.validate();
   }
   return {
     /** The good lines, each with its newline. */
@@ -220,12 +224,40 @@ export async function sortLines(
   };
 }
 
-/** All faults of a line, or `null` if it is a valid event. */
-function check(line: Uint8Array, schema: EventSchema | null): InvalidEvent | null {
-  const decoded = decodeEvent(line);
-  if (!(decoded instanceof InvalidEvent)) return schema?.check(line) ?? null;
-  if (decoded.kind !== "event") return decoded;
-  return new InvalidEvent("event", [...decoded.faults, ...(schema?.check(line)?.faults ?? [])]);
+/** Receives a line of a body: its number, where it begins and ends, and why it is no valid event, if so. */
+type Sort = (number: number, at: number, end: number, invalid?: InvalidEvent | null) => void;
+
+/** Validates lines against EVENT_SCHEMA: those of a slice together, and then sorts them. */
+function openValidation(schema: EventSchema, body: Uint8Array, sort: Sort) {
+  const check = schema.openBody();
+  let lines: { number: number; at: number; end: number; invalid: InvalidEvent | null }[] = [];
+  return {
+    add(number: number, at: number, end: number, invalid: InvalidEvent | null = null): void {
+      lines.push({ number, at, end, invalid });
+    },
+    /** Throws the 413 that says how many bytes of the body can be validated. */
+    async validate(): Promise<void> {
+      const [{ at: from } = { at: 0 }] = lines;
+      const to = lines.at(-1)?.end ?? 0;
+      const ranges = new Uint32Array(2 * lines.length);
+      // The scanner and `decodeEvent` name their faults; what is no JSON has no others.
+      for (const [i, { at, end, invalid }] of lines.entries())
+        if (!invalid || invalid.kind === "event") ranges.set([at - from, end - from], 2 * i);
+      const { faults, next } = await check(new Uint8Array(body.subarray(from, to)), ranges);
+      if (next < lines.length) throw tooComplex((lines[next] as { at: number }).at);
+      for (const [i, { number, at, end, invalid }] of lines.entries()) {
+        const found = faults.get(i);
+        const all = found && new InvalidEvent("event", [...(invalid?.faults ?? []), ...found]);
+        sort(number, at, end, all ?? invalid);
+      }
+      lines = [];
+    },
+  };
+}
+
+function tooComplex(at: number): Problem {
+  const detail = `EVENT_SCHEMA takes too long for this body; send the first ${at} bytes first`;
+  return new Problem(413, detail, { bytes: at });
 }
 
 function requireType(request: Request, required: string): void {
@@ -244,17 +276,21 @@ async function decompressed(request: Request, reservation: Reservation): Promise
   if (!decompress) return bytes;
   const minBytes = coding === "zstd" ? await zstdContentBytes(bytes) : 0;
   if (minBytes === null) throw new Problem(400, "the body is not complete zstd");
-  reservation.reserveLarge(MAX_EVENTS_BYTES);
-  try {
-    const content = await decompress(bytes, { maxOutputLength: MAX_EVENTS_BYTES });
-    // Seen once in 70,000: all but the first frame was missing.
-    if (content.length < minBytes) throw new Error("some of it is missing");
-    return content;
-  } catch (error) {
-    if ((error as { code?: string }).code === "ERR_BUFFER_TOO_LARGE")
-      throw tooLarge(MAX_EVENTS_BYTES);
-    throw new Problem(400, `the body is not valid ${coding}`);
-  }
+  // Nobody knows how large it will be: four small bodies at once would need the memory of the largest.
+  return inTurn(async () => {
+    reservation.reserveLarge(MAX_EVENTS_BYTES);
+    try {
+      const content = await decompress(bytes, { maxOutputLength: MAX_EVENTS_BYTES });
+      // Seen once in 70,000: all but the first frame was missing.
+      if (content.length < minBytes) throw new Error("some of it is missing");
+      reservation.release(MAX_EVENTS_BYTES - content.length);
+      return content;
+    } catch (error) {
+      if ((error as { code?: string }).code === "ERR_BUFFER_TOO_LARGE")
+        throw tooLarge(MAX_EVENTS_BYTES);
+      throw new Problem(400, `the body is not valid ${coding}`);
+    }
+  });
 }
 
 /** The bytes of the body, read only as far as `limit` and the memory budget allow, and not for ever. */

@@ -1,47 +1,89 @@
 /**
- * An answer that holds its memory until it is sent. Senders that do not read would fill the memory
- * otherwise: 300 of them took 827 MB. A sender that reads nothing is disconnected after the idle limit.
+ * Answers that hold their memory until they are sent, in a budget of their own. Readers that do not read
+ * would fill the memory otherwise: 300 of them took 827 MB. One that reads nothing for half a minute is
+ * disconnected.
  */
-import type { openMemoryBudget } from "./memory.ts";
+import { openMemoryBudget } from "./memory.ts";
 
+/** No answer but a stream is larger. */
+export const MAX_ANSWER_BYTES = 1024 * 1024 - 4096;
+/** Of all answers that are being sent. */
+const MAX_ANSWERS_BYTES = 32 * 1024 * 1024;
 const PIECE_BYTES = 64 * 1024;
 /** Smaller answers are left to the buffers of the connection. */
 const MAX_UNHELD_BYTES = 64 * 1024;
+const STALLED_MS = 30_000;
 
-/** Holds the memory of one answer; `using` releases what no answer has taken over. */
-export function holdAnswer(budget: ReturnType<typeof openMemoryBudget>) {
-  let reservation: Disposable | null = null;
+export type Answers = ReturnType<typeof openAnswers>;
+
+export function openAnswers(budget = openMemoryBudget(MAX_ANSWERS_BYTES)) {
   return {
-    /** Call it before anything is stored. Throws the 503 when the budget is used up. */
-    reserve(bytes: number): void {
-      if (bytes <= MAX_UNHELD_BYTES) return;
-      const admitted = budget.admit();
-      reservation = admitted;
-      admitted.reserve(bytes);
+    /** Holds the memory of one answer; `using` releases what no answer has taken over. */
+    hold() {
+      let reservation: Disposable | null = null;
+      return {
+        /** Call it before anything is stored. Throws the 503 when the budget is used up. */
+        reserve(bytes: number): void {
+          if (bytes <= MAX_UNHELD_BYTES) return;
+          const admitted = budget.admit();
+          reservation = admitted;
+          admitted.reserve(bytes);
+        },
+        /** What a handler returns. As `T`, it does not change what typed clients expect. */
+        answer<T extends object>(document: T, status: number): T {
+          const held = reservation;
+          reservation = null;
+          if (!held) return document;
+          const bytes = Buffer.from(JSON.stringify(document));
+          return heldAnswer(bytes, status, () => held[Symbol.dispose]()) as never;
+        },
+        [Symbol.dispose]: () => reservation?.[Symbol.dispose](),
+      };
     },
-    /** What a handler returns. As `T`, it does not change what typed clients expect. */
-    answer<T extends object>(document: T, status: number): T {
-      const held = reservation;
-      reservation = null;
-      if (!held) return document;
-      return heldAnswer(document, status, () => held[Symbol.dispose]()) as never;
+    /** What a handler of GET returns for `document`, also for HEAD. Throws the 503. */
+    read<T extends object>({ method }: Request, document: T): T {
+      if (method === "HEAD") return document; // nobody would read or end its stream
+      using held = this.hold();
+      held.reserve(Buffer.byteLength(JSON.stringify(document)));
+      return held.answer(document, 200);
     },
-    [Symbol.dispose]: () => reservation?.[Symbol.dispose](),
   };
 }
 
-/** `document` as a JSON response. Calls `sent` once, when it has been handed over, or nobody will read it. */
-function heldAnswer(document: object, status: number, sent: () => void): Response {
-  const bytes = Buffer.from(JSON.stringify(document));
+/** As many of the first `rows` as an answer holds. */
+export function fitting<T>(rows: T[]): T[] {
+  let bytes = 0;
+  const beyond = rows.findIndex((row) => {
+    bytes += Buffer.byteLength(JSON.stringify(row)) + 1;
+    return bytes > MAX_ANSWER_BYTES;
+  });
+  return beyond < 0 ? rows : rows.slice(0, beyond);
+}
+
+/** A JSON response. Calls `sent` once, when it has been handed over, or nobody will read it. */
+function heldAnswer(bytes: Uint8Array, status: number, sent: () => void): Response {
   let at = 0;
+  let stalled: Timer | undefined;
+  const end = () => {
+    clearTimeout(stalled);
+    sent();
+  };
   const body = new ReadableStream<Uint8Array>(
     {
+      start(controller) {
+        const fail = () => {
+          controller.error(new Error("the reader takes nothing"));
+          sent();
+        };
+        stalled = setTimeout(fail, STALLED_MS);
+      },
       pull(controller) {
+        stalled?.refresh();
         if (at < bytes.length) return controller.enqueue(bytes.subarray(at, (at += PIECE_BYTES)));
         controller.close();
-        sent();
+        end();
       },
-      cancel: sent,
+      cancel: end,
     },
     { highWaterMark: 0 },
   );

@@ -50,10 +50,10 @@ export function observe(log: Log, metrics: Metrics, routeOf: (path: string) => s
       if (status >= 400 && (await mustClose(request, response)))
         response.headers.set("connection", "close");
       const route = routeOf(pathOf(request.url));
-      metrics.answered(method, route, status);
+      const ms = performance.now() - startedMs;
+      metrics.answered(method, route, status, ms / 1000);
       if (!isLogged) return response;
-      const ms = Math.round((performance.now() - startedMs) * 1000) / 1000;
-      log.debug({ id, method, route, status, ms }, "request");
+      log.debug({ id, method, route, status, ms: Math.round(ms * 1000) / 1000 }, "request");
       return response;
     };
 }

@@ -24,6 +24,8 @@ export function openMemoryBudget(budgetBytes = MAX_REQUESTS_BYTES) {
   let usedBytes = 0;
   let garbageBytes = 0;
   return {
+    /** What all requests hold now. */
+    usedBytes: () => usedBytes,
     /** Admits a request. Throws the 503 when there are too many. */
     admit() {
       let heldBytes = 0;
@@ -39,6 +41,11 @@ export function openMemoryBudget(budgetBytes = MAX_REQUESTS_BYTES) {
         reserve: (bytes: number) => reserve(bytes, budgetBytes),
         /** The same for a part of a large body, which leaves the share of small requests alone. */
         reserveLarge: (bytes: number) => reserve(bytes, budgetBytes - SMALL_REQUESTS_BYTES),
+        /** Gives back a part of it. */
+        release(bytes: number) {
+          usedBytes -= bytes;
+          heldBytes -= bytes;
+        },
         [Symbol.dispose]() {
           usedBytes -= heldBytes;
           // Small requests are collected in time: at 50,000 a second, forced collections for them

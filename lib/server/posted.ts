@@ -26,7 +26,7 @@ export function watchPosted(journal: Journal, database: Database) {
   const { journals, isShared } = journal;
   const all = isShared ? watchAll(journal) : null;
   const comparison = Promise.withResolvers<void>();
-  // Until the ledger has answered, whatever was in the journal counts as posted.
+  // Until the ledger has answered, all that was in the journal counts as posted.
   let posted = journal.end();
   /** The oldest frame that is not posted, or one near it: it is read again at most once a second. */
   let oldest: { position: number; atMs: number } | null = null;
@@ -164,7 +164,7 @@ export function watchPosted(journal: Journal, database: Database) {
 
   /**
    * What a journal accepts that is behind its ledger would never be posted. Its end is read after the
-   * checkpoint: whatever is posted was in the file before.
+   * checkpoint: what is posted was in the file before.
    */
   async function compare(posted: number) {
     const reader = isShared ? journal : await journals.open(journal.id);

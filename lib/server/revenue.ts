@@ -16,7 +16,7 @@ const STEPS: Record<Step, { ms: number; defaultMs: number }> = {
   day: { ms: DAY_MS, defaultMs: 90 * DAY_MS },
 };
 
-/** The points of a query. Throws Unavailable, and the 422 for a time that is none and for too many points. */
+/** The points of a query. Throws Unavailable, and the 422 for an invalid time and for too many points. */
 export async function readRevenue(
   database: Database,
   query: { step?: Step | undefined; from?: string | undefined; to?: string | undefined },

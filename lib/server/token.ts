@@ -16,7 +16,7 @@ import {
   SignJWT,
 } from "jose";
 
-import { parseDuration, type SettingsOf } from "../config.ts";
+import { describeProxy, parseDuration, type SettingsOf } from "../config.ts";
 import type { Health } from "../log.ts";
 import { print, say } from "../progress.ts";
 
@@ -138,7 +138,7 @@ function remoteKeys(url: string, health: Health, fetchKeys: FetchImplementation)
       if (faultOf(error) === "unknown_key") throw error; // the issuer has answered
       const { host, pathname } = new URL(url); // its query and user may be secrets
       const unavailable = new KeysUnavailable(
-        `cannot fetch keys from ${host}${pathname}: ${(error as Error).message}`,
+        `cannot fetch keys from ${host}${pathname}${describeProxy(url)}: ${(error as Error).message}`,
       );
       health.failing(`tokens: ${unavailable.message}`);
       const known = remote.jwks();

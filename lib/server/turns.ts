@@ -21,3 +21,13 @@ function run(): void {
   waiting.shift();
   if (waiting.length > 0) setImmediate(run);
 }
+
+/** Returns a function that does one piece of work at a time, in the order of its calls. */
+export function oneAtATime() {
+  let last: Promise<unknown> = Promise.resolve();
+  return <T>(work: () => Promise<T>): Promise<T> => {
+    const done = last.then(work);
+    last = done.catch(() => {});
+    return done;
+  };
+}

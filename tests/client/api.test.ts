@@ -1,7 +1,9 @@
 /** How the client retries. The waits are recorded instead of waited for. */
 import { expect, test } from "bun:test";
+import { gzipSync } from "node:zlib";
 
 import { openApi, UploadFailed } from "../../lib/client/api.ts";
+import { startOfSource } from "../../lib/client/chunks.ts";
 
 /** An API whose server gives these answers, one after the other, and the waits between its attempts. */
 function openRecorded(answers: Response[], retryMs: number, stop = new AbortController()) {
@@ -56,4 +58,57 @@ test("a stopped client makes no further attempt", async () => {
   stop.abort();
   await expect(recorded.api.state("a")).rejects.toThrow(UploadFailed);
   expect(recorded.waits).toEqual([]);
+});
+
+/** An endless answer, and how much of it was read. */
+function openEndless(headers: Record<string, string>, piece: Uint8Array<ArrayBuffer>) {
+  let sentBytes = 0;
+  const pull = (controller: ReadableStreamDefaultController) => {
+    sentBytes += piece.length;
+    controller.enqueue(piece);
+  };
+  const answer = () => new Response(new ReadableStream({ pull }), { headers });
+  return { answer, sentBytes: () => sentBytes };
+}
+
+const counts = { accepted: 1, rejected: 0, errors: [], position: "a:1" };
+const chunk = {
+  bytes: Buffer.from("{}\n"),
+  ...{ start: startOfSource(), end: startOfSource(), tooLong: null },
+};
+
+test("of an answer that does not end, the client reads a MiB, compressed or not", async () => {
+  const bomb = gzipSync(Buffer.alloc(64 * 1024 * 1024));
+  for (const [headers, piece] of [
+    [{}, new Uint8Array(64 * 1024)],
+    [{ "content-encoding": "gzip" }, new Uint8Array(bomb)],
+  ] as const) {
+    const endless = openEndless(headers, piece);
+    await using recorded = openRecorded([endless.answer()], 60_000);
+    const sending = recorded.api.send("a", chunk, false);
+    await expect(sending).rejects.toThrow("is not a Daybook server");
+    expect(endless.sentBytes()).toBeLessThan(32 * 1024 * 1024); // what is on its way is in buffers
+  }
+});
+
+test("what is not the answer of a Daybook server is not counted", async () => {
+  for (const wrong of [
+    { ...counts, accepted: "1" },
+    { ...counts, rejected: 1e300 },
+    { ...counts, errors: [null] },
+    { ...counts, errors: [{ line: "1", message: "x" }] },
+    { ...counts, errors: [{ line: 1, message: {} }] },
+    { ...counts, position: 7 },
+  ]) {
+    await using recorded = openRecorded([Response.json(wrong)], 60_000);
+    const sending = recorded.api.send("a", chunk, false);
+    await expect(sending).rejects.toThrow("is not a Daybook server");
+  }
+  for (const offset of ["-1", "1e3", "NaN", "9".repeat(16)]) {
+    const headers = { "upload-offset": offset };
+    await using recorded = openRecorded([new Response(null, { headers })], 60_000);
+    await expect(recorded.api.state("a")).rejects.toThrow(UploadFailed);
+  }
+  await using recorded = openRecorded([Response.json(counts)], 60_000);
+  expect(await recorded.api.send("a", chunk, false)).toEqual(counts);
 });

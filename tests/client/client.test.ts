@@ -482,7 +482,7 @@ test("when rejected lines cannot be kept, the client says so and sends the other
   for (let again = 0; again < 2; again++) {
     const sent = await server.send(file);
     expect(sent.code).toBe(1);
-    expect(sent.stderr).toContain("cannot write rejected lines");
+    expect(sent.stderr).toContain("rejected lines are only counted: cannot ");
     expect(server.journal()).toEqual([line("ann", 1)]);
   }
 });
@@ -948,3 +948,27 @@ function standIn(fetch: (request: Request) => Response | Promise<Response>) {
     [Symbol.asyncDispose]: () => server.stop(true),
   };
 }
+
+test("a proxy of the environment is not used for this machine, and is named where it is used", async () => {
+  await using server = await openServer();
+  const file = server.write("a.jsonl", line("ann", 1));
+  const proxy = "http://user:pass@127.0.0.1:9";
+  for (const name of ["http_proxy", "HTTP_PROXY"])
+    for (const NO_PROXY of ["", "elsewhere.test"]) {
+      const env = { SERVER_URL: server.url, [name]: proxy, NO_PROXY };
+      expect((await run("client.ts", { args: [file], env })).code).toBe(0);
+    }
+  const SERVER_URL = "http://daybook.test:8000";
+  const far = await run("client.ts", {
+    args: [file, "--retry-for", "0"],
+    env: { SERVER_URL, http_proxy: proxy },
+  });
+  expect(far.code).toBe(3);
+  expect(far.stderr).toContain(
+    `${SERVER_URL} (through the proxy 127.0.0.1:9 of http_proxy) does not answer: `,
+  );
+  expect(far.stderr + far.stdout).not.toContain("pass");
+  const exempt = { SERVER_URL, http_proxy: proxy, no_proxy: ".test" };
+  const direct = await run("client.ts", { args: [file, "--retry-for", "0"], env: exempt });
+  expect(direct.stderr).toContain(`${SERVER_URL} does not answer: `);
+});

@@ -5,26 +5,12 @@ import { join } from "node:path";
 
 import { line } from "../support/events.ts";
 import { connectTest, testDatabase } from "../support/postgres.ts";
-import { root, until, SECRET, startApp, tempDir, untilBalance } from "../support/programs.ts";
+import { root, until, startApp, tempDir, untilBalance } from "../support/programs.ts";
+import { onTerminal } from "../support/terminal.ts";
 
 setDefaultTimeout(60_000);
 
 const EVENTS = 60_000;
-
-async function onTerminal(env: Record<string, string>, program: string, ...args: string[]) {
-  let shown = "";
-  const { promise: closed, resolve: close } = Promise.withResolvers<void>();
-  const child = Bun.spawn([process.execPath, "run", join(root, program), ...args], {
-    env: { ...process.env, AUTH_SECRET: SECRET, ...env },
-    terminal: {
-      data: (_, bytes) => void (shown += Buffer.from(bytes).toString()),
-      exit: () => close(),
-    },
-  });
-  const code = await child.exited;
-  await closed;
-  return { code, shown };
-}
 
 test("on a terminal, a bar shows the progress, and the result is the same as without one", async () => {
   using dir = tempDir();

@@ -110,7 +110,7 @@ export function patternOf(code: string): RegExp {
   return new RegExp(parts.join(GAP) + (tokens.at(-1) === "," ? ",?" : ""), "gm");
 }
 
-/** Removes a folder for temporary files, and whatever a test that died has left mounted there. */
+/** Removes a folder for temporary files, and what a test that died has left mounted there. */
 export function removeTemporary(path: string): void {
   for (const name of existsSync(path) ? readdirSync(path) : [])
     Bun.spawnSync(["umount", "-l", join(path, name, "small")], { stderr: "ignore" });

@@ -272,8 +272,14 @@ export const BREAKS: readonly Break[] = [
   // Bytes on disk.
   without(
     "the disk space that is left to the embedded Postgres",
-    "if (blocks > 0 && bavail * bsize - bytes.length < reserved)",
+    "if (size > 0 && free - bytes.length < reservedBytes(size))",
     "if (false)",
+    "faults/full",
+  ),
+  without(
+    "the pause of postings on a full disk",
+    "if (needed <= room) return;",
+    "return;",
     "faults/full",
   ),
   without(
@@ -436,6 +442,12 @@ export const BREAKS: readonly Break[] = [
     "await setLimits(tx, timeoutMs, IDLE_MS);",
     "",
     "ledger/connection",
+  ),
+  without(
+    "the end of a stream that nobody reads",
+    "stalled = setTimeout(fail, stalledMs);",
+    "",
+    "server/balances",
   ),
   without(
     "the end of a read that nobody waits for",
@@ -880,7 +892,12 @@ export const BREAKS: readonly Break[] = [
     "ledger/upgrade",
   ),
   without("that 0.1.0 stops", "and attname = 'posted_at'", "and false", "ledger/upgrade"),
-  without("that a pause ends", "pause(null);", "", "ledger/inexact"),
+  without(
+    "that a pause ends",
+    'report({ type: "waiting", why, isPaused });',
+    'if (why !== null) report({ type: "waiting", why, isPaused });',
+    "ledger/inexact",
+  ),
   without("the exit code of a ledger that is refused", "isRefused ? 2 : 3", "3", "ledger/inexact"),
   // Files and pipes as they are found.
   without(
@@ -890,14 +907,14 @@ export const BREAKS: readonly Break[] = [
     "unit/formats",
   ),
   without(
-    "that bytes which are no event do not pass for sent",
+    "that bytes which are not an event do not pass for sent",
     "total.hasLeftOver = true; const what",
     "const what",
     "client/client",
     "client/input",
   ),
   without(
-    "that bytes which are no event do not pass for posted",
+    "that bytes which are not an event do not pass for posted",
     'tell(report.line, "warn"); hasLeftOver = true;',
     'tell(report.line, "warn");',
     "client/input",

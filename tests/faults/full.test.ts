@@ -3,8 +3,9 @@
  * of files.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { mkdirSync, rmSync, statfsSync, writeFileSync } from "node:fs";
+import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 
+import { diskSpace } from "../../lib/journal/disk.ts";
 import { event, line } from "../support/events.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
 import { run, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
@@ -101,36 +102,85 @@ const mounted = mount(1);
 mounted?.[Symbol.dispose]();
 
 test.concurrent.if(mounted !== null)(
-  "on a disk that fills up, the embedded Postgres posts everything that was accepted, and reads continue",
+  "on a disk that fills up, reads continue, and all that was accepted is posted once there is room",
   async () => {
     using disk = mount(400);
     if (!disk) throw new Error("cannot mount a second disk");
     await using server = await startApp({ dataDir: disk.path });
     const ballast = `${disk.path}/ballast`;
-    const { bavail, bsize } = statfsSync(disk.path);
-    writeFileSync(ballast, Buffer.alloc(bavail * bsize - 60 * MIB));
-    const read = (user: string, after = "") => fetch(`${server.url}/userEvents/${user}${after}`);
+    const free = () => diskSpace(disk.path).free;
+    writeFileSync(ballast, Buffer.alloc(free() - 60 * MIB));
+    const nameOf = (body: number, i: number) => `${body}.${i}.${"u".repeat(60)}`;
     let sent = 0;
-    /** Sends events of 2,000 new users, and waits for the balance of the last one. */
+    /** Sends events of 2,000 new users. */
     const send = async () => {
-      const users = Array.from({ length: 2_000 }, (_, i) => `${sent}.${i}.${"u".repeat(60)}`);
-      const answer = await server.postLines(users.map((user) => line(user)).join(""));
-      if (answer.status !== 201) return answer.status;
-      const { position } = (await answer.json()) as { position: string };
-      const { status } = await read(users.at(-1) as string, `?after=${position}`);
-      expect(status, `after ${sent} bodies: ${server.stderr.text().slice(-1_000)}`).toBe(200);
-      sent++;
-      return 201;
+      const lines = Array.from({ length: 2_000 }, (_, i) => line(nameOf(sent, i)));
+      const { status } = await server.postLines(lines.join(""));
+      if (status === 201) sent++;
+      return status;
     };
-    await until(async () => (await send()) === 507, 60_000);
-    expect(sent).toBeGreaterThan(5);
+    const read = async () => (await fetch(`${server.url}/userEvents/${nameOf(0, 0)}`)).status;
+    expect(await send()).toBe(201);
+    await until(async () => (await read()) === 200);
+    await until(async () => {
+      expect(await read(), server.stderr.text().slice(-1_000)).toBe(200);
+      return (await send()) === 507;
+    }, 60_000);
     for (let i = 0; i < 40; i++) {
-      expect((await read(`0.0.${"u".repeat(60)}`)).status).toBe(200);
+      expect(free()).toBeGreaterThan(8 * MIB); // for Postgres
+      expect(await read()).toBe(200);
       expect(await send()).toBe(507);
-      await Bun.sleep(50);
     }
     rmSync(ballast);
     await until(async () => (await send()) === 201, 30_000);
+    for (let body = 0; body < sent; body += 10)
+      await untilBalance(server, nameOf(body, 1_999), "1");
+    expect(server.stderr.text()).not.toContain("Postgres is running again");
+  },
+);
+
+test.concurrent.if(mounted !== null)(
+  "a backlog that the disk has no room for waits, says so, and is posted once there is room; reads continue",
+  async () => {
+    using disk = mount(500);
+    if (!disk) throw new Error("cannot mount a third disk");
+    const users = 300_000;
+    const user = (i: number) => `user-${Bun.hash(`${i}`).toString(36)}`; // all over the index
+    {
+      await using server = await startApp({ dataDir: disk.path, args: ["--no-processor"] });
+      for (let from = 0; from < users; from += 20_000) {
+        const lines = Array.from({ length: 20_000 }, (_, i) => line(user(from + i)));
+        expect((await server.postLines(lines.join(""))).status).toBe(201);
+      }
+      server.kill("SIGTERM");
+      expect(await server.exit()).toBe(0);
+    }
+    const ballast = `${disk.path}/ballast`;
+    writeFileSync(ballast, Buffer.alloc(diskSpace(disk.path).free - 80 * MIB));
+    await using server = await startApp({ dataDir: disk.path });
+    const metric = async (name: string) => {
+      const text = await (await fetch(`${server.url}/metrics`)).text();
+      return Number(new RegExp(`^daybook_${name} (.*)$`, "m").exec(text)?.[1]);
+    };
+    const statuses = new Set<number>();
+    const read = async () =>
+      statuses.add((await fetch(`${server.url}/userEvents/${user(0)}`)).status);
+    await until(async () => {
+      await read();
+      return (await metric("posting_paused")) === 1;
+    }, 60_000);
+    const ready = await (await fetch(`${server.url}/readyz?reads`)).json();
+    expect(ready).toMatchObject({ status: "ready", reads: "ready" });
+    expect(ready.paused).toMatch(
+      /^the disk of \S+ is nearly full: posting needs \d+ MiB of free space there$/,
+    );
+    for (let i = 0; i < 100; i++) await read();
+    expect([...statuses].filter((status) => status !== 200 && status !== 404)).toEqual([]);
+
+    rmSync(ballast);
+    await until(async () => (await metric("posting_lag_bytes")) === 0, 60_000);
+    await untilBalance(server, user(users - 1), "1");
+    expect(await metric("posting_paused")).toBe(0);
     expect(server.stderr.text()).not.toContain("Postgres is running again");
   },
 );

@@ -6,7 +6,7 @@ const MAX_MS = 20 * 60_000;
 /** The groups of the runs in progress. A signal to this process does not reach them. */
 const groups = new Set<number>();
 
-/** Runs `bun test ARGS` in `cwd`, and kills whatever it leaves running. */
+/** Runs `bun test ARGS` in `cwd`, and kills what it leaves running. */
 export async function runTestProcess(args: string[], cwd: string, env: Record<string, string>) {
   const child = Bun.spawn([process.execPath, "test", ...args], {
     cwd,

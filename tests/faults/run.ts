@@ -96,7 +96,7 @@ async function tryPart({ name, tests, env }: Part, seed: number): Promise<void> 
   failures.push(`${settings.join(" ")} bun test ${files.join(" ")}\n${run.stderr.slice(-3_000)}`);
 }
 
-/** Whatever an aborted test leaves is removed: its processes, files and mounts. */
+/** What an aborted test leaves is removed: its processes, files and mounts. */
 function cleanUpAtExit(): void {
   const temporary = mkdtempSync(join(tmpdir(), "daybook-test-"));
   process.env["TMPDIR"] = temporary;

@@ -45,7 +45,7 @@ async function isNoticed(attempt: Break): Promise<boolean> {
 /** Runs `bun test ARGS` in a copy with these alterations; `failed` names the first test that failed. */
 async function runTests(alterations: Alteration[], args: string[]) {
   using copy = alteredCopy(alterations);
-  // Whatever an aborted test leaves is removed with the copy.
+  // What an aborted test leaves is removed with the copy.
   const temporary = `${copy.path}/tmp`;
   mkdirSync(temporary);
   const { passed, stderr } = await runTestProcess(args, copy.path, { TMPDIR: temporary });

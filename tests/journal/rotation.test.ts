@@ -269,7 +269,7 @@ test("processor.ts JOURNAL counts every event once beside a processor that posts
     Bun.spawnSync([process.execPath, "run", "processor.ts", path], { env });
     for (const name of segmentNames(dir.path).slice(0, 3)) rmSync(dir.file(name));
   };
-  await postFile(path, { database: ledger, stop: signal, report });
+  await postFile(path, { database: ledger, room: null, stop: signal, report });
   expect(opened).toBe(2);
   expect(await balances(database.url)).toEqual({ ann: "6" });
   await ledger.close();

@@ -128,3 +128,12 @@ test("what removed segments had added comes first", async () => {
   expect(rows.length).toBeLessThan(20);
   expect(rows.at(-1)).toEqual({ sum: "25", balance: "25" });
 });
+
+test("the line of an event in a file is right after lines that are longer than what is read at once", async () => {
+  await using ledger = await openLedger();
+  const long = `${"x".repeat(3_000_000)}\n`;
+  const file = ledger.write("long.jsonl", `${line("ann")}\n${long}${line("ben")}${line("ann")}`);
+  expect((await ledger.tool([file])).code).toBe(1);
+  const { rows } = await historyOf(ledger, "ann", file);
+  expect(rows.slice(0, 2).map((row) => row["line"])).toEqual([1, 5]);
+});

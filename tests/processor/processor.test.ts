@@ -257,20 +257,20 @@ test("a piece of a journal and a compressed journal are named, with exit code 2"
   expect(posted.stderr).toContain(`${compressed}: this is a compressed journal: `);
 });
 
-test("bytes of a journal that are no whole frame are reported, with exit code 1", async () => {
+test("bytes of a journal that are not a whole frame are reported, with exit code 1", async () => {
   await using ledger = await openPosting();
   const header = encodeJournalHeader(crypto.randomUUID(), 0);
   const file = ledger.write("j.jsonl", header);
   expect(await ledger.post(file)).toMatchObject({ code: 0, stderr: "" });
   const bare = line("ann", 1);
   appendFileSync(file, bare);
-  const reported = `${file}: the last ${bare.length} bytes are no whole frame of the journal: left for the next run\n`;
+  const reported = `${file}: the last ${bare.length} bytes are not a whole frame of the journal: left for the next run\n`;
   expect(await ledger.post(file)).toMatchObject({ code: 1, stderr: reported });
   ledger.write(
     "j.jsonl",
     Buffer.concat([header, frame(line("ann", 1)), frame(line("ben", 1)).subarray(0, 80)]),
   );
-  expect((await ledger.post(file)).stderr).toContain("the last 80 bytes are no whole frame");
+  expect((await ledger.post(file)).stderr).toContain("the last 80 bytes are not a whole frame");
   expect(await ledger.balances()).toEqual({ ann: "1" });
 });
 

@@ -2,6 +2,8 @@
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { connect } from "node:net";
 
+import { openDatabase } from "../../lib/ledger/database.ts";
+import { openBalances as openReading } from "../../lib/server/balances.ts";
 import { openLedger } from "../support/ledger.ts";
 import { until } from "../support/programs.ts";
 
@@ -174,4 +176,16 @@ test("a stream that nobody reads holds no connection to Postgres and little memo
     for (const socket of sockets) socket.destroy();
     await until(async () => (await balances.get("", "text/csv")).status === 200);
   }
+});
+
+test("a stream of which nothing is taken for the time it may stall is broken off, and makes room for another", async () => {
+  await using balances = await openBalances(20_000);
+  const database = openDatabase(() => balances.ledger.url, "test", 1);
+  const reading = openReading(database, { stalledMs: 20 });
+  // More than there may be at once.
+  for (let i = 0; i < 60; i++) {
+    const { body } = await reading.stream("application/x-ndjson", false);
+    await expect(body?.getReader().closed).rejects.toThrow("the reader takes nothing");
+  }
+  await database.close();
 });

@@ -5,6 +5,7 @@ import { join } from "node:path";
 
 import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
+import { version } from "../../package.json";
 import { openProxy } from "../support/network.ts";
 import { testDatabase } from "../support/postgres.ts";
 import { isInstalled, root, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
@@ -89,7 +90,7 @@ test("after all kinds of traffic every metric is correct, and no label has an un
   });
   expect(found["daybook_journal_bytes"]).toBeGreaterThan(500);
   expect(found["process_resident_memory_bytes"]).toBeGreaterThan(1e7);
-  expect(Object.keys(found).length).toBeLessThan(100);
+  expect(Object.keys(found).length).toBeLessThan(150);
 
   const text = await (await fetch(`${app.url}/metrics`)).text();
   expect(text).not.toMatch(/ann|user\d|nowhere/);
@@ -189,4 +190,74 @@ test("the alerting rules in deploy/ use existing metrics", async () => {
 
 test.if(hasPromtool)("promtool accepts the alerting rules in deploy/", () => {
   expect(promtool(["rules", ALERTS]).output).toContain("SUCCESS");
+});
+
+test("quarantine, memory, disk, duration and version are metrics of the server", async () => {
+  await using ledger = await openLedger();
+  await using app = await ledger.start();
+  await causeTraffic(app);
+  const found = await until(async () => {
+    const found = await scrape(app.url);
+    return found["daybook_quarantine_lines"] === 1 && found; // counted for the next scrape
+  }, 20_000);
+  expect(found["daybook_request_memory_bytes"]).toBe(0);
+  expect(found["daybook_request_memory_limit_bytes"]).toBeGreaterThan(1e7);
+  expect(found["daybook_disk_free_bytes"]).toBeGreaterThan(1e6);
+  expect(found[`daybook_build_info{version="${version}",bun="${Bun.version}"}`]).toBe(1);
+  const took = (name: string, more = "") =>
+    found[`daybook_http_request_duration_seconds_${name}{route="/liveEvent"${more}}`];
+  const answered = 6 + 50; // POST and PUT
+  expect(took("count")).toBe(answered);
+  expect(took("bucket", ',le="+Inf"')).toBe(answered);
+  expect(took("bucket", ',le="0.005"')).toBeWithin(1, answered + 1);
+  expect(took("sum")).toBeWithin(0.000_001, 60);
+});
+
+test("a processor without a server serves its metrics and probes on METRICS_PORT", async () => {
+  await using ledger = await openLedger();
+  await using app = await ledger.start({}, ["--no-processor"]);
+  await using proxy = await openProxy(ledger.url);
+  await using processor = ledger.process([], { DATABASE_URL: proxy.url, METRICS_PORT: "0" });
+  const url = await until(
+    () => /metrics on (http:\S+)\/metrics/.exec(processor.stderr.text())?.[1],
+  );
+  for (const id of ["a", "a", "b"]) await app.post(event("ann", 1, { id }));
+  await untilBalance(app, "ann", "2");
+  const found = await until(async () => {
+    const found = await scrape(url);
+    return found["daybook_posting_lag_bytes"] === 0 && found;
+  });
+  expect(found).toMatchObject({
+    daybook_events_posted_total: 2,
+    daybook_events_duplicate_total: 1,
+    daybook_posting_paused: 0,
+    daybook_posting_lag_seconds: 0,
+  });
+  expect(found[`daybook_build_info{version="${version}",bun="${Bun.version}"}`]).toBe(1);
+  const ask = async (path: string, init?: RequestInit) => {
+    const answer = await fetch(url + path, init);
+    return { status: answer.status, ...((await answer.json()) as { detail?: string }) };
+  };
+  expect(await ask("/healthz")).toMatchObject({ status: "ok" });
+  expect(await ask("/readyz")).toMatchObject({ status: "ready" });
+  expect(await ask("/userEvents/ann")).toMatchObject({ status: 404 });
+  expect(await ask("/metrics", { method: "POST" })).toMatchObject({ status: 405 });
+  if (hasPromtool) {
+    const text = await (await fetch(`${url}/metrics`)).text();
+    expect(promtool(["metrics"], text)).toEqual({ code: 0, output: "" });
+  }
+
+  proxy.cut();
+  await app.post(event("ann"));
+  await until(async () => (await ask("/readyz")).detail?.startsWith("database: "));
+  await until(async () => (await scrape(url))["daybook_posting_lag_seconds"]! > 0);
+  proxy.mend();
+  await untilBalance(app, "ann", "3");
+  await until(async () => (await ask("/readyz")).detail === undefined);
+
+  await using second = ledger.process([], { METRICS_PORT: new URL(url).port });
+  expect(await second.exit()).toBe(3);
+  expect(second.stderr.text()).toContain("the port is in use; set HOST or METRICS_PORT");
+  processor.kill("SIGTERM");
+  expect(await processor.exit()).toBe(0);
 });

@@ -76,3 +76,29 @@ export function rejectedFaults(file: string, bad: readonly BadLine[]): string[] 
   for (const line of wanted) if (!found.has(line)) faults.push(`missing: ${line}`);
   return faults;
 }
+
+/**
+ * Ids of users with one hash (FNV-1a): each is a row of blocks, and the two forms of a block lead
+ * from one state of the hash to the same next one. The state before a block depends on those before it.
+ */
+export function collidingIds(count: number): Buffer[] {
+  const blocks: [string, string][] = [];
+  for (let start = 0x811c9dc5; 2 ** blocks.length < count;) {
+    const seen = new Map<number, string>();
+    for (let i = 36 ** 4; ; i++) {
+      const form = i.toString(36);
+      let state = start;
+      for (let at = 0; at < form.length; at++)
+        state = Math.imul(state ^ form.charCodeAt(at), 0x01000193);
+      const other = seen.get(state);
+      seen.set(state, form);
+      if (other === undefined) continue;
+      blocks.push([other, form]);
+      start = state;
+      break;
+    }
+  }
+  return Array.from({ length: count }, (_, i) =>
+    Buffer.from(blocks.map((forms, bit) => forms[(i >> bit) & 1]).join("")),
+  );
+}

@@ -2,7 +2,7 @@
 import { expect, test } from "bun:test";
 
 import { Gather } from "../../lib/server/gather.ts";
-import { holdAnswer } from "../../lib/server/held-answer.ts";
+import { fitting, MAX_ANSWER_BYTES, openAnswers } from "../../lib/server/held-answer.ts";
 import { openMemoryBudget } from "../../lib/server/memory.ts";
 
 const MIB = 1024 * 1024;
@@ -24,10 +24,10 @@ test.each([1, 3, 100, 16 * 1024 - 1, 16 * 1024, 100_000])(
 );
 
 test("a large answer holds its memory until it is read or its reader is gone", async () => {
-  const budget = openMemoryBudget(3 * MIB);
+  const answers = openAnswers(openMemoryBudget(3 * MIB));
   const document = { text: "x".repeat(MIB) };
   const open = () => {
-    using held = holdAnswer(budget);
+    using held = answers.hold();
     held.reserve(MIB);
     return held.answer(document, 201) as unknown as Response;
   };
@@ -41,4 +41,26 @@ test("a large answer holds its memory until it is read or its reader is gone", a
   await second.body?.cancel();
   open();
   expect(open).toThrow("overloaded");
+});
+
+test("a page that is read holds its memory, too; a small one and HEAD hold none", async () => {
+  const answers = openAnswers(openMemoryBudget(MIB));
+  const large = { text: "x".repeat(MIB / 2) };
+  const request = (method: string) => new Request("http://a", { method });
+  const response = answers.read(request("GET"), large) as unknown as Response;
+  expect(() => answers.read(request("GET"), large)).toThrow("overloaded");
+  const small = { text: "" };
+  expect(answers.read(request("GET"), small)).toBe(small);
+  expect(answers.read(request("HEAD"), large)).toBe(large);
+  expect(await response.json()).toEqual(large);
+  answers.read(request("GET"), large);
+});
+
+test("a page has as many rows as an answer holds, in bytes of its JSON", () => {
+  const rows = Array.from({ length: 1_000 }, () => "\u0001".repeat(4_096));
+  const fit = fitting(rows);
+  const bytes = JSON.stringify(fit).length;
+  expect(bytes).toBeLessThanOrEqual(MAX_ANSWER_BYTES + 2);
+  expect(bytes).toBeGreaterThan(MAX_ANSWER_BYTES - 30_000);
+  expect(fitting(["a", "b"])).toEqual(["a", "b"]);
 });

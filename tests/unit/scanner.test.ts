@@ -16,7 +16,7 @@ import { eachEvent, eachLine } from "../../lib/event/lines.ts";
 import { hashOf } from "../../lib/event/scanner.ts";
 import { Sums } from "../../lib/event/sums.ts";
 import { count } from "../faults/figures.ts";
-import { event } from "../support/events.ts";
+import { collidingIds, event } from "../support/events.ts";
 import { IS_LONG, randomOf } from "../support/random.ts";
 
 const RUNS = Number(process.env["SCAN_RUNS"] ?? (IS_LONG ? 20_000 : 2_000));
@@ -187,32 +187,6 @@ test("two users whose ids have the same hash are two users", () => {
   for (const user of [...users, ...users]) sums.addTo(user.toString(), parseAmount("1") as bigint);
   expect(sums.amountArray()).toBe("{2,2,2,2}");
 });
-
-/**
- * Ids with one hash: each is a row of blocks, and the two forms of a block lead
- * from one state of the hash to the same next one. The state before a block depends on those before it.
- */
-function collidingIds(count: number): Buffer[] {
-  const blocks: [string, string][] = [];
-  for (let start = 0x811c9dc5; 2 ** blocks.length < count;) {
-    const seen = new Map<number, string>();
-    for (let i = 36 ** 4; ; i++) {
-      const form = i.toString(36);
-      let state = start;
-      for (let at = 0; at < form.length; at++)
-        state = Math.imul(state ^ form.charCodeAt(at), 0x01000193);
-      const other = seen.get(state);
-      seen.set(state, form);
-      if (other === undefined) continue;
-      blocks.push([other, form]);
-      start = state;
-      break;
-    }
-  }
-  return Array.from({ length: count }, (_, i) =>
-    Buffer.from(blocks.map((forms, bit) => forms[(i >> bit) & 1]).join("")),
-  );
-}
 
 test("users whose ids collide are found with as few comparisons as others", () => {
   const ids = collidingIds(1_024);

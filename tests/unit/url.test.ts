@@ -61,7 +61,7 @@ test("a password that ends the URL too early is refused, and no piece of it is s
   }
 });
 
-test("a host or port that is none is refused, and not shown", () => {
+test("an invalid host or port is refused, and not shown", () => {
   for (const host of ["h:port", "h:123456", "h:1:2", "[::1", "pw"].map((one) => `ann:${one}`)) {
     const message = refusal(`postgres://${host}/app`);
     expect(message).toBe(
