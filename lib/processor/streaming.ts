@@ -37,9 +37,7 @@ export async function followStream(job: Job, context: Context): Promise<void> {
   const upkeep = openUpkeep(context, job.settings.ID_DAYS);
   const isStill = watchStanding(stream, context.database);
   const news = watchStream(stream);
-  const aborted = new Promise<void>((resolve) =>
-    stop.addEventListener("abort", () => (news.close(), resolve())),
-  );
+  stop.addEventListener("abort", news.close);
   /** The journals that this processor posts. */
   const held = new Map<string, { wake(): void; ended: Promise<void> }>();
   /** Those that others post, or nobody. */
@@ -68,9 +66,10 @@ export async function followStream(job: Job, context: Context): Promise<void> {
         pass("", { type: "waiting", why: message, isPaused: false });
       }
       trouble = message;
-      await Promise.race([Bun.sleep(RETRY_MS), aborted]);
+      await Bun.sleep(RETRY_MS);
     }
   }
+  for (const { wake } of held.values()) wake();
   await Promise.all([purging, lag, ...[...held.values()].map(({ ended }) => ended)]);
   await stream.close();
 
@@ -88,8 +87,8 @@ export async function followStream(job: Job, context: Context): Promise<void> {
       path: journalName(stream as Stream, id),
       open: () => openStreamReader(stream as Stream, id, () => take("read")),
       async next() {
-        if (take("next")) return;
-        await Promise.race([new Promise<void>((resolve) => (wake = resolve)), aborted]);
+        if (take("next") || stop.aborted) return;
+        await new Promise<void>((resolve) => (wake = resolve));
         take("next");
       },
       upkeep,
