@@ -46,6 +46,7 @@ export async function followStream(job: Job, context: Context): Promise<void> {
   const purging = purgeOld(job, stream, context);
   const lag = job.isMonitored ? reportLag(streamJournals(stream), context) : null;
   let trouble = "";
+  let said = "";
   while (!stop.aborted) {
     try {
       for (const id of await news.next()) {
@@ -109,6 +110,8 @@ export async function followStream(job: Job, context: Context): Promise<void> {
 
   /** Posting waits as long as any journal cannot be posted. */
   function pass(id: string, each: Report): void {
+    if (each.type === "say" && each.line === said) return; // of another journal
+    if (each.type === "say") said = each.line;
     if (each.type !== "waiting") return report(each);
     if (each.why === null) waits.delete(id);
     else waits.set(id, each);

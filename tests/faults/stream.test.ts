@@ -20,7 +20,7 @@ setDefaultTimeout(240_000 * ROUNDS);
 const SERVERS = 2;
 const SENDERS = 12;
 const SOURCES = 3;
-const FAULTS = 12 * ROUNDS;
+const FAULTS = 10 * ROUNDS;
 
 type Ledger = Awaited<ReturnType<typeof openLedger>>;
 type Server = Awaited<ReturnType<Ledger["start"]>>;
