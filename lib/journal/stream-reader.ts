@@ -123,7 +123,14 @@ export function watchStream(stream: Stream) {
     lookMs = performance.now();
     const found = await stream.list();
     if (found.lastSeq === lastSeq) return;
-    for (const [id, count] of found.counts) if (counts.get(id) !== count) changed.add(id);
+    let added = 0;
+    for (const [id, count] of found.counts) {
+      const more = count - (counts.get(id) ?? 0);
+      if (more !== 0) changed.add(id);
+      added += Math.max(0, more);
+    }
+    // As many messages of a journal may have been purged as were added.
+    if (added < found.lastSeq - lastSeq) for (const id of found.counts.keys()) changed.add(id);
     ({ counts, lastSeq } = found);
   }
 }
