@@ -6,6 +6,7 @@
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
 
 import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
@@ -216,6 +217,38 @@ test.if(hasNats).each(Object.keys(POINTS))(
     const balances = async () => Object.values(await ledger.balances());
     await until(async () => (await balances()).length === events);
     expect(await balances()).toEqual(Array.from({ length: events }, () => "1"));
+  },
+);
+
+test.if(hasNats).each(["before the publish", "after the publish and before its acknowledgement"])(
+  "a server that was stopped %s, and whose journal was adopted meanwhile, goes on",
+  async (name) => {
+    await using nats = await openNats();
+    await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    const point = POINTS[name] as Alteration;
+    const stop = DIE.replace("SIGKILL", "SIGSTOP");
+    using copy = alteredCopy([{ ...point, put: point.put.replace(DIE, stop) }]);
+    const options = { home: copy.path, dataDir: ledger.dataDir, databaseUrl: ledger.url };
+    await using first = await startApp({ ...options, env: { ...ledger.env, FAULT_PASS: "3" } });
+    const journalOf = async (server: Server) => {
+      const bulk = await server.postLines(line("bulk"));
+      return ((await bulk.json()) as { position: string }).position.split(":")[0];
+    };
+    const journal = await journalOf(first);
+    expect(await send(first, 0)).toBe(201);
+    const sending = send(first, 1);
+    await until(() => /\) T /.test(readFileSync(`/proc/${first.pid}/stat`, "utf8")));
+    await using second = await ledger.start();
+    expect(await journalOf(second)).toBe(journal);
+    first.kill("SIGCONT");
+    await sending;
+    // Whether or not it was answered: it counts once.
+    await until(async () => (await send(first, 1)) === 201, 30_000);
+    expect(await journalOf(first)).not.toBe(journal);
+    const wanted = { bulk: "3", user0: "1", user1: "1" };
+    const isPosted = async () => Bun.deepEquals(await ledger.balances(), wanted);
+    await until(isPosted, 30_000).catch(() => {});
+    expect(await ledger.balances()).toEqual(wanted);
   },
 );
 
