@@ -11,7 +11,7 @@ import "./lib/install.ts";
 import { mkdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 
-import { maskSettings, type Options, readCommand } from "./lib/config.ts";
+import { InvalidSetting, maskSettings, type Options, readCommand } from "./lib/config.ts";
 import { explain } from "./lib/errors.ts";
 import { inspectFile } from "./lib/event/input.ts";
 import { disk } from "./lib/journal/disk.ts";
@@ -173,7 +173,7 @@ async function whyUnreadable(file: string, tool: ToolName | null): Promise<strin
 if (import.meta.main) {
   process.exitCode = await main().catch((error) => {
     sayLines(explain(error));
-    return error instanceof InvalidUse ? 2 : 3;
+    return error instanceof InvalidUse || error instanceof InvalidSetting ? 2 : 3;
   });
   process.exit();
 }

@@ -3,7 +3,7 @@
  * in one run on one machine. Each row and its reference are measured alternately, A B A B A B, and the
  * medians are compared. Every total is checked: a run with a wrong total has no figures. `--large` adds a
  * file of 2 GB, and tables that hold millions of users and ids. PART selects parts by the beginning of their
- * names: single, bulk, post, end, lag, viewers, ids, others, known.
+ * names: single, bulk, post, end, lag, viewers, ids, others, stream, known.
  */
 import { closeSync, existsSync, mkdtempSync, openSync, rmSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -13,6 +13,7 @@ import { parseArgs } from "node:util";
 import postgres from "postgres";
 
 import { openTestCluster } from "../tests/support/cluster.ts";
+import { openNats } from "../tests/support/nats.ts";
 
 const EVENTS = 2_000_000;
 const USERS = 100_000;
@@ -55,6 +56,7 @@ async function bench() {
   if (wants("viewers")) await viewers();
   if (wants("ids")) await ids();
   if (wants("others")) await others(postMs);
+  if (wants("stream")) await stream(file);
   if (options.large && wants("large")) await large();
   if (options.large && wants("known")) await known();
   for (const [name, bytes] of peaks)
@@ -180,6 +182,10 @@ async function endToEnd(file: string, total: string, bulkMs: number, postMs: num
 async function lag() {
   await using database = await openDatabase();
   await using server = await serve(database.url);
+  add("lag at 10,000 events/s", null, await measureLag(server));
+}
+
+async function measureLag(server: { url: string }): Promise<string> {
   const headers = { authorization: "secret", "content-type": "application/x-ndjson" };
   const lags: number[] = [];
   const startedMs = performance.now();
@@ -203,7 +209,57 @@ async function lag() {
   await Promise.all(sending);
   const sorted = lags.toSorted((a, b) => a - b);
   const at = (part: number) => (sorted[Math.floor(sorted.length * part)] ?? 0).toFixed(0);
-  add("lag at 10,000 events/s", null, `p50 ${at(0.5)} ms, p99 ${at(0.99)} ms`);
+  return `p50 ${at(0.5)} ms, p99 ${at(0.99)} ms`;
+}
+
+/** The journal in a stream of three nodes on this machine, beside one on its disk. */
+async function stream(file: string) {
+  if (!Bun.which("nats-server"))
+    return console.log("nats-server is not installed: the rows of the stream are left out");
+  await using nats = await openNats();
+  let streams = 0;
+  const newStream = () => ({ JOURNAL_URL: nats.url(`bench${++streams}`) });
+  for (const connections of [64, 256]) {
+    const local: Load[] = [];
+    const there: Load[] = [];
+    for (let round = 0; round < ROUNDS; round++) {
+      await using database = await openDatabase();
+      for (const [loads, env] of [
+        [local, {}],
+        [there, newStream()],
+      ] as const) {
+        await using server = await serveWith(env, database.url, "--no-processor");
+        loads.push(await load(server.url, connections));
+      }
+    }
+    const rates = [there, local].map((loads) => median(loads.map(({ rate }) => rate)));
+    const p99s = [there, local].map((loads) => median(loads.map(({ p99Ms }) => p99Ms)).toFixed(1));
+    const figures = `${rates.map(many).join(" vs. ")} requests/s, p99 ${p99s.join(" vs. ")} ms`;
+    add(`stream / disk: single on ${connections} connections`, rates[0]! / rates[1]!, figures);
+  }
+  await using database = await openDatabase();
+  {
+    const env = newStream();
+    await using one = await serveWith(env, database.url, "--no-processor");
+    await using two = await serveWith(env, database.url, "--no-processor");
+    const loads = await Promise.all([load(one.url, 128), load(two.url, 128)]);
+    const rate = loads.reduce((sum, { rate }) => sum + rate, 0);
+    add("stream: single on two servers, 128 each", null, `${many(rate)} requests/s`);
+  }
+  const times = { local: [] as number[], there: [] as number[] };
+  for (let round = 0; round < ROUNDS; round++) {
+    await using local = await serve(database.url, "--no-processor");
+    times.local.push(await client(file, local.url, "--again"));
+    await using there = await serveWith(newStream(), database.url, "--no-processor");
+    times.there.push(await client(file, there.url, "--again"));
+  }
+  const [there, local] = [median(times.there), median(times.local)];
+  const figures = [there, local].map((ms) => many(EVENTS / (ms / 1000))).join(" vs. ");
+  add("stream / disk: bulk", local / there, `${figures} events/s`);
+  await using fresh = await openDatabase();
+  await using server = await serveWith(newStream(), fresh.url);
+  add("stream: lag at 10,000 events/s", null, await measureLag(server));
+  notePeak("server with processor, on a stream", server.pid);
 }
 
 /** "post" with other users and events: a single user, only new users, and an id on every event. */
@@ -350,7 +406,7 @@ interface Load {
 }
 
 /** Uses wrk where it is installed, else senders in this process, which are slower. */
-async function load(url: string): Promise<Load> {
+async function load(url: string, connections = 64): Promise<Load> {
   const script = join(folder, "post.lua");
   await Bun.write(
     script,
@@ -359,11 +415,11 @@ async function load(url: string): Promise<Load> {
      wrk.headers["Authorization"] = "secret"
      wrk.headers["Content-Type"] = "application/json"`,
   );
-  if (!Bun.which("wrk")) return loadByFetch(url);
+  if (!Bun.which("wrk")) return loadByFetch(url, connections);
   const text = await run([
     "wrk",
     "-c",
-    "64",
+    `${connections}`,
     "-t",
     "2",
     "-d",
@@ -379,7 +435,7 @@ async function load(url: string): Promise<Load> {
   return { rate: +rate, p99Ms: +latency * (unit === "us" ? 0.001 : unit === "s" ? 1000 : 1) };
 }
 
-async function loadByFetch(url: string): Promise<Load> {
+async function loadByFetch(url: string, connections: number): Promise<Load> {
   const latencies: number[] = [];
   const endMs = performance.now() + 5_000;
   const headers = { authorization: "secret", "content-type": "application/json" };
@@ -392,7 +448,7 @@ async function loadByFetch(url: string): Promise<Load> {
       latencies.push(performance.now() - sentMs);
     }
   };
-  await Promise.all(Array.from({ length: 64 }, sender));
+  await Promise.all(Array.from({ length: connections }, sender));
   const sorted = latencies.toSorted((a, b) => a - b);
   return { rate: sorted.length / 5, p99Ms: sorted[Math.floor(sorted.length * 0.99)] ?? 0 };
 }
@@ -431,8 +487,12 @@ async function openDatabase() {
 
 /** app.ts with an empty journal. */
 function serve(databaseUrl: string, ...args: string[]) {
+  return serveWith({}, databaseUrl, ...args);
+}
+
+function serveWith(more: Record<string, string>, databaseUrl: string, ...args: string[]) {
   const dataDir = mkdtempSync(join(folder, "data-"));
-  const env = { PORT: "0", DATA_DIR: dataDir, DATABASE_URL: databaseUrl };
+  const env = { PORT: "0", DATA_DIR: dataDir, DATABASE_URL: databaseUrl, ...more };
   return startServer(["bun", "run", "app.ts", ...args], env);
 }
 

@@ -27,7 +27,8 @@ export function streamJournals(stream: Stream): Journals {
       if (lastSeq === known.lastSeq) return known.ends;
       for (const id of counts.keys()) {
         const last = await stream.last(id);
-        if (last) ends.set(id, (await whole(stream, last)).to);
+        const end = last && (await whole(stream, last).catch(nullIfDamaged));
+        if (end) ends.set(id, end.to);
       }
       known = { lastSeq, ends };
       return ends;
@@ -35,13 +36,21 @@ export function streamJournals(stream: Stream): Journals {
   };
 }
 
-/** Opens a journal of the stream; `null` if it has no message. Throws JournalDamage or JournalUnavailable. */
-export async function openStreamReader(stream: Stream, id: string): Promise<JournalReader | null> {
+/**
+ * Opens a journal of the stream; `null` if it has no message. Where it was found to end, it is read again only
+ * if `hasNews` says so. Throws JournalDamage or JournalUnavailable.
+ */
+export async function openStreamReader(
+  stream: Stream,
+  id: string,
+  hasNews: () => boolean = () => true,
+): Promise<JournalReader | null> {
   const first = await stream.next(id, 1);
   if (!first) return null;
   const { base: start } = await whole(stream, first);
   /** The sequence from which on the message at `position` is found. */
   let place = { position: start, seq: first.seq };
+  let endedAt = -1;
 
   return {
     id,
@@ -52,6 +61,7 @@ export async function openStreamReader(stream: Stream, id: string): Promise<Jour
       return last ? (await whole(stream, last)).to : 0;
     },
     async read(position) {
+      if (position === endedAt && !hasNews()) return [];
       const seq =
         place.position === position ? place.seq : (await findMessage(stream, id, position))?.seq;
       if (seq === undefined) throw damage(stream, id, position, "no message begins here");
@@ -67,6 +77,7 @@ export async function openStreamReader(stream: Stream, id: string): Promise<Jour
       if (frames.length > 0) return frames;
       const found = await readAnywhere(stream, id, { seq, position });
       if (found) place = { position: found.to, seq: found.seq + 1 };
+      else endedAt = position;
       return found ? [found] : [];
     },
   };
@@ -112,7 +123,14 @@ export function watchStream(stream: Stream) {
     lookMs = performance.now();
     const found = await stream.list();
     if (found.lastSeq === lastSeq) return;
-    for (const [id, count] of found.counts) if (counts.get(id) !== count) changed.add(id);
+    let added = 0;
+    for (const [id, count] of found.counts) {
+      const more = count - (counts.get(id) ?? 0);
+      if (more !== 0) changed.add(id);
+      added += Math.max(0, more);
+    }
+    // As many messages of a journal may have been purged as were added.
+    if (added < found.lastSeq - lastSeq) for (const id of found.counts.keys()) changed.add(id);
     ({ counts, lastSeq } = found);
   }
 }
@@ -180,6 +198,12 @@ async function whole(stream: Stream, message: StoredMessage): Promise<Message> {
     if (parsed) return parsed;
   }
   throw damage(stream, id, 0, `no server has a whole message with sequence ${seq}`);
+}
+
+/** Damage to one journal is reported where that is posted, and concerns no other. */
+function nullIfDamaged(error: unknown): null {
+  if (error instanceof JournalDamage) return null;
+  throw error;
 }
 
 function parse(message: StoredMessage): Message | null {

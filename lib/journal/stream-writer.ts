@@ -21,7 +21,14 @@
 import { newJournalId, toFrameTime } from "./format.ts";
 import { isMarked } from "./source-mark.ts";
 import { journalName, streamJournals } from "./stream-reader.ts";
-import { encodeMessage, openStream, parseMessage, type Published, type Stream } from "./stream.ts";
+import {
+  encodeMessage,
+  openStream,
+  parseMessage,
+  type Published,
+  RECONNECT_MS,
+  type Stream,
+} from "./stream.ts";
 import {
   type Commit,
   type Journal,
@@ -36,8 +43,6 @@ const PATIENCE_MS = 5_000;
 /** The pause before a publish of unknown outcome is repeated. */
 const PAUSE_MS = 50;
 const MAX_PAUSE_MS = 500;
-/** Without an answer for this long, another server is tried: this one may be cut off from the others. */
-const RECONNECT_MS = 3_000;
 /** Trouble is reported for this long after an append failed. */
 const TROUBLE_MS = 5_000;
 /**
@@ -75,8 +80,7 @@ export async function openStreamJournal(
 ): Promise<Journal> {
   const stream = await openStream(url, say);
   const writer = crypto.randomUUID();
-  let place = await openPlace(stream, writer, new Set());
-  let endLive = stream.live(place.id);
+  let { opened: place, endLive } = await openPlace(stream, writer, new Set());
   /** Journals that were adopted by another server, or have lost messages. */
   const left = new Set<string>();
   const waiting: Part[] = [];
@@ -275,17 +279,16 @@ export async function openStreamJournal(
     const { id } = place;
     left.add(id);
     missingMs = null;
-    const opened = await openPlace(stream, writer, left).catch((error: Error) => {
+    const next = await openPlace(stream, writer, left).catch((error: Error) => {
       note(new JournalBusy(`cannot open a journal in ${stream.name}: ${error.message}`));
       return null;
     });
-    if (!opened) {
+    if (!next) {
       await Bun.sleep(MAX_PAUSE_MS);
       return group.filter(({ append }) => !append.isRejected);
     }
     endLive();
-    endLive = stream.live(opened.id);
-    place = opened;
+    ({ opened: place, endLive } = next);
     say(`${journalName(stream, id)}: ${why}; continuing in journal ${place.id}`);
     const isSource = ({ lines }: Part) => isMarked(lines);
     const moved = [...group, ...waiting].filter(isSource);
@@ -308,24 +311,33 @@ export async function openStreamJournal(
   }
 }
 
-/** Adopts a journal that nobody writes, or else begins one. Throws JournalUnavailable. */
-async function openPlace(stream: Stream, writer: string, left: Set<string>): Promise<Place> {
+/** A place, and what ends that this process answers for its journal. */
+interface OpenedPlace {
+  opened: Place;
+  endLive(): void;
+}
+
+/**
+ * Adopts a journal that nobody writes, or else begins one. Throws JournalUnavailable. The order counts: whoever
+ * claims a journal answers for it before, and the claim expects a message that was read before anybody was asked.
+ */
+async function openPlace(stream: Stream, writer: string, left: Set<string>): Promise<OpenedPlace> {
   const { counts } = await stream.list();
   for (const id of counts.keys()) {
-    if (left.has(id) || (await stream.isLive(id))) continue;
-    const last = await stream.last(id);
+    const last = left.has(id) ? null : await stream.last(id);
     const parsed = last && parseMessage(last);
-    if (!last || !parsed) continue; // damaged: nothing is added to it
-    const endLive = stream.live(id); // before the claim: others that start see it
+    if (!last || !parsed || (await stream.isLive(id))) continue; // to a damaged one nothing is added
+    const endLive = stream.live(id);
     const claim = encodeMessage(id, parsed.to, [], toFrameTime(Date.now()));
     const published = await stream.publish(id, claim, { expected: last.seq, writer });
-    endLive();
     if (published.state === "stored") {
       stream.wake(id);
-      return { id, end: parsed.to + claim.length, seq: published.seq };
+      return { opened: { id, end: parsed.to + claim.length, seq: published.seq }, endLive };
     }
+    endLive();
   }
-  return { id: newJournalId(), end: 0, seq: 0 };
+  const id = newJournalId();
+  return { opened: { id, end: 0, seq: 0 }, endLive: stream.live(id) };
 }
 
 /** Cuts lines that are longer than `maxBytes` at line ends. */

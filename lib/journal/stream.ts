@@ -60,14 +60,16 @@ const PING_MS = 2_000;
 export const REQUEST_MS = 2_000;
 /** A busy server answers late. Of one that has ended, NATS says at once that nobody answers. */
 const ALIVE_MS = 3_000;
+/** Without an answer for this long, another server is tried: this one may be cut off from the others. */
+export const RECONNECT_MS = 3_000;
 const BATCH = { batch: 1000, max_bytes: 4 * 1024 * 1024 };
 
 const WRITER = "Daybook-Writer";
 const NO_MESSAGE = 10037;
 const NO_STREAM = 10059;
 const WRONG_SEQUENCE = new Set([10071, 10164]);
-/** Insufficient resources; resource limits exceeded; storage resources exceeded. */
-const NO_ROOM = new Set([10023, 10047, 10077]);
+/** Limits of the account, the server, its storage, the stream. */
+const NO_ROOM = new Set([10002, 10023, 10047, 10077]);
 const NO_ROOM_TEXT = /maximum bytes|resource|no space/i;
 
 /** A message of the stream, as stored. `data` is not checked yet. */
@@ -119,13 +121,9 @@ export async function openStream(journalUrl: string, say: (line: string) => void
   const live = `${name}-live`;
   const nc = await open(url, say);
   let isConnected = true;
-  const wakeListeners = new Set<(journalId: string) => void>();
+  /** Since when the leader has not answered. */
+  let silentMs: number | null = null;
   watchConnection();
-  nc.subscribe(`${live}.wake`, {
-    callback: (error, message) => {
-      if (!error) for (const listener of wakeListeners) listener(message.string());
-    },
-  });
 
   return {
     /** For messages. */
@@ -145,7 +143,7 @@ export async function openStream(journalUrl: string, say: (line: string) => void
     readElsewhere,
     /** How many messages each journal has, and the last sequence of the stream. Throws JournalUnavailable. */
     async list() {
-      const { state } = await info(nc, name);
+      const { state } = await heard(info(nc, name));
       const subjects = Object.entries(state.subjects ?? {});
       const counts = new Map(subjects.map(([subject, n]) => [subject.slice(name.length + 1), n]));
       return { counts, lastSeq: state.last_seq };
@@ -158,8 +156,10 @@ export async function openStream(journalUrl: string, say: (line: string) => void
     wake: (id: string) => nc.publish(`${live}.wake`, id),
     /** Calls `listener` with the id of a journal that has a new frame. */
     onWake(listener: (journalId: string) => void) {
-      wakeListeners.add(listener);
-      return () => void wakeListeners.delete(listener);
+      const subscription = nc.subscribe(`${live}.wake`, {
+        callback: (error, message) => void (error ?? listener(message.string())),
+      });
+      return () => subscription.unsubscribe();
     },
     /** Answers, from now on, that this process writes a journal. Returns what ends that. */
     live(id: string): () => void {
@@ -200,7 +200,24 @@ export async function openStream(journalUrl: string, say: (line: string) => void
   }
 
   function ask(id: string, request: object): Promise<StoredMessage | null> {
-    return getMessage(nc, name, id, request);
+    return heard(getMessage(nc, name, id, request));
+  }
+
+  /** What the leader answers. After a while without an answer, another server is tried. */
+  async function heard<T>(asking: Promise<T>): Promise<T> {
+    try {
+      const answer = await asking;
+      silentMs = null;
+      return answer;
+    } catch (error) {
+      const now = performance.now();
+      silentMs = isConnected && !(error instanceof JetStreamError) ? (silentMs ?? now) : null;
+      if (silentMs !== null && now - silentMs > RECONNECT_MS) {
+        silentMs = null;
+        nc.reconnect().catch(() => {});
+      }
+      throw error;
+    }
   }
 
   /** The first message of a journal from `seq` on, as the leader and then each server has it. */
@@ -502,7 +519,7 @@ async function api<T>(
   try {
     message = await nc.request(`$JS.API.${subject}`, JSON.stringify(request), { timeout });
   } catch (error) {
-    throw new JournalUnavailable(explain(error), { cause: error });
+    throw new JournalUnavailable(`${subject}: ${explain(error)}`, { cause: error });
   }
   const answer = message.json<T & { error?: ApiError }>();
   if (answer.error) throw new JetStreamError(answer.error);

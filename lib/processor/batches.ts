@@ -12,7 +12,7 @@ import type { Change } from "../event/event.ts";
 import { explainOther, matchGenerations, REWRITTEN } from "../event/generations.ts";
 import { DamagedInput, explainNuls, type Input, openInput, sourceName } from "../event/input.ts";
 import { type Block, isComplete, readBlocks, readHandle, withoutBom } from "../event/lines.ts";
-import { encodeJournalHeader, JournalBehind } from "../journal/format.ts";
+import { encodeJournalHeader, JournalBehind, JournalUnavailable } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import {
   type Checkpoint,
@@ -147,6 +147,7 @@ export async function openJournalBatches(
 
   /** What cannot be read may have been posted by another processor, and deleted. */
   async function unlessPosted(error: unknown, start: number): Promise<never> {
+    if (error instanceof JournalUnavailable) throw error;
     if ((await readPosted(database, journal.id)) <= start) throw error;
     throw new Unavailable("another processor has posted and deleted this segment", true);
   }

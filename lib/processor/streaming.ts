@@ -13,7 +13,7 @@ import {
   watchStream,
 } from "../journal/stream-reader.ts";
 import { openStream, type Stream } from "../journal/stream.ts";
-import { JournalUnavailable } from "../journal/format.ts";
+import { JournalDamage, JournalUnavailable } from "../journal/format.ts";
 import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
 import { type Database, openDatabase } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
@@ -33,12 +33,11 @@ export async function followStream(job: Job, context: Context): Promise<void> {
   const { stop, report } = context;
   const stream = await openPatiently(job, context);
   if (!stream) return;
+  if (job.own === undefined) report({ type: "say", line: `following ${stream.name}` });
   const upkeep = openUpkeep(context, job.settings.ID_DAYS);
   const isStill = watchStanding(stream, context.database);
   const news = watchStream(stream);
-  const aborted = new Promise<void>((resolve) =>
-    stop.addEventListener("abort", () => (news.close(), resolve())),
-  );
+  stop.addEventListener("abort", news.close);
   /** The journals that this processor posts. */
   const held = new Map<string, { wake(): void; ended: Promise<void> }>();
   /** Those that others post, or nobody. */
@@ -47,6 +46,7 @@ export async function followStream(job: Job, context: Context): Promise<void> {
   const purging = purgeOld(job, stream, context);
   const lag = job.isMonitored ? reportLag(streamJournals(stream), context) : null;
   let trouble = "";
+  let said = "";
   while (!stop.aborted) {
     try {
       for (const id of await news.next()) {
@@ -67,23 +67,30 @@ export async function followStream(job: Job, context: Context): Promise<void> {
         pass("", { type: "waiting", why: message, isPaused: false });
       }
       trouble = message;
-      await Promise.race([Bun.sleep(RETRY_MS), aborted]);
+      await Bun.sleep(RETRY_MS);
     }
   }
+  for (const { wake } of held.values()) wake();
   await Promise.all([purging, lag, ...[...held.values()].map(({ ended }) => ended)]);
   await stream.close();
 
   function hold(id: string): void {
     watched.delete(id);
-    let hasNews = true;
+    /** For the reader, and for whoever waits at the end. */
+    let news = { read: true, next: true };
     let wake = () => {};
+    const take = (who: keyof typeof news) => {
+      const hadNews = news[who];
+      news[who] = false;
+      return hadNews;
+    };
     const followed = {
       path: journalName(stream as Stream, id),
-      open: () => openStreamReader(stream as Stream, id),
+      open: () => openStreamReader(stream as Stream, id, () => take("read")),
       async next() {
-        if (!hasNews)
-          await Promise.race([new Promise<void>((resolve) => (wake = resolve)), aborted]);
-        hasNews = false;
+        if (take("next") || stop.aborted) return;
+        await new Promise<void>((resolve) => (wake = resolve));
+        take("next");
       },
       upkeep,
       isShared: true,
@@ -94,11 +101,17 @@ export async function followStream(job: Job, context: Context): Promise<void> {
       waits.delete(id);
       watched.add(id);
     });
-    held.set(id, { ended, wake: () => ((hasNews = true), wake()) });
+    const woken = () => {
+      news = { read: true, next: true };
+      wake();
+    };
+    held.set(id, { ended, wake: woken });
   }
 
   /** Posting waits as long as any journal cannot be posted. */
   function pass(id: string, each: Report): void {
+    if (each.type === "say" && each.line === said) return; // of another journal
+    if (each.type === "say") said = each.line;
     if (each.type !== "waiting") return report(each);
     if (each.why === null) waits.delete(id);
     else waits.set(id, each);
@@ -157,10 +170,19 @@ function watchStanding(stream: Stream, database: Database) {
       const before = standing.get(id);
       if (before?.position === position) {
         if (lookMs - before.sinceMs < STILL_MS) continue;
-        const end = (await (await openStreamReader(stream, id))?.end()) ?? 0;
-        found.push({ id, isPosted: position >= end });
+        found.push({ id, isPosted: position >= (await endOf(stream, id)) });
       } else standing.set(id, { position, sinceMs: lookMs });
     }
     return found;
   };
+}
+
+/** Of a damaged journal nothing is known to be posted: whoever tries to post it says what is wrong. */
+async function endOf(stream: Stream, id: string): Promise<number> {
+  try {
+    return (await (await openStreamReader(stream, id))?.end()) ?? 0;
+  } catch (error) {
+    if (error instanceof JournalDamage) return Number.POSITIVE_INFINITY;
+    throw error;
+  }
 }

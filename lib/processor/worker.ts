@@ -5,6 +5,7 @@
  */
 import { join } from "node:path";
 
+import { InvalidSetting } from "../config.ts";
 import { setEventTypes } from "../event/event.ts";
 import { fileJournals } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
@@ -49,7 +50,8 @@ async function work(job: Job): Promise<void> {
     report({ type: isDone ? "done" : "stopped" });
   } catch (error) {
     const { message: line } = error as Error;
-    report({ type: "failed", line, isRefused: error instanceof LedgerRefused });
+    const isRefused = error instanceof LedgerRefused || error instanceof InvalidSetting;
+    report({ type: "failed", line, isRefused });
   }
   await database.close();
 }

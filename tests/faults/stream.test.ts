@@ -6,10 +6,11 @@
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
 
 import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
-import { hasNats, type Nats, openNats } from "../support/nats.ts";
+import { hasNats, type Nats, openNats, openTcpProxy } from "../support/nats.ts";
 import { startApp, until } from "../support/programs.ts";
 import { FAULT_ROUNDS as ROUNDS, IS_LONG, seeded } from "../support/random.ts";
 import { type Alteration, alteredCopy } from "./altered.ts";
@@ -20,7 +21,7 @@ setDefaultTimeout(240_000 * ROUNDS);
 const SERVERS = 2;
 const SENDERS = 12;
 const SOURCES = 3;
-const FAULTS = 12 * ROUNDS;
+const FAULTS = 10 * ROUNDS;
 
 type Ledger = Awaited<ReturnType<typeof openLedger>>;
 type Server = Awaited<ReturnType<Ledger["start"]>>;
@@ -30,6 +31,11 @@ test.if(hasNats)(
   seeded(async (random) => {
     await using nats = await openNats();
     await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    const database = new URL(ledger.url);
+    const { port } = database;
+    await using postgres = await openTcpProxy(() => Number(port));
+    database.port = `${postgres.port}`;
+    ledger.env.DATABASE_URL = database.href;
     const servers = await Promise.all(Array.from({ length: SERVERS }, () => ledger.start()));
     const acknowledged: string[] = [];
     const uncertain: string[] = [];
@@ -81,6 +87,7 @@ test.if(hasNats)(
         nats,
         ledger,
         servers,
+        postgres,
         random,
       });
     }
@@ -213,6 +220,38 @@ test.if(hasNats).each(Object.keys(POINTS))(
   },
 );
 
+test.if(hasNats).each(["before the publish", "after the publish and before its acknowledgement"])(
+  "a server that was stopped %s, and whose journal was adopted meanwhile, goes on",
+  async (name) => {
+    await using nats = await openNats();
+    await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    const point = POINTS[name] as Alteration;
+    const stop = DIE.replace("SIGKILL", "SIGSTOP");
+    using copy = alteredCopy([{ ...point, put: point.put.replace(DIE, stop) }]);
+    const options = { home: copy.path, dataDir: ledger.dataDir, databaseUrl: ledger.url };
+    await using first = await startApp({ ...options, env: { ...ledger.env, FAULT_PASS: "3" } });
+    const journalOf = async (server: Server) => {
+      const bulk = await server.postLines(line("bulk"));
+      return ((await bulk.json()) as { position: string }).position.split(":")[0];
+    };
+    const journal = await journalOf(first);
+    expect(await send(first, 0)).toBe(201);
+    const sending = send(first, 1);
+    await until(() => /\) T /.test(readFileSync(`/proc/${first.pid}/stat`, "utf8")));
+    await using second = await ledger.start();
+    expect(await journalOf(second)).toBe(journal);
+    first.kill("SIGCONT");
+    await sending;
+    // Whether or not it was answered: it counts once.
+    await until(async () => (await send(first, 1)) === 201, 30_000);
+    expect(await journalOf(first)).not.toBe(journal);
+    const wanted = { bulk: "3", user0: "1", user1: "1" };
+    const isPosted = async () => Bun.deepEquals(await ledger.balances(), wanted);
+    await until(isPosted, 30_000).catch(() => {});
+    expect(await ledger.balances()).toEqual(wanted);
+  },
+);
+
 /** Sends an event with an id of its own. */
 async function send(server: Server, n: number): Promise<number> {
   const signal = AbortSignal.timeout(12_000);
@@ -254,6 +293,8 @@ interface World {
   nats: Nats;
   ledger: Ledger;
   servers: Server[];
+  /** The way to Postgres. */
+  postgres: Awaited<ReturnType<typeof openTcpProxy>>;
   random(): number;
 }
 
@@ -274,6 +315,11 @@ const FAULT_KINDS: ((world: World) => Promise<void>)[] = [
   (world) => restart(world, "SIGKILL"),
   (world) => restart(world, "SIGKILL"),
   (world) => restart(world, "SIGTERM"),
+  async ({ postgres, random }) => {
+    postgres.cut();
+    await Bun.sleep(random() * 5000);
+    postgres.mend();
+  },
   async ({ servers, random }) => {
     const server = servers[Math.floor(random() * servers.length)] as Server;
     server.kill("SIGSTOP");

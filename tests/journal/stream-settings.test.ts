@@ -8,8 +8,9 @@ import { nkeys } from "@nats-io/transport-node";
 import { checkJournalUrl, parseJournalUrl } from "../../lib/journal/url.ts";
 import { openStream } from "../../lib/journal/stream.ts";
 import { openStreamJournal } from "../../lib/journal/stream-writer.ts";
+import { openLedger } from "../support/ledger.ts";
 import { hasNats, openNats } from "../support/nats.ts";
-import { root, tempDir } from "../support/programs.ts";
+import { root, run, tempDir } from "../support/programs.ts";
 
 setDefaultTimeout(60_000);
 
@@ -107,6 +108,25 @@ test.if(hasNats)("a user and a password are presented, and wrong ones named", as
     "cannot open stream s of JOURNAL_URL: the server refuses the user or password",
   );
 });
+
+test.if(hasNats)(
+  "a stream that cannot be used ends every program with code 2, and one line",
+  async () => {
+    await using nats = await openNats({
+      nodes: 1,
+      more: 'authorization { users: [{ user: daybook, password: "x" }] }',
+    });
+    await using ledger = await openLedger({ JOURNAL_URL: nats.url("s", "daybook:wrong@") });
+    const why = "cannot open stream s of JOURNAL_URL: the server refuses the user or password";
+    const app = await run("app.ts", { env: ledger.env });
+    expect(app.code).toBe(2);
+    expect(app.stderr).toContain(why);
+    const processor = await ledger.tool([]);
+    expect(processor.code).toBe(2);
+    expect(processor.stderr).toContain(why);
+    expect(await ledger.tool(["--check"])).toMatchObject({ code: 2, stderr: `${why}\n` });
+  },
+);
 
 test.if(hasNats)(
   "the permissions in deploy/README.md are enough, and missing ones are named",

@@ -1,6 +1,8 @@
 /** A journal in a stream: its writer and reader, on a cluster of three real nats-servers. */
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 
+import { connect } from "@nats-io/transport-node";
+
 import { parseSourceMark } from "../../lib/journal/source-mark.ts";
 import { encodeMessage, openStream, type Stream } from "../../lib/journal/stream.ts";
 import { findKept, openStreamReader } from "../../lib/journal/stream-reader.ts";
@@ -92,6 +94,21 @@ test.if(hasNats)("appends are stored in order, and read back from any position",
   expect(journal.end()).toBe(frames.at(-1)!.to);
 });
 
+test.if(hasNats)("a publish that arrives late, or once more, is refused", async () => {
+  await using world = await openWorld();
+  const journal = await world.open();
+  await journal.append(lines("a"));
+  const { seq, data } = (await world.stream.last(journal.id))!;
+  const late = encodeMessage(journal.id, journal.end(), [lines("late")], Date.now());
+  await journal.append(lines("b"));
+  const at = { expected: seq, writer: "late" };
+  expect(await world.stream.publish(journal.id, late, at)).toEqual({ state: "refused" });
+  const again = { expected: 0, writer: "late" };
+  expect(await world.stream.publish(journal.id, data, again)).toEqual({ state: "refused" });
+  await journal.append(lines("c"));
+  expect(await world.lines()).toEqual(["a", "b", "c"]);
+});
+
 test.if(hasNats)("a new writer adopts the journal of one that is gone", async () => {
   await using world = await openWorld();
   const first = await world.open();
@@ -125,6 +142,27 @@ test.if(hasNats)(
     expect((await world.lines()).toSorted()).toEqual(["0", "1", "2", "3", "a"]);
   },
 );
+
+test.if(hasNats)("a journal that another server claims first is left to it", async () => {
+  await using world = await openWorld();
+  const first = await world.open();
+  await first.append(lines("a"));
+  await first.close();
+  const [name, id] = [world.url.split("/").at(-1), first.id];
+  // It is claimed after its last frame was read, when it is asked whether anybody writes it.
+  const nc = await connect({
+    servers: world.url.slice("nats://".length).split("/")[0]!.split(","),
+  });
+  const claimed = Promise.withResolvers<void>();
+  nc.subscribe(`${name}-live.${id}`, {
+    callback: () => void adopt(world.stream, id).then(claimed.resolve, claimed.reject),
+  });
+  await nc.flush();
+  const second = await world.open();
+  await claimed.promise;
+  expect(second.id).not.toBe(id);
+  await nc.close();
+});
 
 test.if(hasNats)(
   "a living writer whose journal was adopted continues in another, and nobody who waits notices",
