@@ -1,5 +1,5 @@
 /** No request delays another: long work is done in slices, counted here in lines and bytes, not in time. */
-import { afterAll, beforeAll, expect, test } from "bun:test";
+import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { writeFileSync } from "node:fs";
 import { zstdCompressSync } from "node:zlib";
 
@@ -9,6 +9,8 @@ import { openEventSchema } from "../../lib/server/event-schema.ts";
 import { nextTurn, SLICE_WORK } from "../../lib/server/turns.ts";
 import { zstdContentBytes } from "../../lib/server/zstd.ts";
 import { tempDir } from "../support/programs.ts";
+
+setDefaultTimeout(60_000);
 
 const EVENT = '{"userId":"u","name":"add_revenue","value":1}';
 /** What a line costs at least that the scanner does not recognize. */
@@ -42,16 +44,15 @@ test.each([
 ])(
   "bad lines (%s) leave others their turn, also when many bodies are full of them",
   async (_, line) => {
-    const bodies = Array.from({ length: 3 }, () => Buffer.from(line.repeat(20_000), "latin1"));
+    const bodies = Array.from({ length: 10 }, () => Buffer.from(line.repeat(20_000), "latin1"));
     let rejected = 0;
     const onRejected = () => void rejected++;
     const sort = () =>
       Promise.all(bodies.map((body) => sortLines(body, { schema: null, onRejected }, 0)));
-    // Each body's first slice is done at once.
     expect(await mostInOneTurn(() => rejected, sort)).toBeLessThanOrEqual(
-      (bodies.length + 1) * (SLICE_WORK / LINE_WORK + 1),
+      2 * (SLICE_WORK / LINE_WORK + 1),
     );
-    expect(rejected).toBe(60_000);
+    expect(rejected).toBe(bodies.length * 20_000);
   },
 );
 
