@@ -15,7 +15,7 @@ export async function listQuarantined(
   const after = cursor === undefined ? null : decodeCursor(cursor);
   // One more than asked for says whether there is a next page.
   const rows = await readNewestQuarantine(database, { after, limit: limit + 1 });
-  const lines = fitting(rows.slice(0, limit));
+  const lines = await fitting(rows.slice(0, limit));
   const next = rows.length > lines.length ? encodeCursor(lines.at(-1) as ListedLine) : null;
   return { lines, next };
 }

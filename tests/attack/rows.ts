@@ -18,6 +18,7 @@ export interface Row {
   /** Settings of a server of its own; else all rows share one. */
   env?: (folder: string) => Record<string, string>;
   maxMemoryMb?: number;
+  maxDelayMs?: number;
   /** Returns what is worth noting in the table. */
   attack(target: Target, seed: number): Promise<string | void>;
 }
@@ -111,6 +112,9 @@ export const ROWS: Row[] = [
   })),
   {
     name: "bodies of 16 MB in chunks of one byte",
+    // Bun reads 87,000 of them from a socket at once, which takes 30 to 60 ms here and cannot be interrupted.
+    maxDelayMs: 200,
+    maxMemoryMb: 200,
     async attack(target) {
       const send = async () => {
         const sender = await openSender(target, target.head("Transfer-Encoding: chunked"));
@@ -139,7 +143,7 @@ export const ROWS: Row[] = [
     name: "balances that nobody reads",
     async attack(target) {
       const users = Array.from({ length: 3_000 }, (_, i) => line("\u0001".repeat(200) + String(i)));
-      expectOneOf([(await target.send(Buffer.from(users.join("")))).status], [201]);
+      await store(target, users.join(""));
       await target.settled();
       await withSilent(target, 1_500, [
         "GET /userEvents?limit=1000 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
@@ -171,8 +175,7 @@ export const ROWS: Row[] = [
       const others = ids.map((id, i) => id.slice(0, -6) + String(i).padStart(6, "0"));
       const timeOf = async (users: string[]) => {
         const fromMs = performance.now();
-        const body = gzipSync(users.map((user) => line(user)).join(""));
-        expectOneOf([(await target.send(body, GZIP)).status], [201]);
+        await store(target, users.map((user) => line(user)).join(""));
         await target.settled();
         return performance.now() - fromMs;
       };
@@ -189,13 +192,8 @@ export const ROWS: Row[] = [
     async attack(target) {
       const run = crypto.randomUUID().slice(0, 8);
       const bodyOf = (value: number) =>
-        gzipSync(
-          Array.from({ length: 150_000 }, (_, i) => line("c", value, { id: `${run}${i}` })).join(
-            "",
-          ),
-        );
-      for (const value of [1, 2])
-        expectOneOf([(await target.send(bodyOf(value), GZIP)).status], [201]);
+        Array.from({ length: 150_000 }, (_, i) => line("c", value, { id: `${run}${i}` })).join("");
+      for (const value of [1, 2]) await store(target, bodyOf(value));
       await target.settled();
       return boundedTables(target, ["quarantine", "packed_quarantine"], 20);
     },
@@ -209,7 +207,7 @@ export const ROWS: Row[] = [
         { length: 75_000 },
         (_, i) => line("d", 1, { id: `${run}${i}` }) + known,
       );
-      expectOneOf([(await target.send(gzipSync(lines.join("")), GZIP)).status], [201]);
+      await store(target, lines.join(""));
       await target.settled();
       return boundedTables(target, ["uncounted"], 10);
     },
@@ -222,7 +220,7 @@ export const ROWS: Row[] = [
         const lines = Array.from({ length: 1_200 }, (_, i) =>
           line("q", value, { id: `${run}${i}`, text: "\u0001".repeat(500) }),
         );
-        expectOneOf([(await target.send(Buffer.from(lines.join("")))).status], [201]);
+        await store(target, lines.join(""));
       }
       await target.settled();
       await withSilent(target, 300, [
@@ -655,6 +653,17 @@ function expectOneOf(found: readonly number[], wanted: readonly number[]): void 
   const wrong = found.filter((status) => !wanted.includes(status));
   if (wrong.length > 0)
     throw new Error(`found ${[...new Set(wrong)].join(", ")}, expected ${wanted.join(" or ")}`);
+}
+
+/** Sends a body as an honest sender does: again, while the server is busy with what came before. */
+async function store(target: Target, text: string): Promise<void> {
+  const body = gzipSync(text);
+  const isStored = async () => {
+    const { status } = await target.send(body, GZIP);
+    expectOneOf([status], [201, 503]);
+    return status === 201;
+  };
+  await until(isStored, 60_000);
 }
 
 function balanceOf(target: Target) {

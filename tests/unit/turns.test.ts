@@ -3,9 +3,12 @@ import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { writeFileSync } from "node:fs";
 import { zstdCompressSync } from "node:zlib";
 
+import { openJournal } from "../../lib/journal/writer.ts";
+import { openDatabase } from "../../lib/ledger/database.ts";
 import { openLog } from "../../lib/log.ts";
 import { sortLines } from "../../lib/server/body.ts";
 import { openEventSchema } from "../../lib/server/event-schema.ts";
+import { openSources } from "../../lib/server/sources.ts";
 import { nextTurn, SLICE_WORK } from "../../lib/server/turns.ts";
 import { zstdContentBytes } from "../../lib/server/zstd.ts";
 import { tempDir } from "../support/programs.ts";
@@ -93,6 +96,31 @@ test.each([
   isDone = true;
   expect(counts.accepted).toBe(lines);
   expect(turns).toBeGreaterThanOrEqual(3);
+});
+
+test("a piece of a source is hashed in slices", async () => {
+  using journalDir = tempDir();
+  const journal = await openJournal({ directory: journalDir.path, say() {} });
+  const database = openDatabase(() => "postgres://nobody@127.0.0.1:1/nothing", "test", 1);
+  const sources = openSources(journal, database);
+  const body = Buffer.alloc(16 * 1024 * 1024, "\n");
+  const digest = new Bun.CryptoHasher("sha256").update(body).digest("hex");
+  let turns = 0;
+  let isHashed = false;
+  const count = () => setImmediate(() => void (turns++, isHashed || count()));
+  // What comes before takes turns as well, so they are counted from the second piece on.
+  const empty = new Bun.CryptoHasher("sha256").digest("hex");
+  const lines = async () => sortLines(Buffer.alloc(0), { schema: null, onRejected() {} }, 0);
+  await sources.store({ name: "a", from: 0, digest: empty }, Buffer.alloc(0), lines);
+  count();
+  const stored = await sources.store({ name: "a", from: 0, digest }, body, () => {
+    isHashed = true;
+    return lines();
+  });
+  expect(stored).toHaveProperty("position");
+  expect(turns).toBeGreaterThanOrEqual(14);
+  await journal.close();
+  await database.close();
 });
 
 test("the frames of a zstd body are walked in slices", async () => {
