@@ -189,6 +189,7 @@ export const ROWS: Row[] = [
   },
   {
     name: "conflicting ids",
+    maxMemoryMb: 900, // most of it is the processor's
     async attack(target) {
       const run = crypto.randomUUID().slice(0, 8);
       const bodyOf = (value: number) =>
@@ -200,6 +201,7 @@ export const ROWS: Row[] = [
   },
   {
     name: "duplicates between fresh ids",
+    maxMemoryMb: 900, // most of it is the processor's
     async attack(target) {
       const run = crypto.randomUUID().slice(0, 8);
       const known = line("d", 1, { id: run });
@@ -684,8 +686,10 @@ async function openSender(target: Target, head: string) {
     .on("data", (bytes) => (text += bytes))
     .on("error", () => {})
     .on("close", () => (isClosed = true));
-  const write = (bytes: string) =>
-    new Promise<void>((resolve) => socket.write(bytes, () => resolve()));
+  const write = async (bytes: string) => {
+    await new Promise<void>((resolve) => socket.write(bytes, () => resolve()));
+    if (socket.destroyed) await Bun.sleep(1); // or its "close" would never be heard
+  };
   await write(head);
   return {
     write,

@@ -75,6 +75,7 @@ async function attack(row: Row, target: Target, seed: number): Promise<Result> {
   await Bun.sleep(IDLE_MS);
   const idleMs = await target.longestMs();
   target.forgetPeak();
+  const loggedBefore = target.log().length;
   let failure: string | null = null;
   let notes = "";
   try {
@@ -88,11 +89,12 @@ async function attack(row: Row, target: Target, seed: number): Promise<Result> {
   const memoryMb = target.isRunning() ? target.peakMb() : 0;
   if (!failure && memoryMb > maxMemoryMb) failure = `took ${Math.round(memoryMb)} MB`;
   if (!failure && delayMs > maxDelayMs) failure = `delayed others by ${Math.round(delayMs)} ms`;
-  if (target.isRunning() && target.log().includes("internal error"))
-    failure ??= target
-      .log()
-      .split("\n")
-      .find((line) => line.includes("internal error")) as string;
+  const fault = target
+    .log()
+    .slice(loggedBefore)
+    .split("\n")
+    .find((line) => line.includes("internal error"));
+  if (fault) failure ??= fault;
   return { name, delayMs, memoryMb, failure, notes };
 }
 
