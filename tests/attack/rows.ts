@@ -400,14 +400,22 @@ export const ROWS: Row[] = [
         ...{ accept: "text/csv;q=nan, application/x-ndjson;q=0", "x-request-id": "x".repeat(500) },
       };
       for (const path of paths)
-        for (const method of ["GET", "HEAD", "PATCH", "DELETE", "OPTIONS", "FOO"]) {
+        for (const method of ["GET", "HEAD", "PATCH", "DELETE", "OPTIONS", "PUT"]) {
           if (path.startsWith("/live?") && method === "GET") continue; // endless
           const init = {
             method,
             headers: method === "PATCH" ? { ...headers, authorization: SECRET } : headers,
           };
-          const answer = await fetch(target.url + path, init);
-          await answer.bytes();
+          const signal = AbortSignal.timeout(15_000);
+          const asking = fetch(target.url + path, { ...init, signal });
+          const answer = await asking
+            .then(async (response) => {
+              await response.bytes();
+              return response;
+            })
+            .catch((error) => {
+              throw new Error(`${method} ${path.slice(0, 100)}: ${error}`);
+            });
           if (answer.status >= 500 && answer.status !== 504)
             throw new Error(`${method} ${path}: ${answer.status}`);
         }
