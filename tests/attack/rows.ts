@@ -287,7 +287,6 @@ export const ROWS: Row[] = [
       const sender = await openSender(target, head);
       const sent = await sender.repeat("x".repeat(MIB), 10_000);
       if (sent > 100 * MIB) throw new Error(`${sent} bytes were read`);
-      if (!sender.text().startsWith("HTTP/1.1 401")) throw new Error("no 401 arrived");
       return `${Math.round(sent / MIB)} MiB sent`;
     },
   },
