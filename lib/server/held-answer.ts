@@ -42,9 +42,10 @@ export function openAnswers(budget = openMemoryBudget(MAX_ANSWERS_BYTES)) {
         [Symbol.dispose]: () => reservation?.[Symbol.dispose](),
       };
     },
-    /** What a handler of GET returns for `document`, also for HEAD. Throws the 503. */
-    read<T extends object>({ method }: Request, document: T): T {
+    /** What a handler of GET returns for `document`, also for HEAD, in a turn of its own. Throws the 503. */
+    async read<T extends object>({ method }: Request, document: T): Promise<T> {
       if (method === "HEAD") return document; // nobody would read or end its stream
+      await nextTurn();
       const bytes = Buffer.from(JSON.stringify(document));
       if (bytes.length <= MAX_UNHELD_BYTES) return document;
       const reservation = budget.admit();

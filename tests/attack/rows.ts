@@ -111,6 +111,17 @@ export const ROWS: Row[] = [
     },
   })),
   {
+    name: "500 events of 60 KiB at once",
+    async attack(target) {
+      const text = fieldsLine(() => `"value":1`);
+      const answers = await Promise.all(Array.from({ length: 500 }, () => target.post(text)));
+      expectOneOf(
+        answers.map(({ status }) => status),
+        [201, 503],
+      );
+    },
+  },
+  {
     name: "bodies of 16 MB in chunks of one byte",
     // Bun reads 87,000 of them from a socket at once, which takes 30 to 60 ms here and cannot be interrupted.
     maxDelayMs: 200,

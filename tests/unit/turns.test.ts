@@ -6,8 +6,9 @@ import { zstdCompressSync } from "node:zlib";
 import { openJournal } from "../../lib/journal/writer.ts";
 import { openDatabase } from "../../lib/ledger/database.ts";
 import { openLog } from "../../lib/log.ts";
-import { sortLines } from "../../lib/server/body.ts";
+import { readEvent, sortLines } from "../../lib/server/body.ts";
 import { openEventSchema } from "../../lib/server/event-schema.ts";
+import { openMemoryBudget } from "../../lib/server/memory.ts";
 import { openSources } from "../../lib/server/sources.ts";
 import { nextTurn, SLICE_WORK } from "../../lib/server/turns.ts";
 import { zstdContentBytes } from "../../lib/server/zstd.ts";
@@ -96,6 +97,22 @@ test.each([
   isDone = true;
   expect(counts.accepted).toBe(lines);
   expect(turns).toBeGreaterThanOrEqual(3);
+});
+
+test("large events take their turns, however many arrive at once", async () => {
+  const text = EVENT.replace("}", `,"more":"${"x".repeat(2_000)}"}`);
+  const budget = openMemoryBudget();
+  let read = 0;
+  const readOne = async () => {
+    using reservation = budget.admit();
+    const headers = { "content-type": "application/json", "content-length": `${text.length}` };
+    const request = new Request("http://a", { method: "POST", headers, body: text });
+    await readEvent({ request, reservation, schema: null, onRejected() {} });
+    read++;
+  };
+  const all = () => Promise.all(Array.from({ length: 50 }, readOne));
+  expect(await mostInOneTurn(() => read, all)).toBe(1);
+  expect(read).toBe(50);
 });
 
 test("a piece of a source is hashed in slices", async () => {
