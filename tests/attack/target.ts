@@ -48,7 +48,7 @@ export async function openTarget(env: (folder: string) => Record<string, string>
     /** The longest wait for `/healthz` since the last call, in ms. */
     longestMs: prober.longestMs,
     /** The peak of its memory since `forgetPeak`, in MB. */
-    peakMb: () => Number(/VmHWM:\s+(\d+)/.exec(statusOf(app.pid))?.[1] ?? 0) / 1024,
+    peakMb: () => peakMbOf(app.pid),
     forgetPeak: () => writeFileSync(`/proc/${app.pid}/clear_refs`, "5"),
     async [Symbol.asyncDispose]() {
       prober.close();
@@ -65,8 +65,14 @@ function prioritize(niceness: number): void {
   } catch {} // only root may go back to 0
 }
 
-function statusOf(pid: number): string {
-  return readFileSync(`/proc/${pid}/status`, "utf8");
+/** The largest memory of a process; 0 if it has ended. */
+export function peakMbOf(pid: number): number {
+  try {
+    const status = readFileSync(`/proc/${pid}/status`, "utf8");
+    return Number(/VmHWM:\s+(\d+)/.exec(status)?.[1] ?? 0) / 1024;
+  } catch {
+    return 0;
+  }
 }
 
 async function openProber(url: string, pid: number) {
