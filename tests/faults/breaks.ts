@@ -30,9 +30,27 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the turn of others between two slices of a body",
-    "if (place.index > 0) await nextTurn();",
+    "if (place.index > 0 || body.length > MAX_AT_ONCE_BYTES) await nextTurn();",
     "",
     "unit/turns",
+  ),
+  without(
+    "the deadline of an event under EVENT_SCHEMA",
+    "slow = line;\n          kill();",
+    "slow = line;",
+    "server/event-schema",
+  ),
+  without(
+    "the escapes of what is printed",
+    "process.stdout.write(`${visible(line)}\\n`);",
+    "process.stdout.write(`${line}\\n`);",
+    "terminal",
+  ),
+  without(
+    "the memory of a page that is being sent",
+    "reservation.reserve(bytes.length);",
+    "",
+    "unit/gather",
   ),
   without(
     "the turns that slices take one after the other",
