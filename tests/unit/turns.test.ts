@@ -119,7 +119,7 @@ test("a piece of a source is hashed in slices", async () => {
   using journalDir = tempDir();
   const journal = await openJournal({ directory: journalDir.path, say() {} });
   const database = openDatabase(() => "postgres://nobody@127.0.0.1:1/nothing", "test", 1);
-  const sources = openSources(journal, database);
+  const sources = openSources(journal, database, async () => {});
   const body = Buffer.alloc(16 * 1024 * 1024, "\n");
   const digest = new Bun.CryptoHasher("sha256").update(body).digest("hex");
   let turns = 0;
