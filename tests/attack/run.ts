@@ -35,17 +35,20 @@ async function main(): Promise<number> {
   console.log(`attack: seed ${seed}`);
   const results: Result[] = [];
   let shared: Target | null = null;
-  for (const row of ROWS.filter(isWanted)) {
-    if (row.env) {
-      await using own = await openTarget(row.env);
-      results.push(await tryRow(row, own, seed));
-    } else {
-      if (shared && !shared.isRunning()) shared = null;
-      results.push(await tryRow(row, (shared ??= await openTarget()), seed));
+  try {
+    for (const row of ROWS.filter(isWanted)) {
+      if (row.env) {
+        await using own = await openTarget(row.env);
+        results.push(await tryRow(row, own, seed));
+      } else {
+        if (shared && !shared.isRunning()) shared = null;
+        results.push(await tryRow(row, (shared ??= await openTarget()), seed));
+      }
+      console.log(format(results.at(-1) as Result));
     }
-    console.log(format(results.at(-1) as Result));
+  } finally {
+    await shared?.[Symbol.asyncDispose]();
   }
-  await shared?.[Symbol.asyncDispose]();
 
   const failed = results.filter(({ failure }) => failure !== null).length;
   console.log(`\n| row | longest wait beyond idle | memory | result |\n| --- | --- | --- | --- |`);

@@ -59,10 +59,10 @@ export async function openTarget(env: (folder: string) => Record<string, string>
 }
 
 /** The server and the prober come before the attacker, as if that were elsewhere. */
-function prioritize(niceness: number): void {
+function prioritize(niceness: number, pid = 0): void {
   try {
-    setPriority(niceness);
-  } catch {} // only root may go back to 0
+    setPriority(pid, niceness);
+  } catch {} // only root may go below what it has
 }
 
 /** The largest memory of a process; 0 if it has ended. */
@@ -79,6 +79,7 @@ async function openProber(url: string, pid: number) {
   const child = Bun.spawn([process.execPath, join(import.meta.dir, "prober.ts"), url, `${pid}`], {
     stdio: ["pipe", "pipe", "inherit"],
   });
+  prioritize(-10, child.pid);
   const lines = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
   return {
     async longestMs(): Promise<number> {
