@@ -12,7 +12,6 @@ import { join } from "node:path";
 
 import type { SettingsOf } from "../config.ts";
 import { getEventTypes } from "../event/event.ts";
-import { keyedDigest } from "../event/keyed-digest.ts";
 import { openJournalReader, openNamedJournal } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { openPruning } from "../ledger/boundary.ts";
@@ -355,13 +354,19 @@ async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
 }
 
 function reportOf(
-  { from, to, changes, claims, quarantined, refusals }: Batch,
+  { from, to, totals, quarantined, refusals }: Batch,
   { events, conflicts, duplicates }: Counts,
   ms: number,
 ): Posted {
-  const users =
-    changes.size + new Set(claims.values().map(({ userId }) => keyedDigest(userId))).size;
   const invalid = quarantined.length - refusals;
   const byReason = { invalid, refused: refusals, conflict: conflicts };
-  return { type: "posted", events, quarantined: byReason, duplicates, bytes: to - from, users, ms };
+  return {
+    type: "posted",
+    events,
+    quarantined: byReason,
+    duplicates,
+    bytes: to - from,
+    users: totals.size,
+    ms,
+  };
 }
