@@ -10,6 +10,7 @@ import { type DriverOptions, parseDatabaseUrl, type Session } from "./url.ts";
 
 export type Sql = postgres.Sql;
 export type Transaction = postgres.TransactionSql;
+export type PostgresError = postgres.PostgresError;
 /** Either of the two. */
 export type Statements = postgres.ISql;
 
