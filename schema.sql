@@ -574,6 +574,7 @@ begin
         tried := tried + 1;
         begin
           update users_revenue set revenue = revenue + 0 where user_id = held.user_id;
+          if not found then raise exception 'a trigger of users_revenue skips the row'; end if;
           raise exception using errcode = 'DB000';
         exception
           when sqlstate 'DB000' then null;
@@ -587,8 +588,24 @@ begin
     end
     $function$;
 
+    -- The changes of a batch by user: a claim counts if its id is free.
+    create or replace function daybook_changes(
+      users text[], amounts numeric[], id_texts text[], keys bytea[], claim_users text[],
+      claim_amounts numeric[]
+    ) returns table (user_id text, amount numeric) language sql stable as $function$
+      select part.user_id, sum(part.amount) from (
+        select * from unnest(users, amounts) as plain (user_id, amount)
+        union all
+        select claim.user_id, claim.amount
+        from unnest(id_texts, keys, claim_users, claim_amounts) as claim (id, key, user_id, amount)
+        where not exists (select from event_ids as known where known.id = claim.id)
+          and not exists (select from ids as known where known.id = claim.key)
+      ) as part
+      group by part.user_id order by part.user_id collate "C"
+    $function$;
+
     -- The users of a batch whose change Postgres refuses. The changes are kept until the end, so that
-    -- they are tried together; a claim counts if its id is free.
+    -- they are tried together.
     create or replace function daybook_refused_users(
       users text[], amounts numeric[], id_texts text[], keys bytea[], claim_users text[],
       claim_amounts numeric[]
@@ -601,20 +618,13 @@ begin
       set constraints all immediate;
       begin
         for change in
-          select part.user_id, sum(part.amount) as amount from (
-            select * from unnest(users, amounts) as plain (user_id, amount)
-            union all
-            select claim.user_id, claim.amount
-            from unnest(id_texts, keys, claim_users, claim_amounts) as claim (id, key, user_id, amount)
-            where not exists (select from event_ids as known where known.id = claim.id)
-              and not exists (select from ids as known where known.id = claim.key)
-          ) as part
-          group by part.user_id order by part.user_id collate "C"
+          select * from daybook_changes(users, amounts, id_texts, keys, claim_users, claim_amounts)
         loop
           begin
             insert into users_revenue as balance (user_id, revenue)
             values (change.user_id, change.amount)
             on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue;
+            if not found then raise exception 'a trigger of users_revenue skips the row'; end if;
           exception when others or assert_failure then
             if not daybook_is_refusal(sqlstate) then raise; end if;
             refused := refused || change.user_id;
@@ -630,9 +640,13 @@ begin
 
     -- The lines, by their index from 1, that Postgres refuses. Each is tried on top of those of its user
     -- that were accepted so far, and undone: kept updates of one row are quadratic (20,000 took 112 s;
-    -- undone, 100,000 take 1.2 s). A line whose id is claimed does not count, and is not tried.
+    -- undone, 100,000 take 1.2 s). A line whose id is claimed does not count, and is not tried. The changes of
+    -- all users but `refused` are made first, and undone at the end: a line may be refused only beside them
+    -- (a unique index on lower(user_id)).
     create or replace function daybook_refused_lines(
-      users text[], amounts numeric[], id_texts text[], keys bytea[]
+      users text[], amounts numeric[], id_texts text[], keys bytea[], refused text[],
+      batch_users text[], batch_amounts numeric[], batch_id_texts text[], batch_keys bytea[],
+      claim_users text[], claim_amounts numeric[]
     ) returns table (index bigint, why text) language plpgsql as $function$
     declare
       indexes bigint[] := '{}';
@@ -642,30 +656,45 @@ begin
       line record;
     begin
       set constraints all immediate;
-      for line in
-        select * from unnest(users, amounts, id_texts, keys) with ordinality
-          as given (user_id, amount, id, key, n)
-        where not exists (select from event_ids as known where known.id = given.id)
-          and not exists (select from ids as known where known.id = given.key)
-        order by given.user_id collate "C", given.n
-      loop
-        if line.user_id is distinct from current_user_id then
-          current_user_id := line.user_id;
-          accepted := 0;
-        end if;
+      begin
         begin
           insert into users_revenue as balance (user_id, revenue)
-          values (line.user_id, accepted + line.amount)
+          select * from daybook_changes(
+            batch_users, batch_amounts, batch_id_texts, batch_keys, claim_users, claim_amounts
+          ) as change
+          where not exists (select from unnest(refused) as user_id where user_id = change.user_id)
           on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue;
-          raise exception using errcode = 'DB000';
-        exception
-          when sqlstate 'DB000' then accepted := accepted + line.amount;
-          when others or assert_failure then
-            if not daybook_is_refusal(sqlstate) then raise; end if;
-            indexes := indexes || line.n;
-            reasons := reasons || sqlerrm;
+        exception when others or assert_failure then
+          if not daybook_is_refusal(sqlstate) then raise; end if; -- then each line is tried alone
         end;
-      end loop;
+        for line in
+          select * from unnest(users, amounts, id_texts, keys) with ordinality
+            as given (user_id, amount, id, key, n)
+          where not exists (select from event_ids as known where known.id = given.id)
+            and not exists (select from ids as known where known.id = given.key)
+          order by given.user_id collate "C", given.n
+        loop
+          if line.user_id is distinct from current_user_id then
+            current_user_id := line.user_id;
+            accepted := 0;
+          end if;
+          begin
+            insert into users_revenue as balance (user_id, revenue)
+            values (line.user_id, accepted + line.amount)
+            on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue;
+            if not found then raise exception 'a trigger of users_revenue skips the row'; end if;
+            raise exception using errcode = 'DB000';
+          exception
+            when sqlstate 'DB000' then accepted := accepted + line.amount;
+            when others or assert_failure then
+              if not daybook_is_refusal(sqlstate) then raise; end if;
+              indexes := indexes || line.n;
+              reasons := reasons || sqlerrm;
+          end;
+        end loop;
+        raise exception using errcode = 'DB000';
+      exception when sqlstate 'DB000' then null;
+      end;
       return query select * from unnest(indexes, reasons);
     end
     $function$;

@@ -20,6 +20,9 @@
 -- The error of `fence` is that of a setting which does not exist (42704). It is outside the classes 22 and
 -- 23, which say that Postgres refuses what a row contains.
 --
+-- If fewer balances change than should ($40 of them where every id was free), a trigger skips rows, and `skipped`
+-- raises such an error as well.
+--
 -- `daybook_require_balances` raises an error if `users_revenue` has been altered so that it is not exact any
 -- more, or the ledger has another version than $29. It sees what the statement sees, under its locks.
 --
@@ -156,21 +159,27 @@ with move as (
   where point.events > coalesce(lost.events, 0)
   on conflict (source, step, at, name) do update set
     events = known.events + excluded.events, amount = known.amount + excluded.amount
+), careful as (
+  select max(user_id) as user_id, sum(amount) as amount from (
+    select n, user_id, amount, events from total union all
+    select user_n, null, -amount, -1 from late where user_n is not null
+  ) as part
+  where not (select is_fresh from whole) group by n having sum(events) > 0
 ), posted as (
   insert into users_revenue as balance (user_id, revenue)
   select * from (
     select user_id, amount from total where (select is_fresh from whole) union all
-    select max(user_id), sum(amount) from (
-      select n, user_id, amount, events from total union all
-      select user_n, null, -amount, -1 from late where user_n is not null
-    ) as part
-    where not (select is_fresh from whole) group by n having sum(events) > 0
+    select user_id, amount from careful
   ) as counted
   order by user_id collate "C"
   on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue
+  returning 1
 )
 select
   holds,
+  case when (select count(*) from posted) < case
+      when (select is_fresh from whole) then $40::bigint else (select count(*) from careful) end
+    then current_setting('daybook.row_skipped')::int end as skipped,
   (select count(*)::int from claimed) as claimed,
   case when exists (select from late where line is null and not is_same)
     then current_setting('daybook.undecided')::int end as undecided,
@@ -193,6 +202,6 @@ from fence
 --   '{100}', '{not JSON}', '{nonsense}', 'its id belongs to another event, which came first',
 --   '{}', '{}', '{}', 'the same event came before', 2,
 --   '{1795651200}', '{add_revenue}', '{4}', '{15.5}', 0,
---   '{ann,ben}', '{17.5,-2}', '{}', '{}', '{another event}');
+--   '{ann,ben}', '{17.5,-2}', '{}', '{}', '{another event}', 2);
 -- select * from users_revenue;
 -- rollback;

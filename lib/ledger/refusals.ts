@@ -33,30 +33,23 @@ export function findRefusedBalances(
   });
 }
 
-/**
- * The users whose change Postgres refuses: that of the totals without the claims, and with those that count.
- * Throws Unavailable.
- */
+/** The users whose change Postgres refuses. Throws Unavailable. */
 export function findRefusedUsers(database: Database, batch: Batch): Promise<Set<string>> {
-  const { claims, totals } = batch;
-  const users = arrayLiteral(claims.users(totals));
-  const amounts = arrayLiteral(claims.amounts());
   return search(database, async (tx) => {
     const rows = await tx<{ user: string }[]>`
-      select refused_user as user from daybook_refused_users(
-        ${totals.textArray()}::text::text[] || ${users}::text::text[],
-        ${totals.amountArray()}::text::numeric[] ||
-          array(select -amount from unnest(${amounts}::text::numeric[]) with ordinality as _ (amount, n) order by n),
-        ${claims.idArray()}::text::text[], ${claims.keyArray()}::text::bytea[],
-        ${users}::text::text[], ${amounts}::text::numeric[])`;
+      select refused_user as user from daybook_refused_users(${changesOf(tx, batch)})`;
     return new Set(rows.map(({ user }) => user));
   });
 }
 
-/** The lines that Postgres refuses, by position, each with its reason. Throws Unavailable. */
+/**
+ * The lines of the `refused` users of `batch` that Postgres refuses beside the changes of all others, by position,
+ * each with its reason. Throws Unavailable.
+ */
 export function findRefusedLines(
   database: Database,
   lines: readonly CountedLine[],
+  { batch, refused }: { batch: Batch; refused: ReadonlySet<string> },
 ): Promise<Map<number, string>> {
   const users = arrayLiteral(lines.map(({ userId }) => userId));
   const amounts = arrayLiteral(lines.map(({ amount }) => amount));
@@ -66,9 +59,21 @@ export function findRefusedLines(
     const rows = await tx<{ index: string; why: string }[]>`
       select index, why from daybook_refused_lines(
         ${users}::text::text[], ${amounts}::text::numeric[], ${ids}::text::text[],
-        ${keys}::text::bytea[])`;
+        ${keys}::text::bytea[], ${arrayLiteral(refused)}::text::text[], ${changesOf(tx, batch)})`;
     return new Map(rows.map(({ index, why }) => [lines[Number(index) - 1]?.position ?? 0, why]));
   });
+}
+
+/** The arguments of daybook_changes: the totals without the claims, and the claims. */
+function changesOf(tx: Transaction, { claims, totals }: Batch) {
+  const users = arrayLiteral(claims.users(totals));
+  const amounts = arrayLiteral(claims.amounts());
+  return tx`
+    ${totals.textArray()}::text::text[] || ${users}::text::text[],
+    ${totals.amountArray()}::text::numeric[] ||
+      array(select -amount from unnest(${amounts}::text::numeric[]) with ordinality as _ (amount, n) order by n),
+    ${claims.idArray()}::text::text[], ${claims.keyArray()}::text::bytea[],
+    ${users}::text::text[], ${amounts}::text::numeric[]`;
 }
 
 function search<T>(database: Database, find: (tx: Transaction) => Promise<T>): Promise<T> {

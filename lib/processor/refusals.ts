@@ -64,5 +64,5 @@ export async function findRefusedOf(
     if (next?.from !== at) break; // another processor has posted it meanwhile
     at = next.to;
   }
-  return findRefusedLines(database, lines);
+  return findRefusedLines(database, lines, { batch, refused: users });
 }

@@ -847,8 +847,21 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "that only the refused lines of a user are quarantined",
-    "return findRefusedLines(database, lines);",
+    "return findRefusedLines(database, lines, { batch, refused: users });",
     "return new Map(lines.map(({ position }) => [position, reason]));",
+    "processor/refused",
+  ),
+
+  without(
+    "that a trigger which skips a row is noticed",
+    "then current_setting('daybook.row_skipped')::int end",
+    "then null end",
+    "processor/refused",
+  ),
+  without(
+    "that a line is tried beside the changes of other users",
+    "where not exists (select from unnest(refused) as user_id where user_id = change.user_id)",
+    "where false",
     "processor/refused",
   ),
 

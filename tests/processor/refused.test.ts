@@ -26,6 +26,14 @@ const RAISING = (scope: "row" | "statement", condition: string, sqlstate = "P000
   `create trigger raising before insert or update on users_revenue for each ${scope} execute function raising()`,
 ];
 
+const SKIPPING = (condition: string) => [
+  `create function skipping() returns trigger language plpgsql as $$ begin
+     if ${condition} then return null; end if;
+     return new;
+   end $$`,
+  `create trigger skipping before insert or update on users_revenue for each row execute function skipping()`,
+];
+
 test.each<[string, string[], string]>([
   [
     "a check constraint",
@@ -64,6 +72,12 @@ test.each<[string, string[], string]>([
     "a trigger that raises a code of its own",
     RAISING("row", "new.user_id = 'bad'", "AC001"),
     "closed",
+  ],
+  ["a trigger that skips the row", SKIPPING("new.user_id = 'bad'"), "skips the row"],
+  [
+    "a unique index over several users",
+    ["create unique index only_one on users_revenue (replace(user_id, 'bad', 'ann'))"],
+    "only_one",
   ],
   ["a trigger that finds no row", RAISING("row", "new.user_id = 'bad'", "P0002"), "closed"],
 ])(
@@ -181,14 +195,12 @@ test("posting pauses while the table refuses every change, quarantines nothing, 
 
 test("posting pauses for a trigger that refuses the statement, and quarantines nothing by guess", async () => {
   await using ledger = await openAltered(
-    ...RAISING("statement", "(select count(*) from users_revenue where user_id = 'zoe') > 0"),
-    "drop trigger raising on users_revenue",
-    "create trigger raising after insert on users_revenue for each statement execute function raising()",
     // Refuses only the posting's own statement, which inserts two users at once.
-    `create or replace function raising() returns trigger language plpgsql as $$ begin
-       if (select count(*) from users_revenue) > 2 then raise exception 'closed'; end if;
+    `create function raising() returns trigger language plpgsql as $$ begin
+       if (select count(*) from added) > 1 then raise exception 'closed'; end if;
        return null;
      end $$`,
+    "create trigger raising after insert on users_revenue referencing new table as added for each statement execute function raising()",
   );
   const file = ledger.write("a.jsonl", event("ann", 1) + event("zoe", 1));
   const { code, stderr } = await ledger.tool([file]);
@@ -229,4 +241,17 @@ test("a retry of a quarantined line that Postgres still refuses leaves it there 
   await ledger.select("alter table users_revenue drop constraint not_negative");
   expect((await ledger.tool(["--quarantine=retry"])).code).toBe(0);
   expect(await ledger.balances()).toEqual({ ann: "-1", ben: "-2", first: "1" });
+});
+
+test("posting pauses while a trigger skips every row, and loses nothing", async () => {
+  await using ledger = await openAltered(...SKIPPING("true"));
+  await using app = await ledger.start();
+  for (const id of [undefined, "id1"])
+    expect((await app.post(event("ann", 2, id).trim())).status).toBe(201);
+  const paused = async () =>
+    ((await (await fetch(`${app.url}/readyz?reads`)).json()) as { paused?: string }).paused;
+  expect(await until(paused)).toContain("a trigger of users_revenue skips the row");
+  await ledger.select("drop trigger skipping on users_revenue");
+  expect(await until(() => app.balance("ann"))).toBe("4");
+  expect(await ledger.quarantine()).toEqual([]);
 });
