@@ -543,8 +543,16 @@ begin
 
     -- These functions find out what Postgres refuses to store in `users_revenue`: a check constraint, a
     -- domain, a foreign key, a trigger. Each undoes everything that it tries, even if it runs outside a
-    -- transaction. They catch the error classes 22 and 23 and P0001, which concern what a row contains,
-    -- and nothing else: a full disk or a deadlock says nothing about a row.
+    -- transaction. They catch the errors that concern what a row contains, and no others: a full disk or a
+    -- deadlock says nothing about a row.
+
+    -- Whether an error of this SQLSTATE concerns what a row contains: data (22), constraints (23), triggers
+    -- (09, 27), views (44), `raise` and PL/pgSQL's own (P0), and every class that Postgres does not have, which
+    -- a trigger has raised. lib/ledger/database.ts asks the same of the posting statement.
+    create or replace function daybook_is_refusal(state text) returns boolean
+    language sql immutable as $function$
+      select state !~ '^(0[0138ABFLPZ]|02|10|2[014568BDF]|3[489BDF]|4[02]|5[34578]|72|DB|F0|HV|XX)'
+    $function$;
 
     -- Adds zero to a few balances, of `users` if any of them is held. Returns how many it tried, and the
     -- reason if Postgres refused them all: then the table is the cause, and no line.
@@ -569,7 +577,8 @@ begin
           raise exception using errcode = 'DB000';
         exception
           when sqlstate 'DB000' then null;
-          when data_exception or integrity_constraint_violation or raise_exception then
+          when others or assert_failure then
+            if not daybook_is_refusal(sqlstate) then raise; end if;
             refused := refused + 1;
             why := sqlerrm;
         end;
@@ -606,7 +615,8 @@ begin
             insert into users_revenue as balance (user_id, revenue)
             values (change.user_id, change.amount)
             on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue;
-          exception when data_exception or integrity_constraint_violation or raise_exception then
+          exception when others or assert_failure then
+            if not daybook_is_refusal(sqlstate) then raise; end if;
             refused := refused || change.user_id;
             reasons := reasons || sqlerrm;
           end;
@@ -650,7 +660,8 @@ begin
           raise exception using errcode = 'DB000';
         exception
           when sqlstate 'DB000' then accepted := accepted + line.amount;
-          when data_exception or integrity_constraint_violation or raise_exception then
+          when others or assert_failure then
+            if not daybook_is_refusal(sqlstate) then raise; end if;
             indexes := indexes || line.n;
             reasons := reasons || sqlerrm;
         end;

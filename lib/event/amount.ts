@@ -42,6 +42,16 @@ export function parseDecimal(decimal: string): bigint {
   return decimal.startsWith("-") ? -units : units;
 }
 
+/** Formats `whole` plus `billionths` * 10^-9, which have one sign, as formatAmount formats their sum. */
+export function formatParts(whole: number, billionths: number): string {
+  if (billionths === 0) return `${whole + 0}`; // without the sign of -0
+  let decimals = MAX_DECIMALS;
+  let rest = Math.abs(billionths);
+  for (; rest % 10 === 0; rest /= 10) decimals--;
+  const sign = billionths < 0 ? "-" : "";
+  return `${sign}${Math.abs(whole)}.${`${rest}`.padStart(decimals, "0")}`;
+}
+
 /** Formats an amount in units of 10^-9 as a `numeric` literal without trailing zeros: `-12.5`. */
 export function formatAmount(amount: bigint): string {
   const digits = (amount < 0n ? -amount : amount).toString().padStart(MAX_DECIMALS + 1, "0");

@@ -10,6 +10,7 @@ import { type DriverOptions, parseDatabaseUrl, type Session } from "./url.ts";
 
 export type Sql = postgres.Sql;
 export type Transaction = postgres.TransactionSql;
+export type PostgresError = postgres.PostgresError;
 /** Either of the two. */
 export type Statements = postgres.ISql;
 
@@ -250,8 +251,9 @@ function connect(host: DriverOptions, name: string, max: number): Sql {
  */
 const TRANSIENT = /^(08|25|40|53|55|57|58)|^XX000$/;
 
-/** SQLSTATE classes about what a row contains: data, integrity constraints, and `raise` in a trigger. */
-const ROW = /^2[23]|^P0001$/;
+/** SQLSTATE classes that say nothing about a row. All others concern what it contains: see schema.sql. */
+export const NOT_A_ROW =
+  /^(0[0138ABFLPZ]|02|10|2[014568BDF]|3[489BDF]|4[02]|5[34578]|72|DB|F0|HV|XX)/;
 
 const INSUFFICIENT_PRIVILEGE = "42501";
 /** Raised by the functions in schema.sql that check the ledger. */
@@ -264,7 +266,7 @@ export function describe(error: unknown): Unavailable {
   const sqlState = error instanceof postgres.PostgresError ? (code ?? "") : null;
   const text = (message || code || String(error)).split("\n")[0] as string;
   if (sqlState === LEDGER_REFUSED) return new LedgerRefused(text);
-  if (sqlState !== null && ROW.test(sqlState)) return new RowRefused(text);
+  if (sqlState !== null && !NOT_A_ROW.test(sqlState)) return new RowRefused(text);
   return new Unavailable(text, sqlState === null || TRANSIENT.test(sqlState));
 }
 

@@ -17,12 +17,14 @@ import {
   columns,
   type Database,
   LEDGER_VERSION,
+  type PostgresError,
   READ_DEADLINE_MS,
   RowRefused,
   type Sql,
   transact,
   type Transaction,
 } from "./database.ts";
+import type { Claims } from "./claims.ts";
 import { hashOfIdentity, keyOf } from "./ids.ts";
 import postSql from "./post.sql" with { type: "text" };
 import type { Points } from "../event/points.ts";
@@ -30,10 +32,12 @@ import type { Sums } from "../event/sums.ts";
 
 /** How much later than Postgres the driver gives up on a posting. */
 const GRACE_MS = 5_000;
+const WORK_MEM = "64MB";
 /** The error of the fence in post.sql. */
 const CHECKPOINT_HAS_MOVED = "daybook.checkpoint_has_moved";
-/** The error of post.sql where it cannot decide about a claim. */
+/** The error of post.sql where it needs the lines of claims. */
 const UNDECIDED = "daybook.undecided";
+const UNIQUE_VIOLATION = "23505";
 
 /** Without its comments: `pg_stat_activity` shows only the first 1,024 bytes of a statement. */
 const STATEMENT = postSql.replace(/^ *--.*\n/gm, "");
@@ -53,16 +57,14 @@ export interface Move {
 
 /** Bytes `from` to `to` of a journal or file, folded. */
 export interface Batch extends Move {
-  /** By how much each user's balance changes. */
-  changes: Sums;
-  /** The same with the claims as if all of them counted. */
+  /** By how much each user's balance changes, if all claims count. */
   totals: Sums;
-  /** The same by minute and name, with the claims as if all of them counted. */
+  /** The same by minute and name. */
   points: Points;
-  /** Events that count only if their id is free, by the id's keyed digest; each with the index of its point. */
-  claims: ReadonlyMap<string, Claim & { point: number }>;
+  /** Events that count only if their id is free. */
+  claims: Claims;
   /** Other events under the ids of `claims`, by the keyed digest of their identity. */
-  conflicts: ReadonlyMap<string, Claim>;
+  conflicts: ReadonlyMap<string, Conflict>;
   quarantined: readonly Quarantined[];
   /** What does not count, whether or not its ids are free. */
   uncounted: readonly Uncounted[];
@@ -76,18 +78,15 @@ export interface Batch extends Move {
   duplicates: number;
 }
 
-/** An event with an id. */
-export interface Claim {
+/** An event under the id of another one. */
+export interface Conflict {
   id: string;
-  userId: string;
-  /** By how much it changes the balance: a decimal. */
-  amount: string;
   /** The event's identity: two events of one identity are the same event. */
   event: string;
   /** The bytes of its line. */
   from: number;
   to: number;
-  /** How many lines before it in the batch may count: between claims of successive runs there is none. */
+  /** How many lines before it in the batch may count. */
   run: number;
 }
 
@@ -156,8 +155,9 @@ export function post(database: Database, batch: Batch, timeoutMs: number): Promi
     (withLines: boolean) =>
     async (tx: Transaction): Promise<Outcome> => {
       // The newest of the old ids: of those that were pruned, the index still has entries.
+      // Sorting 100,000 ids in 4 MB, the usual limit, would take a temporary file.
       const [checkpoint] = await tx<{ position: number; hasOldIds: boolean }[]>`
-      select position::float8,
+      select position::float8, set_config('work_mem', ${WORK_MEM}, true),
         (select claimed_on from event_ids order by claimed_on desc limit 1) is not null as "hasOldIds"
       from checkpoints where source = ${batch.key} for update`;
       if (checkpoint?.position !== batch.from) return { state: "elsewhere" };
@@ -169,8 +169,11 @@ export function post(database: Database, batch: Batch, timeoutMs: number): Promi
       return { state: "posted", events: batch.events - late, conflicts: disputed, duplicates };
     };
   const decide = async (sql: Sql, withLines = false): Promise<Outcome> =>
-    transact(sql, timeoutMs, posting(withLines)).catch((error: Error) => {
+    transact(sql, timeoutMs, posting(withLines)).catch((error: PostgresError) => {
       if (error.message.includes(UNDECIDED)) return decide(sql, true);
+      // Another transaction has claimed an id of the batch meanwhile.
+      if (error.code === UNIQUE_VIOLATION && error.table_name === "ids")
+        return decide(sql, withLines);
       throw error;
     });
   return database
@@ -208,44 +211,40 @@ async function move(
   batch: Batch,
   { hasOldIds, withLines }: { hasOldIds: boolean; withLines: boolean },
 ) {
-  const claims = [...batch.claims.values()];
+  const { claims, totals, points } = batch;
   const conflicts = [...batch.conflicts.values()];
-  const { changes, totals } = batch;
-  const isPlain = claims.length === 0;
   const [row] = await tx.unsafe<{ late: number; disputed: number; repeated: number }[]>(
     STATEMENT,
     [
       batch.key,
       ...columns([batch, ...batch.sources.values()], "key", "from", "to", "digest"),
-      ...(isPlain ? ["{}", "{}"] : [changes.userArray(), changes.amountArray()]),
-      ...stored(claims),
-      ...columns(claims, "userId", "amount", "from", "to", "run", "point"),
-      ...stored(conflicts),
+      claims.size > 0 ? totals.countArray() : "{}",
+      claims.array("billionths"),
+      claims.keyArray(),
+      claims.hashArray(),
+      ...(["user", "whole", "from", "to", "run", "point"] as const).map((name) =>
+        claims.array(name),
+      ),
+      arrayLiteral(conflicts.map(({ id }) => keyOf(id))),
+      arrayLiteral(conflicts.map(({ event }) => hashOfIdentity(event))),
       ...columns(conflicts, "from", "to", "run"),
       ...columns(batch.quarantined, "position", "reason", "line"),
       OTHER_EVENT,
       ...columns(batch.uncounted, "from", "to", "why"),
       SAME_ID,
       LEDGER_VERSION,
-      ...columns(batch.points.rows(), "at", "name", "events", "amount"),
+      ...columns(points.rows(), "at", "name", "events", "amount"),
       batch.from,
-      totals.userArray(),
+      totals.textArray(),
       totals.amountArray(),
-      ...columns(hasOldIds ? claims : [], "id"),
-      ...columns(withLines ? claims : [], "event"),
+      hasOldIds ? claims.idArray() : "{}",
+      withLines ? arrayLiteral(claims.identities(totals, points)) : "{}",
       ...columns(conflicts, "event"),
     ],
-    { prepare: true },
+    // For what is rare, a plan with the true numbers of rows: it joins large arrays.
+    { prepare: !hasOldIds && !withLines && conflicts.length === 0 },
   );
   return row as { late: number; disputed: number; repeated: number };
-}
-
-/** The ids of claims, and the identities of their events, as the ledger stores them. */
-function stored(claims: Claim[]): string[] {
-  return [
-    arrayLiteral(claims.map(({ id }) => keyOf(id))),
-    arrayLiteral(claims.map(({ event }) => hashOfIdentity(event))),
-  ];
 }
 
 /** How many lines of the bytes of a batch are in quarantine. Throws Unavailable. */

@@ -157,18 +157,31 @@ export interface ListedLine {
   at: string;
 }
 
-/** Up to `limit` lines in quarantine, the newest first, after `after`. Throws Unavailable. */
+/** Up to `limit` lines in quarantine, the newest first, after `after`; those that begin in `maxBytes`. Throws Unavailable. */
 export async function readNewestQuarantine(
   database: Database,
-  { after, limit }: { after: Pick<ListedLine, "at" | "source" | "position"> | null; limit: number },
+  {
+    after,
+    limit,
+    maxBytes,
+  }: {
+    after: Pick<ListedLine, "at" | "source" | "position"> | null;
+    limit: number;
+    maxBytes: number;
+  },
 ): Promise<ListedLine[]> {
   const { at = "infinity", source = "", position = 0 } = after ?? {};
   const rows = await database.use(
     (sql) => sql<ListedLine[]>`
-      select source, position::float8, reason, line, to_json(at at time zone 'UTC') #>> '{}' || 'Z' as at
-      from quarantine
-      where (at, source, position) < (${at}::text::timestamptz, ${source}, ${position}::bigint)
-      order by quarantine.at desc, source desc, quarantine.position desc limit ${limit}`,
+      select source, position, reason, line, at from (
+        select source, position::float8, reason, line,
+          to_json(at at time zone 'UTC') #>> '{}' || 'Z' as at,
+          sum(octet_length(line)) over newest - octet_length(line) as bytes_before
+        from quarantine
+        where (at, source, position) < (${at}::text::timestamptz, ${source}, ${position}::bigint)
+        window newest as (order by at desc, source desc, position desc rows unbounded preceding)
+        order by quarantine.at desc, source desc, quarantine.position desc limit ${limit}
+      ) as page where bytes_before < ${maxBytes}`,
     READ_DEADLINE_MS,
   );
   return [...rows];

@@ -90,7 +90,7 @@ export async function openTally(sql: Transaction, maxRows = MAX_ROWS) {
       if (changes.size === 0) return;
       await sql`
         insert into tally select * from unnest(
-          ${changes.userArray()}::text::text[], ${changes.amountArray()}::text::numeric[])`;
+          ${changes.textArray()}::text::text[], ${changes.amountArray()}::text::numeric[])`;
       await added(changes.size);
     },
     /** Adds what the removed segments of the journal `key` contributed to each user. */

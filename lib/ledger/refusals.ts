@@ -2,7 +2,7 @@
  * What Postgres refuses of a batch: constraints, domains, foreign keys and triggers that a team has added
  * to `users_revenue`. The functions in schema.sql try the parts of a batch one by one, and undo everything.
  */
-import { arrayLiteral, columns, type Database, transact, type Transaction } from "./database.ts";
+import { arrayLiteral, type Database, transact, type Transaction } from "./database.ts";
 import { keyOf } from "./ids.ts";
 import type { Batch } from "./ledger.ts";
 
@@ -28,21 +28,27 @@ export function findRefusedBalances(
 ): Promise<{ tried: number; why: string | null }> {
   return search(database, async (tx) => {
     const [row] = await tx<{ tried: number; why: string | null }[]>`
-      select tried, why from daybook_refused_balances(${batch.changes.userArray()}::text::text[])`;
+      select tried, why from daybook_refused_balances(${batch.totals.textArray()}::text::text[])`;
     return row as { tried: number; why: string | null };
   });
 }
 
-/** The users whose change Postgres refuses. Throws Unavailable. */
+/**
+ * The users whose change Postgres refuses: that of the totals without the claims, and with those that count.
+ * Throws Unavailable.
+ */
 export function findRefusedUsers(database: Database, batch: Batch): Promise<Set<string>> {
-  const claims = Array.from(batch.claims.values(), (claim) => ({ ...claim, key: keyOf(claim.id) }));
-  const [ids, keys, users, amounts] = columns(claims, "id", "key", "userId", "amount");
+  const { claims, totals } = batch;
+  const users = arrayLiteral(claims.users(totals));
+  const amounts = arrayLiteral(claims.amounts());
   return search(database, async (tx) => {
     const rows = await tx<{ user: string }[]>`
       select refused_user as user from daybook_refused_users(
-        ${batch.changes.userArray()}::text::text[], ${batch.changes.amountArray()}::text::numeric[],
-        ${ids as string}::text::text[], ${keys as string}::text::bytea[],
-        ${users as string}::text::text[], ${amounts as string}::text::numeric[])`;
+        ${totals.textArray()}::text::text[] || ${users}::text::text[],
+        ${totals.amountArray()}::text::numeric[] ||
+          array(select -amount from unnest(${amounts}::text::numeric[]) with ordinality as _ (amount, n) order by n),
+        ${claims.idArray()}::text::text[], ${claims.keyArray()}::text::bytea[],
+        ${users}::text::text[], ${amounts}::text::numeric[])`;
     return new Set(rows.map(({ user }) => user));
   });
 }

@@ -2,7 +2,7 @@
  * Folding: many event lines become one change for each user, bounded by what one transaction should
  * hold, however large the source is.
  */
-import { formatAmount } from "../event/amount.ts";
+import { formatAmount, formatParts, UNITS } from "../event/amount.ts";
 import {
   type Change,
   decodeEvent,
@@ -16,25 +16,30 @@ import { eachEvent, SHOWN_BYTES } from "../event/lines.ts";
 import { keyedDigest } from "../event/keyed-digest.ts";
 import { Points } from "../event/points.ts";
 import { Sums } from "../event/sums.ts";
+import { hashOf, type Scanner } from "../event/scanner.ts";
 import { parseSourceMark, type SourceMark } from "../journal/source-mark.ts";
 import { sentKey } from "../ledger/checkpoints.ts";
+import { Claims } from "../ledger/claims.ts";
 import {
   type Batch,
-  type Claim,
+  type Conflict,
   type Move,
   type Quarantined,
   SAME_ID,
   type Uncounted,
 } from "../ledger/ledger.ts";
 
-/** A claim is as much work as a few users, and as much memory as many: 80,000 of them took 446 MB. */
-const USERS_PER_CLAIM = 10;
+/** A claim is as much work as about two users. */
+const USERS_PER_CLAIM = 2;
 const MAX_QUARANTINED = 1_000;
 /** The bytes that are folded into one transaction, and so what a restart may have to repeat. */
 export const MAX_BATCH_BYTES = 128 * 1024 * 1024;
 
 const MAX_USERS = 200_000;
 export const MIN_USERS = 1_000;
+/** The SHA-256 of an identity, and the identity of a scanned event, which is below 600 bytes. */
+const digest = new Uint8Array(32);
+const scratch = Buffer.allocUnsafe(1024);
 const MIN_TIMEOUT_MS = 10_000;
 const MAX_TIMEOUT_MS = 120_000;
 
@@ -68,6 +73,12 @@ export class BatchLimit {
   }
 }
 
+/** Where an event with an id has its user and its id, and what it says; as a Scanner. */
+type Parts = Pick<
+  Scanner,
+  "userFrom" | "userTo" | "hash" | "idFrom" | "idTo" | "name" | "sign" | "whole" | "billionths"
+>;
+
 /** The events after a source mark, as far as they have been seen. */
 interface MarkedEvents {
   mark: SourceMark;
@@ -79,16 +90,14 @@ interface MarkedEvents {
 }
 
 export class Fold {
-  /** By how much each user's balance changes. */
-  readonly changes = new Sums();
-  /** The same of the claims, as if all of them counted. */
-  private readonly claimed = new Sums();
-  /** The same by minute and name, with the claims as if all of them counted. */
+  /** By how much each user's balance changes, if all claims count. */
+  readonly totals = new Sums();
+  /** The same by minute and name. */
   readonly points = new Points();
-  /** Events with an id, by its keyed digest; the ledger decides whether they count. */
-  readonly claims = new Map<string, Claim & { point: number }>();
+  /** Events with an id; the ledger decides whether they count. */
+  readonly claims = new Claims();
   /** Other events under these ids, by the keyed digest of their identity: one of them may be the one that was posted before. */
-  readonly conflicts = new Map<string, Claim>();
+  readonly conflicts = new Map<string, Conflict>();
   readonly quarantined: Quarantined[] = [];
   /** What does not count, whatever the ledger says; neighbours share a range. */
   readonly uncounted: Uncounted[] = [];
@@ -123,7 +132,7 @@ export class Fold {
   get isFull(): boolean {
     const maxClaims = this.maxUsers / USERS_PER_CLAIM;
     return (
-      this.changes.size >= this.maxUsers ||
+      this.totals.size >= this.maxUsers ||
       this.claims.size >= maxClaims ||
       this.sources.size >= maxClaims ||
       this.uncounted.length >= maxClaims ||
@@ -168,9 +177,14 @@ export class Fold {
     const decoded = decodeEvent(line, maxBytes);
     if (decoded instanceof InvalidEvent) return this.quarantine(line, position, decoded.reason);
     const { userId, name, sign, amount, id } = decoded;
-    if (id !== undefined && sign !== 0) return this.claim(line, position, { ...decoded, id });
+    if (id !== undefined && sign !== 0) {
+      const change = { ...decoded, id };
+      const identity = Buffer.from(identityOf(change));
+      const { parts, bytes } = partsOf(change);
+      return this.claim(parts, bytes, identity, position, line.length, () => line);
+    }
     if (this.isRefused(line, position)) return;
-    if (sign !== 0) this.changes.addTo(userId, amount);
+    if (sign !== 0) this.totals.addTo(userId, amount);
     this.points.addAmount(name, amount);
     if (sign !== 0) this.counted?.(position, decoded);
     this.events++;
@@ -190,22 +204,20 @@ export class Fold {
 
   /** What is folded, to be posted together with this move of the checkpoint. */
   batch(move: Move): Batch {
-    if (this.claims.size > 0) this.claimed.addAll(this.changes);
-    return { ...this, ...move, totals: this.claims.size > 0 ? this.claimed : this.changes };
+    return { ...this, ...move };
   }
 
   /** Adds the event that the scanner found at `index` of `bytes`, which begin at `position`. */
   private addScanned(bytes: Uint8Array, index: number, position: number): void {
     const { userFrom, userTo, hash, idTo, name, sign, whole, billionths, end } = this.scanner;
     if (idTo > 0 && sign !== 0) {
-      const change = scannedChange(this.scanner, bytes);
-      const line = bytes.subarray(index, end);
-      return this.claim(line, position + index, { ...change, id: change.id as string });
+      const identity = scannedIdentity(this.scanner, bytes);
+      const line = () => bytes.subarray(index, end);
+      return this.claim(this.scanner, bytes, identity, position + index, end - index, line);
     }
     if (this.refused.size > 0 && this.isRefused(bytes.subarray(index, end), position + index))
       return;
-    if (sign !== 0)
-      this.changes.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
+    if (sign !== 0) this.totals.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
     this.points.add(name, sign * whole, sign * billionths);
     if (sign !== 0) this.counted?.(position + index, scannedChange(this.scanner, bytes));
     this.events++;
@@ -247,31 +259,51 @@ export class Fold {
     return move.to;
   }
 
-  private claim(line: Uint8Array, from: number, change: Change & { id: string }): void {
-    const { id, userId } = change;
-    const to = from + line.length;
-    const event = identityOf(change);
-    const reason = this.refused.get(from) ?? this.refusedEvents.get(event);
-    if (reason !== undefined) {
-      this.refusedEvents.set(event, reason);
-      return this.quarantineRefused(line, from, reason);
-    }
-    const amount = formatAmount(change.amount);
-    const claim = { id, userId, amount, event, from, to, run: this.run };
-    const key = keyedDigest(id);
-    const first = this.claims.get(key);
-    if (!first) {
+  /**
+   * Adds an event with an id, which begins at `from` and has `lineBytes`. Its `parts` are in `bytes`. Positional,
+   * because this is called for every such event.
+   */
+  private claim(
+    parts: Parts,
+    bytes: Uint8Array,
+    identity: Buffer,
+    from: number,
+    lineBytes: number,
+    lineOf: () => Uint8Array,
+  ): void {
+    const { userFrom, userTo, hash, idFrom, idTo, name, sign } = parts;
+    const reason = this.refusal(identity, from);
+    if (reason !== undefined) return this.quarantineRefused(lineOf(), from, reason);
+    Bun.CryptoHasher.hash("sha256", identity, digest);
+    const claimed = this.claims.claim(bytes, idFrom, idTo, digest);
+    const to = from + lineBytes;
+    if (claimed === "claimed") {
+      const whole = sign * parts.whole;
+      const billionths = sign * parts.billionths;
+      const user = this.totals.add(bytes, userFrom, userTo, hash, whole, billionths);
+      const point = this.points.add(name, whole, billionths);
+      this.claims.describe(user, whole, billionths, from, to, this.run, point);
       this.events++;
-      const point = this.points.addAmount(change.name, change.amount);
-      this.claims.set(key, { ...claim, point });
-      this.claimed.addTo(userId, change.amount);
-      this.counted?.(from, change);
-    } else if (first.event !== event && !this.conflicts.has(keyedDigest(event)))
-      this.conflicts.set(keyedDigest(event), claim);
-    else {
+      if (this.counted) this.counted(from, decodeEvent(lineOf(), MAX_JOURNALED_BYTES) as Change);
+      return;
+    }
+    const event = identity.toString();
+    if (claimed === "other" && !this.conflicts.has(keyedDigest(event))) {
+      const { id } = JSON.parse(event) as { id: string };
+      this.conflicts.set(keyedDigest(event), { id, event, from, to, run: this.run });
+    } else {
       this.duplicates++;
       this.leaveOut(from, to, SAME_ID);
     }
+  }
+
+  /** Why Postgres refuses the event that begins at `from`, if it does. */
+  private refusal(identity: Buffer, from: number): string | undefined {
+    if (this.refused.size === 0) return undefined;
+    const event = identity.toString();
+    const reason = this.refused.get(from) ?? this.refusedEvents.get(event);
+    if (reason !== undefined) this.refusedEvents.set(event, reason);
+    return reason;
   }
 
   /**
@@ -293,6 +325,43 @@ export function identityOf(change: Change & { id: string }): string {
   const { id, userId, name, sign, amount } = change;
   const value = formatAmount(sign < 0 ? -amount : amount);
   return JSON.stringify({ id, userId, name, value });
+}
+
+/** The identity of the event that the scanner found in `bytes`. It is overwritten by that of the next one. */
+function scannedIdentity(scanner: Scanner, bytes: Uint8Array): Buffer {
+  const { userFrom, userTo, idFrom, idTo, name, whole, billionths } = scanner;
+  // What the scanner recognizes has nothing that JSON escapes; nor has a name.
+  let at = put('{"id":"', 0);
+  for (let i = idFrom; i < idTo; i++) scratch[at++] = bytes[i] as number;
+  at = put('","userId":"', at);
+  for (let i = userFrom; i < userTo; i++) scratch[at++] = bytes[i] as number;
+  at = put(`","name":"${name}","value":"${formatParts(whole, billionths)}"}`, at);
+  return scratch.subarray(0, at);
+}
+
+/** Writes ASCII text. */
+function put(text: string, at: number): number {
+  for (let i = 0; i < text.length; i++) scratch[at++] = text.charCodeAt(i);
+  return at;
+}
+
+/** Such parts of an event that was decoded in another way, in bytes of their own. */
+function partsOf({ id, userId, name, sign, amount }: Change & { id: string }) {
+  const user = Buffer.from(userId);
+  const bytes = Buffer.concat([user, Buffer.from(id)]);
+  const value = sign < 0 ? -amount : amount;
+  const parts: Parts = {
+    userFrom: 0,
+    userTo: user.length,
+    hash: hashOf(user, 0, user.length),
+    idFrom: user.length,
+    idTo: bytes.length,
+    name,
+    sign,
+    whole: Number(value / UNITS),
+    billionths: Number(value % UNITS),
+  };
+  return { parts, bytes };
 }
 
 /** The line of an event that has this identity. */

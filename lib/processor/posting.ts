@@ -12,7 +12,6 @@ import { join } from "node:path";
 
 import type { SettingsOf } from "../config.ts";
 import { getEventTypes } from "../event/event.ts";
-import { keyedDigest } from "../event/keyed-digest.ts";
 import { JournalUnavailable } from "../journal/format.ts";
 import { type JournalReader, openJournalReader, openNamedJournal } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
@@ -377,8 +376,8 @@ async function postBatches(batches: BatchReader, posting: Posting): Promise<Atte
 
 async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
   const { database, limit, room } = posting;
-  const { changes, claims, from, to } = batch;
-  await room?.require(changes.size + 2 * claims.size, to - from);
+  const { totals, claims, from, to } = batch;
+  await room?.require(totals.size + 2 * claims.size, to - from);
   const fromMs = performance.now();
   try {
     const outcome = await post(database, batch, limit.timeoutMs);
@@ -398,13 +397,19 @@ async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
 }
 
 function reportOf(
-  { from, to, changes, claims, quarantined, refusals }: Batch,
+  { from, to, totals, quarantined, refusals }: Batch,
   { events, conflicts, duplicates }: Counts,
   ms: number,
 ): Posted {
-  const users =
-    changes.size + new Set(claims.values().map(({ userId }) => keyedDigest(userId))).size;
   const invalid = quarantined.length - refusals;
   const byReason = { invalid, refused: refusals, conflict: conflicts };
-  return { type: "posted", events, quarantined: byReason, duplicates, bytes: to - from, users, ms };
+  return {
+    type: "posted",
+    events,
+    quarantined: byReason,
+    duplicates,
+    bytes: to - from,
+    users: totals.size,
+    ms,
+  };
 }

@@ -46,9 +46,7 @@ export async function findRefusedOf(
   const { database, open } = options;
   const tried = await requireWritableBalances(database, batch);
   const users = await findRefusedUsers(database, batch);
-  const isAll =
-    users.size >=
-    new Set([...batch.claims.values()].map((c) => c.userId)).size + batch.changes.size;
+  const isAll = users.size >= batch.totals.size;
   if (users.size === 0 || (isAll && tried === 0))
     throw new Unavailable(
       users.size === 0

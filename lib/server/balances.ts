@@ -60,7 +60,7 @@ export function openBalances(database: Database, { stalledMs = STALLED_MS } = {}
       const after = cursor === undefined ? "" : decodeCursor(cursor);
       // One more than asked for says whether there is a next page.
       const rows = await readBalances(database, { after, limit: limit + 1 });
-      const users = fitting(rows.slice(0, limit));
+      const users = await fitting(rows.slice(0, limit));
       const next = rows.length > users.length ? encodeCursor(users.at(-1) as UserBalance) : null;
       return { users, next };
     },

@@ -4,6 +4,7 @@
  * disconnected.
  */
 import { openMemoryBudget } from "./memory.ts";
+import { nextTurn } from "./turns.ts";
 
 /** No answer but a stream is larger. */
 export const MAX_ANSWER_BYTES = 1024 * 1024 - 4096;
@@ -13,6 +14,7 @@ const PIECE_BYTES = 64 * 1024;
 /** Smaller answers are left to the buffers of the connection. */
 const MAX_UNHELD_BYTES = 64 * 1024;
 const STALLED_MS = 30_000;
+const MAX_AT_ONCE_ROWS = 100;
 
 export type Answers = ReturnType<typeof openAnswers>;
 
@@ -40,18 +42,27 @@ export function openAnswers(budget = openMemoryBudget(MAX_ANSWERS_BYTES)) {
         [Symbol.dispose]: () => reservation?.[Symbol.dispose](),
       };
     },
-    /** What a handler of GET returns for `document`, also for HEAD. Throws the 503. */
-    read<T extends object>({ method }: Request, document: T): T {
+    /** What a handler of GET returns for `document`, also for HEAD, in a turn of its own. Throws the 503. */
+    async read<T extends object>({ method }: Request, document: T): Promise<T> {
       if (method === "HEAD") return document; // nobody would read or end its stream
-      using held = this.hold();
-      held.reserve(Buffer.byteLength(JSON.stringify(document)));
-      return held.answer(document, 200);
+      await nextTurn();
+      const bytes = Buffer.from(JSON.stringify(document));
+      if (bytes.length <= MAX_UNHELD_BYTES) return document;
+      const reservation = budget.admit();
+      try {
+        reservation.reserve(bytes.length);
+      } catch (error) {
+        reservation[Symbol.dispose]();
+        throw error;
+      }
+      return heldAnswer(bytes, 200, () => reservation[Symbol.dispose]()) as never;
     },
   };
 }
 
-/** As many of the first `rows` as an answer holds. */
-export function fitting<T>(rows: T[]): T[] {
+/** As many of the first `rows` as an answer holds, in a turn of its own. */
+export async function fitting<T>(rows: T[]): Promise<T[]> {
+  if (rows.length > MAX_AT_ONCE_ROWS) await nextTurn();
   let bytes = 0;
   const beyond = rows.findIndex((row) => {
     bytes += Buffer.byteLength(JSON.stringify(row)) + 1;

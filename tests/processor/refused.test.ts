@@ -1,8 +1,9 @@
 /** Postgres refuses what a row contains: constraints, domains, foreign keys and triggers of a team's own. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 
+import { NOT_A_ROW } from "../../lib/ledger/database.ts";
 import { openLedger } from "../support/ledger.ts";
-import { until } from "../support/programs.ts";
+import { root, until } from "../support/programs.ts";
 
 setDefaultTimeout(120_000);
 
@@ -59,6 +60,12 @@ test.each<[string, string[], string]>([
   ],
   ["a trigger that raises for one user", RAISING("row", "new.user_id = 'bad'"), "closed"],
   ["a trigger that raises a data error", RAISING("row", "new.user_id = 'bad'", "22003"), "closed"],
+  [
+    "a trigger that raises a code of its own",
+    RAISING("row", "new.user_id = 'bad'", "AC001"),
+    "closed",
+  ],
+  ["a trigger that finds no row", RAISING("row", "new.user_id = 'bad'", "P0002"), "closed"],
 ])(
   "lines that %s refuses are quarantined with Postgres' reason, all others are posted, and --verify agrees",
   async (_, statements, reason) => {
@@ -80,6 +87,18 @@ test.each<[string, string[], string]>([
     ]);
   },
 );
+
+test("programs and schema.sql agree on which errors concern a row", async () => {
+  const schema = await Bun.file(`${root}/schema.sql`).text();
+  expect(schema).toContain(`state !~ '${NOT_A_ROW.source}'`);
+  await using ledger = await openAltered();
+  const states = ["22003", "23505", "44000", "P0001", "P0004", "AC001", "09000", "27000"];
+  const others = ["08006", "25006", "40001", "53100", "57014", "42501", "58030", "XX000", "DB001"];
+  const rows = await ledger.select<{ state: string; is: boolean }>(
+    `select state, daybook_is_refusal(state) as is from unnest('{${[...states, ...others]}}'::text[]) as state`,
+  );
+  expect(rows.filter(({ is }) => is).map(({ state }) => state)).toEqual(states);
+});
 
 test("a follower posts what others send while one user's events are refused", async () => {
   await using ledger = await openAltered(

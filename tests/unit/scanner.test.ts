@@ -154,7 +154,7 @@ test("the sums of users are exact, whatever their amounts and names are", () => 
       expected.set(user, (expected.get(user) ?? 0n) + amount);
       sums.addTo(user, amount);
     }
-    const found = [...sums.userArray().matchAll(/"((?:[^"\\]|\\.)*)"/gs)].map(([, name = ""]) =>
+    const found = [...sums.textArray().matchAll(/"((?:[^"\\]|\\.)*)"/gs)].map(([, name = ""]) =>
       name.replace(/\\(.)/gs, "$1"),
     );
     const amounts = sums.amountArray().slice(1, -1).split(",").map(withoutZeros);
@@ -193,11 +193,11 @@ test("users whose ids collide are found with as few comparisons as others", () =
   expect(new Set(ids.map((id) => hashOf(id, 0, id.length))).size).toBe(1);
   const sums = new Sums();
   let compared = 0;
-  const counted = sums as unknown as { isUser(...parts: unknown[]): boolean };
-  const { isUser } = counted;
-  counted.isUser = function (...parts) {
+  const counted = sums as unknown as { isText(...parts: unknown[]): boolean };
+  const { isText } = counted;
+  counted.isText = function (...parts) {
     compared++;
-    return isUser.apply(this, parts);
+    return isText.apply(this, parts);
   };
   for (const id of [...ids, ...ids]) sums.addTo(id.toString(), 1_000_000_000n);
   expect(sums.size).toBe(ids.length);
