@@ -67,7 +67,9 @@ export async function openStreamReader(
       if (seq === undefined) throw damage(stream, id, position, "no message begins here");
       const frames: Frame[] = [];
       let expected = position;
-      for (const message of await stream.read(id, seq)) {
+      // A damaged replica may not answer at all.
+      const messages = await stream.read(id, seq).catch(() => []);
+      for (const message of messages) {
         const parsed = parse(message);
         if (!parsed || !begins(parsed, expected)) break;
         frames.push(parsed);
@@ -175,12 +177,17 @@ async function readAnywhere(
   id: string,
   { seq, position }: { seq: number; position: number },
 ): Promise<Message | null> {
-  const next = await stream.next(id, seq);
-  if (!next) return null;
+  let failure: unknown;
+  const next = await stream.next(id, seq).catch((error: unknown) => {
+    failure = error;
+    return undefined;
+  });
+  if (next === null) return null;
   for await (const message of stream.readElsewhere(id, seq)) {
     const parsed = parse(message);
     if (parsed && begins(parsed, position)) return parsed;
   }
+  if (!next) throw failure;
   const found = parse(next);
   const what = found
     ? `the next message begins at position ${found.base}, and no server has what is before it`

@@ -3,6 +3,7 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
+import { JournalUnavailable } from "../../lib/journal/format.ts";
 import { openStream } from "../../lib/journal/stream.ts";
 import { openStreamReader } from "../../lib/journal/stream-reader.ts";
 import { openStreamJournal } from "../../lib/journal/stream-writer.ts";
@@ -18,6 +19,15 @@ function blocksOf(store: string): string[] {
     .filter((name) => /streams.*msgs.*\.blk$/.test(name))
     .map((name) => join(store, name));
   return paths.toSorted((a, b) => statSync(b).size - statSync(a).size);
+}
+
+/** As a processor does, asks again while the stream is unavailable: while a leader is elected, for example. */
+function patiently<T>(ask: () => Promise<T>) {
+  const unlessUnavailable = (error: unknown) => {
+    if (error instanceof JournalUnavailable) return null;
+    throw error;
+  };
+  return until(() => ask().catch(unlessUnavailable), 60_000);
 }
 
 const DAMAGE: Record<string, (bytes: Buffer) => Buffer> = {
@@ -54,17 +64,17 @@ for (const isRunning of [true, false])
       }
       // Connected to that node, whose own replica answers first.
       const stream = await openStream(`nats://127.0.0.1:${node!.port}/daybook`);
-      const reader = (await openStreamReader(stream, journal.id))!;
+      const reader = (await patiently(() => openStreamReader(stream, journal.id)))!;
       const found: string[] = [];
       for (let position = reader.start; ;) {
-        const frames = await reader.read(position);
+        const frames = await patiently(() => reader.read(position));
         if (frames.length === 0) break;
         for (const { payload } of frames) found.push(...payload.toString().trimEnd().split("\n"));
         position = frames.at(-1)!.to;
       }
       expect(found.length).toBe(texts.length);
       expect(found).toEqual(texts);
-      await journal.append(Buffer.from("more\n"));
+      await until(() => journal.append(Buffer.from("more\n")).catch(() => null), 60_000);
       await stream.close();
       await journal.close();
     },
@@ -111,9 +121,9 @@ test.if(hasNats)(
     const stream = await openStream(_nats.url());
     const lines: string[] = [];
     for (const id of (await stream.list()).counts.keys()) {
-      const reader = (await openStreamReader(stream, id))!;
+      const reader = (await patiently(() => openStreamReader(stream, id)))!;
       for (let position = reader.start; ;) {
-        const frames = await reader.read(position);
+        const frames = await patiently(() => reader.read(position));
         if (frames.length === 0) break;
         for (const { payload } of frames)
           lines.push(...payload.toString().split("\n").filter(Boolean));
