@@ -8,7 +8,7 @@ import { Elysia, t } from "elysia";
 import { isUserId } from "../event/event.ts";
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import { type Journal, JournalFull } from "../journal/writer.ts";
-import { type Database, Unavailable } from "../ledger/database.ts";
+import { type Database, RowRefused, Unavailable } from "../ledger/database.ts";
 import { readBalance } from "../ledger/balances.ts";
 import { checkLedger } from "../ledger/ledger.ts";
 import { type Log, watchHealth } from "../log.ts";
@@ -511,14 +511,15 @@ export function createApi(parts: Parts) {
     }
   }
 
-  /** What the database answered; a 503 where it did not. */
+  /** What the database answered; a 503 where it did not. Throws RowRefused. */
   async function queried<T>(querying: Promise<T>): Promise<T> {
     try {
       const result = await querying;
       databaseHealth.recovered();
       return result;
     } catch (error) {
-      if (!(error instanceof Unavailable)) throw error;
+      // A value that Postgres does not take is our own fault: the database works.
+      if (error instanceof RowRefused || !(error instanceof Unavailable)) throw error;
       // Anybody may read a balance: the exact cause is for the log only.
       databaseHealth.failing(error.message);
       throw unavailable("the database is unavailable; retry shortly");
