@@ -130,11 +130,6 @@ export function createApi(parts: Parts) {
   const handler = { standardHostname: isHttps };
   const app = new Elysia({ normalize: false, strictPath: true, handler })
     .use(problems((path) => allowedMethods(routes, path), faults.failing))
-    .onRequest(({ request }) => {
-      // Bun joins repeated headers: a proxy may have judged by the other one.
-      if (request.headers.get("host")?.includes(","))
-        throw new Problem(400, "found several Host headers: send one");
-    })
     .use(
       openapi({
         provider: null, // its pages run a script of another host; ours is below
