@@ -44,6 +44,13 @@ test.each([
   );
 });
 
+test.each(["Ä,name,value\nann,add_revenue,1\n", '"Größe in m"|b\r\n1|2\r\n', "用户;値\n1;2\n"])(
+  "%j is CSV, whatever letters the first name has",
+  (text) => {
+    expect(foreignFormat(Buffer.from(text))?.format).toBe("CSV");
+  },
+);
+
 test.each([
   ["", "nothing"],
   [line("ann", 1), "an event"],
