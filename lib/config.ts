@@ -3,6 +3,7 @@
  * checked once, when a program starts, and never change.
  */
 import { closeSync, constants, openSync, readSync } from "node:fs";
+import { isIPv4 } from "node:net";
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 
@@ -490,7 +491,7 @@ function help(command: Command<Program>): string {
 }
 
 export function isLoopback(host: string): boolean {
-  return /^(localhost|127(\.\d{1,3}){3}|::1|\[::1\])$/i.test(host);
+  return /^(localhost|::1|\[::1\])$/i.test(host) || (isIPv4(host) && host.startsWith("127."));
 }
 
 function whole(min: number, max: number, requires: string): Kind<number> {

@@ -89,18 +89,23 @@ function isArray(text: string): boolean {
   return text.slice(0, end).includes("\n") || text.slice(end).trim() === "";
 }
 
+const NAME = `"?[\\p{L}\\p{N}_][\\p{L}\\p{M}\\p{N}_ .-]*"?`;
+/** Two names or more; the group is the first separator. */
+const NAMES = new RegExp(`^${NAME}([,;\t|])${NAME}(?:[,;\t|]${NAME})*$`, "u");
+
 /** CSV and its kin: a first line of names, and lines with as many separators. */
 function separatedValues(text: string): Foreign | null {
   const [names = "", ...rows] = text.split(/\r\n|\r|\n/).filter((line) => line !== "");
-  const [, separator] = /^"?\w[\w .-]*"?([,;\t])/.exec(names) ?? [];
-  if (!separator || !/^"?\w[\w .-]*"?([,;\t]"?\w[\w .-]*"?)+$/.test(names)) return null;
+  const [, separator] = NAMES.exec(names) ?? [];
+  if (!separator) return null;
   const row = rows[0];
   if (!row || row.split(separator).length < names.split(separator).length) return null;
   const shown = separator === "\t" ? "\\t" : separator;
   return {
     format: "CSV",
     filter:
-      `tr -d '"\\r' | jq -Rnc '(input / "${shown}") as $n | inputs / "${shown}" | [$n, .] | ` +
+      `tr -d '"\\r' | jq -Rnc '(input | ltrimstr("\\ufeff") / "${shown}") as $n | ` +
+      `inputs | select(. != "") / "${shown}" | [$n, .] | ` +
       `transpose | map({(.[0]): .[1]}) | add | .value |= tonumber'`,
   };
 }

@@ -34,19 +34,29 @@ export function openFrameWalk() {
   };
 
   function readFrameHeader(): void {
+    const isFrame = begins(FRAME, 0);
+    // Each byte, because the decompressor may end before the fifth.
+    if (!isFrame && !begins(SKIPPABLE, 15)) throw new Error("part of it is not a zstd frame");
     if (header.length < 5) return;
-    const magic = number(0, 4);
-    if ((magic & ~15) >>> 0 === SKIPPABLE) {
+    if (!isFrame) {
       if (header.length === 8) next(number(4, 4), false);
       return;
     }
-    if (magic !== FRAME) throw new Error("part of it is not a zstd frame");
     const flags = header[4] as number;
     const isSingleSegment = (flags >> 5) & 1;
     checksumBytes = flags & 4;
     const contentBytes = CONTENT_SIZE_BYTES[flags >> 6] || isSingleSegment;
     const dictionaryBytes = DICTIONARY_ID_BYTES[flags & 3] as number;
     if (header.length === 6 - isSingleSegment + dictionaryBytes + contentBytes) next(0, true);
+  }
+
+  /** Whether the bytes that are there are those of `magic`, but for the bits of `free` in the first. */
+  function begins(magic: number, free: number): boolean {
+    return header
+      .slice(0, 4)
+      .every(
+        (byte, index) => (((magic >>> (8 * index)) ^ byte) & 255 & (index ? 255 : ~free)) === 0,
+      );
   }
 
   function readBlockHeader(): void {

@@ -9,6 +9,7 @@ import { isIP } from "node:net";
 import { InvalidSetting, type Settings } from "../config.ts";
 
 const FORM = "use postgres://USER:PASSWORD@HOST:PORT/DATABASE";
+const ESCAPE_AND = "write & as %26 in the password";
 const ANY = /^/s;
 const SSL_MODES = ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] as const;
 type SslMode = (typeof SSL_MODES)[number];
@@ -120,16 +121,28 @@ function split(url: string) {
       "is invalid: write @ as %40, / as %2F and ? as %3F in its user, password and parameters",
     );
   const parameters: Record<string, string> = Object.create(null);
-  for (const part of query.split("&").filter(Boolean)) {
-    const [name = "", value = ""] = part.split(/=(.*)/s).map(decode);
+  const pairs = query
+    .split("&")
+    .filter(Boolean)
+    .map((part) => part.split(/=(.*)/s).map(decode) as [name: string, value?: string]);
+  // A password that holds & ends too early: what follows is a piece of it.
+  const hasPassword = pairs.some(([name]) => name === "password");
+  for (const [name, value = ""] of pairs) {
     if (name in parameters) refuse(`has ${name} twice: give it once`);
-    const [values, requires] =
-      PARAMETERS.get(name) ??
-      refuse(`has ${name}, which is not supported: ${REMEDIES.get(name) ?? "remove it"}`);
+    const [values, requires] = PARAMETERS.get(name) ?? refuseParameter(name, hasPassword);
+    if (!values.test(value) && hasPassword)
+      refuse(`has an invalid ${name}: use ${requires}, and ${ESCAPE_AND}`);
     if (!values.test(value)) refuse(`has ${name}=${value}: use ${requires}`);
     parameters[name] = value;
   }
   return { authority, database: decode(path), parameters };
+}
+
+function refuseParameter(name: string, hasPassword: boolean): never {
+  const remedy = REMEDIES.get(name);
+  if (hasPassword && !remedy)
+    refuse(`has a parameter that is not supported: remove it, or ${ESCAPE_AND}`);
+  refuse(`has ${name}, which is not supported: ${remedy ?? "remove it"}`);
 }
 
 function decode(text: string): string {

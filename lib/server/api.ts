@@ -8,7 +8,7 @@ import { Elysia, t } from "elysia";
 import { isUserId } from "../event/event.ts";
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import { type Journal, JournalFull } from "../journal/writer.ts";
-import { type Database, Unavailable } from "../ledger/database.ts";
+import { type Database, RowRefused, Unavailable } from "../ledger/database.ts";
 import { readBalance } from "../ledger/balances.ts";
 import { checkLedger } from "../ledger/ledger.ts";
 import { type Log, watchHealth } from "../log.ts";
@@ -79,9 +79,6 @@ const Users = t.Object({
   next: t.Union([t.String(), t.Null()]),
   at: t.Optional(t.String({ description: "when the largest balances were read" })),
 });
-interface ResponseHeaders {
-  headers: Record<string, string | number | undefined>;
-}
 const Readiness = t.Object({
   status: t.String(),
   reads: t.Union([t.Literal("ready"), t.Literal("unavailable")]),
@@ -148,7 +145,9 @@ export function createApi(parts: Parts) {
       grants: (scope: Scope) => ({
         detail:
           access.readingIsOpen && scope === "balances:read" ? {} : { security: [{ secret: [] }] },
-        transform: ({ request, server, path, params, query }) => {
+        transform: ({ request, server, path, params, query, set }) => {
+          // What is read may not be kept by a cache, which asks for no credential; refusals included.
+          if (scope === "balances:read") set.headers["cache-control"] = "no-store";
           const { userid } = (params ?? {}) as { userid?: string };
           // Only there does the query name the user; elsewhere it must not grant anything.
           const user = path === USERS_PATH ? (query as { user_id?: string }).user_id : userid;
@@ -210,7 +209,7 @@ export function createApi(parts: Parts) {
         },
       },
     )
-    .get(USERS_PATH, ({ request, query, set }) => listUsers(request, query, set), {
+    .get(USERS_PATH, ({ request, query }) => listUsers(request, query), {
       grants: "balances:read",
       query: UsersQuery,
       response: {
@@ -229,7 +228,7 @@ export function createApi(parts: Parts) {
       response: { 200: Balance },
       detail: { summary: "The balance of a user; with `after`, once that position is posted" },
     })
-    .get("/revenue", ({ request, query, set }) => listRevenue(request, query, set), {
+    .get("/revenue", ({ request, query }) => listRevenue(request, query), {
       grants: "balances:read",
       query: t.Object(
         {
@@ -262,7 +261,7 @@ export function createApi(parts: Parts) {
           "Revenue over time: events and amounts by name and the time they were stored (UTC)",
       },
     })
-    .get("/quarantine", ({ request, query, set }) => listQuarantine(request, query, set), {
+    .get("/quarantine", ({ request, query }) => listQuarantine(request, query), {
       grants: "balances:read",
       query: t.Object(
         {
@@ -425,12 +424,7 @@ export function createApi(parts: Parts) {
     return { user_id: userId, revenue };
   }
 
-  async function listUsers(
-    request: Request,
-    query: typeof UsersQuery.static,
-    set: ResponseHeaders,
-  ) {
-    set.headers["cache-control"] = "no-store";
+  async function listUsers(request: Request, query: typeof UsersQuery.static) {
     const { url, headers, method } = request;
     const { user_id: userId, limit = 100, cursor, order } = query;
     // Of a repeated parameter Elysia sees one value.
@@ -456,21 +450,11 @@ export function createApi(parts: Parts) {
     return queried(balances.stream(format, method === "HEAD") as Promise<never>);
   }
 
-  async function listRevenue(
-    request: Request,
-    query: Parameters<typeof readRevenue>[1],
-    set: ResponseHeaders,
-  ) {
-    set.headers["cache-control"] = "no-store";
+  async function listRevenue(request: Request, query: Parameters<typeof readRevenue>[1]) {
     return answers.read(request, await queried(readRevenue(database, query)));
   }
 
-  async function listQuarantine(
-    request: Request,
-    query: Parameters<typeof listQuarantined>[1],
-    set: ResponseHeaders,
-  ) {
-    set.headers["cache-control"] = "no-store";
+  async function listQuarantine(request: Request, query: Parameters<typeof listQuarantined>[1]) {
     return answers.read(request, await queried(listQuarantined(database, query)));
   }
 
@@ -525,14 +509,15 @@ export function createApi(parts: Parts) {
     }
   }
 
-  /** What the database answered; a 503 where it did not. */
+  /** What the database answered; a 503 where it did not. Throws RowRefused. */
   async function queried<T>(querying: Promise<T>): Promise<T> {
     try {
       const result = await querying;
       databaseHealth.recovered();
       return result;
     } catch (error) {
-      if (!(error instanceof Unavailable)) throw error;
+      // A value that Postgres does not take is our own fault: the database works.
+      if (error instanceof RowRefused || !(error instanceof Unavailable)) throw error;
       // Anybody may read a balance: the exact cause is for the log only.
       databaseHealth.failing(error.message);
       throw unavailable("the database is unavailable; retry shortly");

@@ -18,8 +18,8 @@ const MAX_IDLE_S = 255;
 /** A sender's own request id is kept if it can stand in a log. */
 const REQUEST_ID = /^[\w.:+/=-]{1,128}$/;
 
-/** A proxy before this server may have decided by the other one. Bun joins them with a comma. */
-const TWO_HOSTS = new Problem(400, "send one Host header");
+/** Of two, a proxy before this server may have decided by the other one. */
+const INVALID_HOST = new Problem(400, "send one Host header, which names a host");
 /** Elysia looks for the path of an HTTPS URL after this index. */
 const PATH_AFTER = 11;
 
@@ -42,8 +42,7 @@ export function observe(log: Log, metrics: Metrics, routeOf: (path: string) => s
       const id =
         given !== null && REQUEST_ID.test(given) ? given : `${prefix}-${(requests++).toString(36)}`;
       lengthenHost(request);
-      const isAmbiguous = request.headers.get("host")?.includes(",");
-      const response = isAmbiguous ? respond(TWO_HOSTS) : await handle(request, ...rest);
+      const response = hasHost(request) ? await handle(request, ...rest) : respond(INVALID_HOST);
       response.headers.set("x-request-id", id);
       const { method } = request;
       const { status } = response;
@@ -143,6 +142,11 @@ function readPem(name: string, path: string): string {
   } catch (error) {
     throw new InvalidSetting(`${name}: cannot read ${path} (${(error as { code?: string }).code})`);
   }
+}
+
+/** Whether there is one valid Host header: Bun joins several with a comma, and makes the URL of any text. */
+function hasHost({ url, headers }: Request): boolean {
+  return URL.canParse(url) && !headers.get("host")?.includes(",");
 }
 
 /** Of `https://x/healthz`, Elysia would not find the path, and of `https://x/q/healthz` another one. */

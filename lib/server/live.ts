@@ -91,7 +91,7 @@ export function openLive({ journal, database, posted, metrics }: Parts) {
   return {
     /** The stream of a viewer. Throws a Problem when too many look. */
     async view({ method }: Request): Promise<Response> {
-      const headers = { "content-type": "text/event-stream", "cache-control": "no-store" };
+      const headers = { "content-type": "text/event-stream" };
       if (method === "HEAD") return new Response(null, { headers });
       if (viewers.size >= MAX_VIEWERS) throw unavailable("too many watch; retry later");
       await ledger.read(null); // fills what nobody has asked for until now

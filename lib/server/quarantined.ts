@@ -1,11 +1,12 @@
 /** The lines in quarantine, for readers: the newest first, a page at a time. */
 import type { Database } from "../ledger/database.ts";
 import { type ListedLine, readNewestQuarantine } from "../ledger/quarantine.ts";
+import { parseTime } from "../time.ts";
 import { fitting, MAX_ANSWER_BYTES } from "./held-answer.ts";
 import { invalidQuery } from "./problem.ts";
 
 export const MAX_LISTED_LINES = 1_000;
-const CURSOR = /^(\d{4,6}-[\d:.T-]{8,40}Z) (\d{1,15}) (.+)$/s;
+const CURSOR = /^(\S{1,40}) (\d{1,15}) (.+)$/s;
 
 /** A page of them. Throws Unavailable, and a Problem for a bad cursor. */
 export async function listQuarantined(
@@ -31,7 +32,7 @@ function decodeCursor(cursor: string) {
   const text = Buffer.from(cursor, "base64url").toString();
   const [, at = "", position, source = ""] = CURSOR.exec(text) ?? [];
   const place = { at, position: Number(position), source };
-  if (Number.isNaN(Date.parse(at)) || source.includes("\0") || encodeCursor(place) !== cursor)
+  if (parseTime(at) === undefined || source.includes("\0") || encodeCursor(place) !== cursor)
     throw invalidQuery("cursor", "must be the `next` of an answer of this route");
   return place;
 }

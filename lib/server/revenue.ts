@@ -1,7 +1,7 @@
 /** Revenue over time: what `GET /revenue` reads from its query, and answers. */
 import type { Database } from "../ledger/database.ts";
 import { readPoints, type Step } from "../ledger/points.ts";
-import { parseTime, TIME_RULE } from "../time.ts";
+import { FIRST_MS, parseTime, TIME_RULE } from "../time.ts";
 import { invalidQuery } from "./problem.ts";
 
 const MAX_POINTS = 10_000;
@@ -26,7 +26,9 @@ export async function readRevenue(
   const roundDown = (timeMs: number) => Math.floor(timeMs / ms) * ms;
   const toMs = roundDown(query.to === undefined ? Date.now() : requireTime("to", query.to));
   const fromMs =
-    query.from === undefined ? toMs - defaultMs : roundDown(requireTime("from", query.from));
+    query.from === undefined
+      ? Math.max(toMs - defaultMs, FIRST_MS)
+      : roundDown(requireTime("from", query.from));
   if (fromMs > toMs) throw invalidQuery("from", "must not be after `to`");
   const range = { step, from: new Date(fromMs), to: new Date(toMs), limit: MAX_POINTS + 1 };
   const points = await readPoints(database, range);

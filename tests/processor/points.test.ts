@@ -126,6 +126,8 @@ test.each([
   ["step=week", "/step"],
   ["from=yesterday", "/from"],
   ["to=2026-13-01", "/to"],
+  ["from=2026-02-30", "/from"],
+  ["to=0000-06-01", "/to"],
   ["to=2026-03-04T05", "/to"],
   ["from=2026-03-05&to=2026-03-04", "/from"],
 ])("GET /revenue?%s is answered 422, which names %s", async (query, path) => {
@@ -134,6 +136,20 @@ test.each([
   const response = await fetch(`${app.url}/revenue?${query}`);
   expect(response.status).toBe(422);
   expect(((await response.json()) as { errors: { path: string }[] }).errors[0]?.path).toBe(path);
+});
+
+test("a range at either end of the calendar is answered, and is not taken for an outage", async () => {
+  await using ledger = await openLedger();
+  await using app = await ledger.start({}, ["--no-processor"]);
+  for (const step of ["minute", "hour", "day"])
+    for (const range of [
+      "to=0001-01-01T00:00:00Z",
+      "to=0001-01-02",
+      "from=0001-01-01&to=9999-12-31T23:59:59.999Z",
+      "from=9999-12-31T23:59:59Z&to=9999-12-31T23:59:59.999Z",
+    ])
+      expect(await revenue(app.url, `step=${step}&${range}`)).toEqual([]);
+  expect(app.stderr.text()).not.toContain("database");
 });
 
 test("more than 10,000 points are answered 422, and a longer step answers them", async () => {

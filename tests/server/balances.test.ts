@@ -77,6 +77,27 @@ test("pages of any size list each user once, in order, and no cache keeps them",
   }
 });
 
+test.each([
+  ["/userEvents/user1", 200],
+  ["/userEvents/user1?after=x", 422],
+  ["/userEvents/nobody", 404],
+  ["/userEvents?user_id=user1", 200],
+  ["/userEvents?limit=x", 422],
+  ["/userEvents?order=revenue", 200],
+  ["/revenue", 200],
+  ["/quarantine", 200],
+  ["/metrics", 200],
+])("no cache keeps the answer of %s, nor what refuses it", async (path, status) => {
+  await using balances = await openBalances(1);
+  for (const method of ["GET", "HEAD"]) {
+    const { url } = balances.app;
+    const answer = await fetch(`${url}${path}`, { method });
+    expect([answer.status, answer.headers.get("cache-control")]).toEqual([status, "no-store"]);
+    const refused = await fetch(`${url}${path}`, { method, headers: { forwarded: "for=_x" } });
+    expect([refused.status, refused.headers.get("cache-control")]).toEqual([401, "no-store"]);
+  }
+});
+
 test("the largest balances come first, with the time at which they were read", async () => {
   await using balances = await openBalances(2_000);
   const { users, next, at } = (await (await balances.get("?order=revenue&limit=3")).json()) as Page;

@@ -673,7 +673,8 @@ for (const [coding, compress] of CODINGS) {
     const damaged = whole.slice();
     damaged.fill(0xa5, whole.length / 2, whole.length / 2 + 40);
     const pieces = [whole.subarray(0, -1), whole.subarray(0, whole.length / 2), whole.slice(0, 3)];
-    for (const body of [...pieces, damaged, MARKER, new Uint8Array(64)])
+    const apart = new Uint8Array(Buffer.concat([whole, Buffer.alloc(9), whole]));
+    for (const body of [...pieces, damaged, apart, MARKER, new Uint8Array(64)])
       await refusedWrite("/liveEvents", body, 400, headers);
   });
 

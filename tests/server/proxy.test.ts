@@ -63,25 +63,32 @@ test("a request through a proxy or for another host needs a credential, and not 
   expect(app.stderr.text().split("default secret was refused")).toHaveLength(2);
 });
 
-test("two Host headers are answered 400, whichever is local", async () => {
+test("two Host headers, and one that is no host, are answered 400 on every route", async () => {
   using dir = tempDir();
   await using app = await start(dir.path);
   const port = Number(new URL(app.url).port);
+  const invalid = ["127.999.0.1", "localhost:70000", "a@localhost", "localhost/x", "[::1", "é", ""];
   for (const hosts of [
     ["localhost", "evil.example"],
     ["evil.example", "localhost"],
     ["localhost", "localhost"],
+    ...invalid.map((host) => [host]),
   ])
-    for (const path of ["/userEvents/ann", "/healthz", "/nowhere"]) {
+    for (const path of ["/userEvents", "/userEvents/ann", "/openapi", "/healthz", "/nowhere"]) {
       const answer = Promise.withResolvers<string>();
       const lines = hosts.map((host) => `Host: ${host}\r\n`).join("");
       const data = (_: unknown, bytes: Buffer) => answer.resolve(`${bytes}`);
       const open = (socket: Bun.Socket) =>
         void socket.write(`GET ${path} HTTP/1.1\r\n${lines}\r\n`);
       const socket = await Bun.connect({ hostname: "127.0.0.1", port, socket: { data, open } });
-      expect(await answer.promise).toStartWith("HTTP/1.1 400 ");
+      expect([hosts, path, await answer.promise]).toEqual([
+        hosts,
+        path,
+        expect.stringMatching(/^HTTP\/1\.1 400 [^]*application\/problem\+json/),
+      ]);
       socket.end();
     }
+  expect(app.stderr.text()).not.toContain("internal error");
 });
 
 test.if(isInstalled("nginx"))(

@@ -61,19 +61,34 @@ test("pages of any size list each line once, the newest first, also those of one
   expect(JSON.stringify(plan)).toContain("quarantine_newest");
 });
 
-test.each(["", "*", "AA", Buffer.from("2026-99-99T00:00:00Z 1 x").toString("base64url")])(
-  "the cursor %j is answered 422",
-  async (cursor) => {
-    await using ledger = await openLedger();
-    await using app = await ledger.start({}, ["--no-processor"]);
-    const response = await fetch(`${app.url}/quarantine?cursor=${cursor}`);
-    expect(response.status).toBe(422);
-    expect(((await response.json()) as { errors: object[] }).errors).toMatchObject([
-      { path: "/cursor" },
-    ]);
-    expect((await fetch(`${app.url}/quarantine?limit=0`)).status).toBe(422);
-  },
+const forged = ["2026-99-99T00:00:00Z", "2026-02-30T00:00:00.000Z", "0000-01-01T00:00:00Z"].map(
+  (at) => Buffer.from(`${at} 1 x`).toString("base64url"),
 );
+test.each(["", "*", "AA", ...forged])("the cursor %j is answered 422", async (cursor) => {
+  await using ledger = await openLedger();
+  await using app = await ledger.start({}, ["--no-processor"]);
+  const response = await fetch(`${app.url}/quarantine?cursor=${cursor}`);
+  expect(response.status).toBe(422);
+  expect(((await response.json()) as { errors: object[] }).errors).toMatchObject([
+    { path: "/cursor" },
+  ]);
+  expect((await fetch(`${app.url}/quarantine?limit=0`)).status).toBe(422);
+});
+
+test("a query that Postgres refuses for a value is our own fault, not an outage of the database", async () => {
+  await using ledger = await openLedger();
+  await using app = await ledger.start({}, ["--no-processor"]);
+  expect((await fetch(`${app.url}/quarantine`)).status).toBe(200);
+  await ledger.select(`
+    insert into quarantine (source, position, reason, line) values ('a', 1, 'r', 'l');
+    alter table quarantine rename to lines;
+    create view quarantine as
+      select source, position, (1 / (position - 1))::text as reason, line, at from lines`);
+  expect((await fetch(`${app.url}/quarantine`)).status).toBe(500);
+  await until(() => app.stderr.text().includes("internal error: database: division by zero"));
+  expect((await fetch(`${app.url}/readyz?reads`)).status).toBe(200);
+  expect(app.stderr.text()).not.toMatch(/"(database: |.*unavailable)/);
+});
 
 test("a ledger of 0.1.0 gets the index for it; without a credential nobody sees lines", async () => {
   await using ledger = await openLedger({ READ_SECRET: "read" });

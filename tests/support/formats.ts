@@ -34,6 +34,9 @@ export const FOREIGN: [format: string, bytes: Buffer][] = [
   ["CSV", csv(",")],
   ["CSV", csv(";", "\r\n")],
   ["CSV", csv("\t")],
+  ["CSV", csv("|")],
+  ["CSV", Buffer.concat([Buffer.from("\ufeff"), csv(",")])],
+  ["CSV", Buffer.concat([Buffer.from("\ufeff"), csv(";", "\r\n"), Buffer.from("\r\n")])],
   ...["xz", "bzip2"].flatMap((tool): [string, Buffer][] =>
     Bun.which(tool)
       ? [

@@ -44,6 +44,13 @@ test.each([
   );
 });
 
+test.each(["Ä,name,value\nann,add_revenue,1\n", '"Größe in m"|b\r\n1|2\r\n', "用户;値\n1;2\n"])(
+  "%j is CSV, whatever letters the first name has",
+  (text) => {
+    expect(foreignFormat(Buffer.from(text))?.format).toBe("CSV");
+  },
+);
+
 test.each([
   ["", "nothing"],
   [line("ann", 1), "an event"],
@@ -116,6 +123,61 @@ test.each([
     }
   },
 );
+
+const BLOCK_BYTES = 256 * 1024; // what is read of a file at once
+const zstdLine = zstdCompressSync(line("ann", 1));
+const flipped = Buffer.from(zstdLine);
+flipped[1]! ^= 1;
+/** The decompressor is done with a block before the next one is there, as with a file on a disk. */
+const slowReader =
+  (bytes: Uint8Array): Read =>
+  async (from, to) =>
+    Bun.sleep(1).then(() => bytes.subarray(from, to));
+/** A skippable frame and a whole one, then `rest`, `before` bytes before the end of a block. */
+function nearBlockEnd(before: number, rest: Uint8Array[], blocks = 1) {
+  const skippable = Buffer.alloc(blocks * BLOCK_BYTES - before - zstdLine.length);
+  skippable.writeUInt32LE(0x184d2a5f, 0);
+  skippable.writeUInt32LE(skippable.length - 8, 4);
+  return Buffer.concat([skippable, zstdLine, ...rest]);
+}
+const manyLines = Array.from({ length: 500 }, () => zstdLine);
+
+test.each([
+  ...[0, 1, 2, 3, 4, 5].map((n) => [`${n} bytes before`, nearBlockEnd(n, [flipped, ...manyLines])]),
+  ...[1, 4].map((n) => [`at ${n} blocks`, nearBlockEnd(0, [Buffer.from("ju"), ...manyLines], n)]),
+  ...["j", "ju", "(", "P*", "\0"].map((junk) => [
+    JSON.stringify(junk),
+    Buffer.concat([zstdLine, Buffer.from(junk)]),
+  ]),
+] as [string, Buffer<ArrayBuffer>][])(
+  "what follows a frame and is none is damage, wherever it is in a block: %s",
+  async (_, bytes) => {
+    const { read } = await openInput(slowReader(bytes), bytes.length);
+    await expect(read(0, 1_000_000)).rejects.toThrow(DamagedInput);
+    const stream = await openStreamInput(new Blob([bytes]).stream());
+    await expect(stream.read(0, 1_000_000)).rejects.toThrow(DamagedInput);
+  },
+);
+
+test("a frame that begins at any place of a block is read", async () => {
+  for (let before = 0; before < 9; before++) {
+    const bytes = nearBlockEnd(before, manyLines);
+    const { read } = await openInput(reader(bytes), bytes.length);
+    expect((await read(0, 1_000_000)).length).toBe(501 * line("ann", 1).length);
+  }
+});
+
+test("NULs after gzip are ignored, but a member behind them is not lost without a word", async () => {
+  const member = gzipSync(line("ann", 1));
+  for (const nuls of [1, 10, BLOCK_BYTES - member.length, 3 * BLOCK_BYTES]) {
+    const padded = Buffer.concat([member, Buffer.alloc(nuls)]);
+    const { read } = await openInput(reader(padded), padded.length);
+    expect((await read(0, 1_000_000)).length).toBe(line("ann", 1).length);
+    const hole = Buffer.concat([padded, member]);
+    const { read: readHole } = await openInput(reader(hole), hole.length);
+    await expect(readHole(0, 1_000_000)).rejects.toThrow(DamagedInput);
+  }
+});
 
 test("NULs at the end of a file are not read; those within are", async () => {
   const event = Buffer.from(line("ann", 1));

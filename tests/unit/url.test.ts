@@ -44,6 +44,23 @@ test("an unescaped @ or : belongs to the password", () => {
   });
 });
 
+test("beside the parameter password, no message shows what may be a piece of it", () => {
+  for (const query of [
+    "password=open&Sesame",
+    "password=open&Sesame=1",
+    "Sesame&password=open",
+    "pass%77ord=open&Sesame",
+    "password=open&sslmode=Sesame",
+    "password=open&port=Sesame",
+    "port=Sesame&password=open",
+  ]) {
+    const message = refusal(`postgres://h.example/d?user=ann&${query}`);
+    expect(message).not.toMatch(/Sesame|open/);
+    expect(message).toContain("& as %26");
+  }
+  expect(refusal("postgres://h.example/d?user=ann&Sesame")).toContain("has Sesame");
+});
+
 test("a password that ends the URL too early is refused, and no piece of it is shown", () => {
   for (const password of [
     "hush@a/hush",
