@@ -28,6 +28,7 @@ import { type Database, Unavailable } from "../ledger/database.ts";
 import type { Batch } from "../ledger/ledger.ts";
 import { readSnapshotEnd } from "../ledger/reconcile.ts";
 import { type BatchLimit, Fold, MAX_BATCH_BYTES } from "./fold.ts";
+import type { Report } from "./supervisor.ts";
 
 /** While a posting is in progress, the journal is polled this often for more. */
 const POLL_MS = 5;
@@ -67,6 +68,8 @@ export interface BatchSource {
   reopen?: () => Promise<JournalReader | null>;
   /** Called with the offset up to which lines are folded, block after block. */
   folded?(offset: number): void;
+  /** Gets the end of a file once it is seen. */
+  report?(report: Report): void;
 }
 
 /**
@@ -82,6 +85,7 @@ export async function openJournalBatches(
     refused,
     counted,
     folded,
+    report,
     reopen = () => openJournalReader(path),
   }: BatchSource,
   journal: JournalReader,
@@ -126,6 +130,8 @@ export async function openJournalBatches(
         if (leftOver) await checkEnd(leftOver);
         return null;
       }
+      if (leftOver && (await journal.end()) === position)
+        report?.({ type: "end", bytes: position - from });
       for (const [source, { to }] of fold.sources) if (posted.has(source)) posted.set(source, to);
       await syncUpTo(position);
       return fold.batch({ key, from: start, to: position, digest });
@@ -217,7 +223,7 @@ async function checkCheckpoint(
  * when it was rewritten meanwhile; `note` when it is another file than before. Throws Unavailable.
  */
 export async function openFileBatches(
-  { database, path, limit, refused, counted, folded }: BatchSource,
+  { database, path, limit, refused, counted, folded, report }: BatchSource,
   { leftOver, note }: { leftOver(what: string): void; note(line: string): void },
 ): Promise<BatchReader> {
   await using opening = new AsyncDisposableStack();
@@ -241,13 +247,14 @@ export async function openFileBatches(
       const start = offset;
       while (!fold.isFull && offset - start < MAX_BATCH_BYTES) {
         const { value: block } = await blocks.next().catch(named);
-        if (!block) {
-          await checkEnd();
-          break;
-        }
-        if (!block.whole && !isComplete(block.bytes)) {
+        const isCut = block && !block.whole && !isComplete(block.bytes);
+        if (!block) await checkEnd();
+        if (isCut) {
           const what = `the last line (${block.to - block.from} bytes) has no newline and is not a whole event`;
           leftOver(`: ${what}: left for the next run`);
+        }
+        if (!block || isCut) {
+          report?.({ type: "end", bytes: offset - from });
           break;
         }
         addBlock(fold, block);

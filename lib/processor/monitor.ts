@@ -42,16 +42,14 @@ export function openMonitor(settings: Settings) {
         ...{ hostname, port: port as number, development: false },
         reusePort: false, // else a second processor listens too, and gets half of the requests
         routes: {
-          "/healthz": { GET: () => Response.json({ status: "ok" }) },
-          "/readyz": { GET: () => readiness() },
-          "/metrics": {
-            async GET() {
-              const headers = { "content-type": meters.contentType };
-              return new Response(await meters.scrape(), { headers });
-            },
-          },
+          "/healthz": reading(() => Response.json({ status: "ok" })),
+          "/readyz": reading(readiness),
+          "/metrics": reading(async () => {
+            const headers = { "content-type": meters.contentType };
+            return new Response(await meters.scrape(), { headers });
+          }),
         },
-        fetch: ({ method }) => problem(method === "GET" ? 404 : 405),
+        fetch: () => problem(404),
       });
     } catch (error) {
       const { code, message } = error as Error & { code?: string };
@@ -65,6 +63,16 @@ export function openMonitor(settings: Settings) {
     if (waiting) return problem(503, waiting.why as string);
     return Response.json({ status: lag === null ? "standing by" : "ready" });
   }
+}
+
+/** A route that is only read. */
+function reading(answer: () => Response | Promise<Response>) {
+  return ({ method }: Request) => {
+    if (method === "GET" || method === "HEAD") return answer();
+    const refused = problem(405);
+    refused.headers.set("allow", "GET, HEAD");
+    return refused;
+  };
 }
 
 function problem(status: number, detail?: string): Response {

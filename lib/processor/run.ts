@@ -31,6 +31,8 @@ export async function runJob(
   const total = { events: 0, quarantined: 0, duplicates: 0, bytes: 0 };
   let progress: Progress | undefined;
   let current = { file: job.files[0] ?? "", bytes: 0, offset: 0, folded: 0 };
+  /** How many bytes of the file are posted, and are to be; `null` until its end is seen. */
+  let [postedBytes, allBytes] = [0, null as number | null];
   let isDone = false;
   let eventsBefore = 0;
   let hasFailed = false;
@@ -45,7 +47,9 @@ export async function runJob(
       progress = showProgress(basename(report.file), report.bytes, report.from);
       current = { ...report, offset: report.from, folded: report.from };
       eventsBefore = total.events;
+      [postedBytes, allBytes] = [0, null];
     }
+    if (report.type === "end") allBytes = report.bytes;
     if (report.type === "folded") {
       current.folded = report.fileOffset;
       showFolded();
@@ -55,6 +59,7 @@ export async function runJob(
       for (const reason of QUARANTINE_REASONS) total.quarantined += report.quarantined[reason];
       total.duplicates += report.duplicates;
       total.bytes += report.bytes;
+      postedBytes += report.bytes;
       current.offset = report.fileOffset ?? current.offset + report.bytes;
       showFolded();
     }
@@ -80,6 +85,8 @@ export async function runJob(
   if (stop.aborted) await processor.stop();
   await processor.ended;
   progress?.stop();
+  // The signal may come while the last batch is being posted.
+  isDone ||= current.file === job.files.at(-1) && postedBytes === allBytes;
   const isStopped = !isFollowing && !isDone && !hasFailed && stop.aborted;
   if (isStopped) {
     const { file, bytes, offset } = current;

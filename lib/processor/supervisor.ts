@@ -57,6 +57,8 @@ export type Report =
   /** Bytes remain that are not a whole event yet. */
   | { type: "leftOver"; line: string }
   | { type: "done" | "stopped" }
+  /** The end of the file is seen: these bytes are all that is posted of it. */
+  | { type: "end"; bytes: number }
   /** `isRefused`: the ledger cannot be used as it is. */
   | { type: "failed"; line: string; isRefused: boolean };
 

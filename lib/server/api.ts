@@ -33,6 +33,7 @@ import {
   routeOf,
   unavailable,
 } from "./problem.ts";
+import { checkQuery, type QuerySchema } from "./query.ts";
 import { listQuarantined, MAX_LISTED_LINES } from "./quarantined.ts";
 import {
   type NotStored,
@@ -124,7 +125,7 @@ export function createApi(parts: Parts) {
   const journalHealth = watchHealth(log, "error", "journal: events are stored again");
   const databaseHealth = watchHealth(log, "warn", "database: available again");
   const faults = watchHealth(log, "error", "");
-  const routes: { method: string; path: string }[] = [];
+  const routes: { method: string; path: string; hooks: { query?: QuerySchema } }[] = [];
 
   // Elysia looks for the path after the eleventh character of the URL, where that of `http://x/` has
   // begun already: 404. Without it, it looks after the seventh, which finds none in HTTPS.
@@ -145,13 +146,16 @@ export function createApi(parts: Parts) {
       grants: (scope: Scope) => ({
         detail:
           access.readingIsOpen && scope === "balances:read" ? {} : { security: [{ secret: [] }] },
-        transform: ({ request, server, path, params, query, set }) => {
+        transform: async ({ request, server, path, route, params, query, set }) => {
           // What is read may not be kept by a cache, which asks for no credential; refusals included.
           if (scope === "balances:read") set.headers["cache-control"] = "no-store";
           const { userid } = (params ?? {}) as { userid?: string };
           // Only there does the query name the user; elsewhere it must not grant anything.
           const user = path === USERS_PATH ? (query as { user_id?: string }).user_id : userid;
-          return authorize({ request, server }, scope, user);
+          await authorize({ request, server }, scope, user);
+          if (!request.url.includes("?")) return;
+          const { hooks } = routes.find((each) => each.path === route && each.hooks.query) ?? {};
+          if (hooks?.query) checkQuery(request.url, hooks.query);
         },
       }),
     })
@@ -425,11 +429,8 @@ export function createApi(parts: Parts) {
   }
 
   async function listUsers(request: Request, query: typeof UsersQuery.static) {
-    const { url, headers, method } = request;
+    const { headers, method } = request;
     const { user_id: userId, limit = 100, cursor, order } = query;
-    // Of a repeated parameter Elysia sees one value.
-    if (new URL(url).searchParams.getAll("user_id").length > 1)
-      throw invalidQuery("user_id", "must be given once");
     if (order && cursor !== undefined)
       throw invalidQuery("cursor", "the largest balances have no second page");
     if (userId !== undefined) {

@@ -113,6 +113,51 @@ test.each(["SIGTERM", "SIGINT"] as const)(
   },
 );
 
+test.each(["SIGTERM", "SIGINT"] as const)(
+  "a processor that gets %s while it posts the last batch is done: it ends with its summary, and 0 or 1",
+  async (signal) => {
+    await using ledger = await openLedger();
+    await using sql = connectTest(ledger.url, 2);
+    await sql.unsafe(`
+      create function hold() returns trigger language plpgsql as
+        'begin if new.position > 0 then perform pg_advisory_xact_lock(7); end if; return new; end';
+      create trigger hold before update on checkpoints for each row execute function hold();`);
+    for (const [name, content, code] of [
+      ["a.jsonl", line("ann", 1), 0],
+      ["b.jsonl.gz", gzipSync(line("ann", 1)), 0],
+      ["c.jsonl", `${line("ann", 1)}nonsense\n`, 1],
+      ["d.jsonl", `${line("ann", 1)}{"userId":`, 1],
+    ] as const) {
+      const file = ledger.write(name, content);
+      const held = Promise.withResolvers<void>();
+      const isHeld = Promise.withResolvers<void>();
+      const holding = sql.begin(async (tx) => {
+        await tx`select pg_advisory_xact_lock(7)`;
+        isHeld.resolve();
+        await held.promise;
+      });
+      holding.catch(() => {});
+      await isHeld.promise;
+      await using processor = spawn("processor.ts", { args: [file], env: ledger.env });
+      await until(
+        async () =>
+          (
+            await sql`
+        select from pg_locks where locktype = 'advisory' and objid = 7 and not granted
+          and database = (select oid from pg_database where datname = current_database())`
+          ).length > 0,
+      );
+      processor.kill(signal);
+      held.resolve();
+      await holding;
+      expect([name, await processor.exit()]).toEqual([name, code]);
+      expect(processor.stdout.text()).toStartWith("posted 1 event ");
+      expect(processor.stderr.text()).not.toContain("stopped");
+    }
+    expect(await ledger.balances()).toEqual({ ann: "4" });
+  },
+);
+
 async function openLedger() {
   const database = await testDatabase();
   const folder = tempDir();

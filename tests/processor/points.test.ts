@@ -124,6 +124,8 @@ test("the points of all sources add up to the balances, whoever posted them, and
 
 test.each([
   ["step=week", "/step"],
+  ["step=day&step=hour", "/step"],
+  ["from=2026-01-01&from=2026-01-02", "/from"],
   ["from=yesterday", "/from"],
   ["to=2026-13-01", "/to"],
   ["from=2026-02-30", "/from"],

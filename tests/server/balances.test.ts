@@ -108,9 +108,19 @@ test("the largest balances come first, with the time at which they were read", a
 });
 
 test.each([
-  ["?limit=0", ""], // Elysia names no path where a number is out of range
-  ["?limit=1001", ""],
+  ["?limit=0", "/limit"],
+  ["?limit=1001", "/limit"],
   ["?limit=x", "/limit"],
+  ["?limit=", "/limit"],
+  ["?limit=1e2", "/limit"],
+  ["?limit=0x10", "/limit"],
+  ["?limit=1.0", "/limit"],
+  ["?limit=%201", "/limit"],
+  ["?limit=+1", "/limit"],
+  ["?limit=-1", "/limit"],
+  ["?limit=1&limit=2", "/limit"],
+  ["?limit=1&l%69mit=1", "/limit"],
+  ["?order=revenue&order=revenue", "/order"],
   ["?cursor=", "/cursor"],
   ["?cursor=*", "/cursor"],
   ["?cursor=AA", "/cursor"],

@@ -251,6 +251,13 @@ for (const query of ["note=1", `${MARKER}=1`, `errors=${MARKER}`, `a=${MARKER}&%
   });
 }
 
+test("?errors= is a whole number, given once", async () => {
+  for (const value of ["", "1e2", "-1", "20001", "1&errors=1"]) {
+    const { errors } = await refusedWrite(`/liveEvents?errors=${value}`, event(MARKER, 1), 422);
+    expect(errors).toMatchObject([{ path: "/errors" }]);
+  }
+});
+
 test("an unknown query parameter is ignored", async () => {
   for (const { path, type } of WRITES) {
     const headers = { authorization: SECRET, "content-type": type };

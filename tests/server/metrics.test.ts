@@ -241,7 +241,14 @@ test("a processor without a server serves its metrics and probes on METRICS_PORT
   expect(await ask("/healthz")).toMatchObject({ status: "ok" });
   expect(await ask("/readyz")).toMatchObject({ status: "ready" });
   expect(await ask("/userEvents/ann")).toMatchObject({ status: 404 });
-  expect(await ask("/metrics", { method: "POST" })).toMatchObject({ status: 405 });
+  expect(await ask("/nowhere", { method: "POST" })).toMatchObject({ status: 404 });
+  for (const path of ["/healthz", "/readyz", "/metrics"]) {
+    expect(await ask(path, { method: "POST" })).toMatchObject({ status: 405 });
+    const refused = await fetch(url + path, { method: "DELETE" });
+    expect(refused.headers.get("allow")).toBe("GET, HEAD");
+    const head = await fetch(url + path, { method: "HEAD" });
+    expect([head.status, await head.text()]).toEqual([200, ""]);
+  }
   if (hasPromtool) {
     const text = await (await fetch(`${url}/metrics`)).text();
     expect(promtool(["metrics"], text)).toEqual({ code: 0, output: "" });
