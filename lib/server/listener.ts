@@ -41,7 +41,7 @@ export function observe(log: Log, metrics: Metrics, routeOf: (path: string) => s
       const given = request.headers.get("x-request-id");
       const id =
         given !== null && REQUEST_ID.test(given) ? given : `${prefix}-${(requests++).toString(36)}`;
-      lengthenHost(request);
+      completeUrl(request);
       const response = hasHost(request) ? await handle(request, ...rest) : respond(INVALID_HOST);
       response.headers.set("x-request-id", id);
       const { method } = request;
@@ -149,9 +149,14 @@ function hasHost({ url, headers }: Request): boolean {
   return URL.canParse(url) && !headers.get("host")?.includes(",");
 }
 
-/** Of `https://x/healthz`, Elysia would not find the path, and of `https://x/q/healthz` another one. */
-function lengthenHost(request: Request): void {
-  const { url } = request;
+/**
+ * Of `https://x/healthz`, Elysia would not find the path, and of `https://x/q/healthz` another one. Without a Host
+ * header (HTTP/1.0, as some load balancers probe), the URL is a path alone.
+ */
+function completeUrl(request: Request): void {
+  const { url, headers } = request;
+  if (url.startsWith("/") && !headers.has("host"))
+    Object.defineProperty(request, "url", { value: `http://localhost${url}` });
   if (!url.startsWith("https:")) return;
   const path = url.indexOf("/", "https://".length);
   if (path >= PATH_AFTER) return;

@@ -104,7 +104,9 @@ test("a file that grows while it is sent is not taken for another one", async ()
 
 test("a file that is rewritten while it is posted is reported, with exit code 1", async () => {
   await using ledger = await openLedger();
-  const file = ledger.write("a.jsonl", line("ann", 1).repeat(5_000_000));
+  // More than two batches: one waits, and the next one is folded meanwhile.
+  const lines = 7_000_000;
+  const file = ledger.write("a.jsonl", line("ann", 1).repeat(lines));
   await ledger.tool([ledger.write("empty.jsonl", "")]); // creates the tables
   await using sql = connectTest(ledger.url, 2);
   await using processor = ledger.process([file]);
@@ -114,7 +116,7 @@ test("a file that is rewritten while it is posted is reported, with exit code 1"
       select from pg_stat_activity
       where datname = current_database() and wait_event_type = 'Lock' and query like 'with move as%'`;
     await until(async () => (await waiting()).length > 0);
-    writeFileSync(file, line("ben", 1).repeat(5_000_000));
+    writeFileSync(file, line("ben", 1).repeat(lines));
   });
   expect(await processor.exit()).toBe(1);
   expect(processor.stderr.text()).toContain(`${file} ${REWRITTEN}`);

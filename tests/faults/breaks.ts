@@ -64,7 +64,7 @@ export const BREAKS: readonly Break[] = [
     "",
     "server/listener",
   ),
-  without("the path behind a short host", "lengthenHost(request);", "", "server/listener"),
+  without("the path behind a short host", "completeUrl(request);", "", "server/listener"),
   without(
     "the requirement that times in a token are finite",
     'if (![exp, nbf, iat].every(Number.isFinite)) throw new InvalidToken("malformed");',
@@ -427,8 +427,8 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the addition to the balance that is there",
-    "do update set revenue = balance.revenue + excluded.revenue ) select",
-    "do update set revenue = excluded.revenue ) select",
+    "do update set revenue = balance.revenue + excluded.revenue returning 1 ) select",
+    "do update set revenue = excluded.revenue returning 1 ) select",
     "processor/processor",
   ),
   without(

@@ -3,6 +3,7 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { writeFileSync } from "node:fs";
 
 import { event } from "../support/events.ts";
+import { openConnection } from "../support/network.ts";
 import { closedPort, isInstalled, startApp, tempDir, until } from "../support/programs.ts";
 
 setDefaultTimeout(20_000);
@@ -89,6 +90,22 @@ test("two Host headers, and one that is no host, are answered 400 on every route
       socket.end();
     }
   expect(app.stderr.text()).not.toContain("internal error");
+});
+
+test("a request without Host, as a load balancer may probe, is answered like one from elsewhere", async () => {
+  using dir = tempDir();
+  await using app = await start(dir.path);
+  for (const [path, status] of [
+    ["/healthz", 200],
+    ["/readyz", 200],
+    ["/userEvents", 401],
+    ["/userEvents/ann", 401],
+  ] as const) {
+    using connection = openConnection(app.url);
+    connection.send(`GET ${path} HTTP/1.0\r\n\r\n`);
+    await until(() => connection.text() !== "");
+    expect(connection.text()).toStartWith(`HTTP/1.1 ${status} `);
+  }
 });
 
 test.if(isInstalled("nginx"))(
