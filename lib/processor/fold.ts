@@ -31,6 +31,8 @@ import {
 
 /** A claim is as much work as about two users. */
 const USERS_PER_CLAIM = 2;
+/** A source that moves is as much work as ten, and so is a range that does not count, or a point. */
+const USERS_PER_ROW = 10;
 const MAX_QUARANTINED = 1_000;
 /** The bytes that are folded into one transaction, and so what a restart may have to repeat. */
 export const MAX_BATCH_BYTES = 128 * 1024 * 1024;
@@ -130,13 +132,13 @@ export class Fold {
 
   /** Whether it is time to post. */
   get isFull(): boolean {
-    const maxClaims = this.maxUsers / USERS_PER_CLAIM;
+    const maxRows = this.maxUsers / USERS_PER_ROW;
     return (
       this.totals.size >= this.maxUsers ||
-      this.claims.size >= maxClaims ||
-      this.sources.size >= maxClaims ||
-      this.uncounted.length >= maxClaims ||
-      this.points.size >= maxClaims ||
+      this.claims.size >= this.maxUsers / USERS_PER_CLAIM ||
+      this.sources.size >= maxRows ||
+      this.uncounted.length >= maxRows ||
+      this.points.size >= maxRows ||
       this.quarantined.length + this.conflicts.size >= MAX_QUARANTINED
     );
   }

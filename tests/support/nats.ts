@@ -22,14 +22,26 @@ interface Options {
 }
 
 /** Starts a cluster of three, or one server without a cluster. All are stopped when the test ends. */
-export async function openNats({
+export async function openNats(options: Options = {}): ReturnType<typeof openOnce> {
+  for (let tries = 5; ; tries--)
+    try {
+      return await openOnce(options);
+    } catch (error) {
+      // A port that was free a moment ago may have become that of another test's connection.
+      if (tries === 0 || !(error instanceof NodeEnded)) throw error;
+    }
+}
+
+class NodeEnded extends Error {}
+
+async function openOnce({
   nodes: count = 3,
   sync = "always",
   hasJetStream = true,
   more = "",
   storeOf,
   routeOf,
-}: Options = {}) {
+}: Options) {
   const folder = tempDir();
   const numbers = Array.from({ length: count }, (_, i) => i);
   const ports = await Promise.all(numbers.map(() => closedPort()));
@@ -66,6 +78,7 @@ export async function openNats({
           stdio: ["ignore", "ignore", "ignore"],
         });
       },
+      hasEnded: () => child !== null && (child.exitCode ?? child.signalCode) !== null,
       async kill(signal: NodeJS.Signals = "SIGKILL") {
         child?.kill(signal);
         if (signal === "SIGSTOP" || signal === "SIGCONT") return;
@@ -87,7 +100,14 @@ export async function openNats({
       const socket = connect(port, "127.0.0.1", () => (socket.destroy(), resolve(true)));
       socket.on("error", () => resolve(false));
     });
-  for (const { port } of nodes) await until(() => isListening(port), 30_000);
+  const isUp = async ({ port, hasEnded, log }: (typeof nodes)[number]) => {
+    if (!hasEnded()) return isListening(port);
+    for (const node of nodes) await node.kill();
+    const said = await Bun.file(log).text();
+    folder[Symbol.dispose]();
+    throw new NodeEnded(said.slice(-1_000));
+  };
+  for (const node of nodes) await until(() => isUp(node), 30_000);
   const ready = async () => {
     for (const node of nodes) await until(node.isReady, 30_000);
   };
