@@ -592,8 +592,9 @@ begin
     create or replace function daybook_changes(
       users text[], amounts numeric[], id_texts text[], keys bytea[], claim_users text[],
       claim_amounts numeric[]
-    ) returns table (user_id text, amount numeric) language sql stable as $function$
-      select part.user_id, sum(part.amount) from (
+    ) returns table (user_id text, amount numeric) language plpgsql stable as $function$
+    begin
+      return query select part.user_id, sum(part.amount) from (
         select * from unnest(users, amounts) as plain (user_id, amount)
         union all
         select claim.user_id, claim.amount
@@ -601,7 +602,8 @@ begin
         where not exists (select from event_ids as known where known.id = claim.id)
           and not exists (select from ids as known where known.id = claim.key)
       ) as part
-      group by part.user_id order by part.user_id collate "C"
+      group by part.user_id order by part.user_id collate "C";
+    end
     $function$;
 
     -- The users of a batch whose change Postgres refuses. The changes are kept until the end, so that

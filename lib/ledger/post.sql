@@ -177,9 +177,6 @@ with move as (
 )
 select
   holds,
-  case when (select count(*) from posted) < case
-      when (select is_fresh from whole) then $40::bigint else (select count(*) from careful) end
-    then current_setting('daybook.row_skipped')::int end as skipped,
   (select count(*)::int from claimed) as claimed,
   case when exists (select from late where line is null and not is_same)
     then current_setting('daybook.undecided')::int end as undecided,
@@ -187,7 +184,11 @@ select
   (select count(*)::int from judged where not is_known) as disputed,
   (select count(*)::int from judged where is_known) as repeated,
   (select is_done from set_aside),
-  daybook_require_balances($29)
+  daybook_require_balances($29),
+  -- Last, because it makes the balances change: before that, the table is checked.
+  case when (select count(*) from posted) < case
+      when (select is_fresh from whole) then $40::bigint else (select count(*) from careful) end
+    then current_setting('daybook.row_skipped')::int end as skipped
 from fence
 -- A call, for psql of any version, from the folder of schema.sql, on a database that has it applied:
 -- begin;
