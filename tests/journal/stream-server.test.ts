@@ -54,8 +54,9 @@ test.if(hasNats)(
     expect(await read.json()).toEqual({ user_id: "ben", revenue: "7" });
     await untilBalance(one, "ann", "10", PATIENCE_MS);
     expect(existsSync(ledger.dataDir)).toBe(false);
-    const metrics = await (await fetch(`${one.url}/metrics`)).text();
-    expect(metrics).toMatch(/^daybook_posting_lag_bytes 0$/m);
+    await until(async () =>
+      /^daybook_posting_lag_bytes 0$/m.test(await (await fetch(`${one.url}/metrics`)).text()),
+    );
     expect(await ledger.tool(["--verify"])).toMatchObject({ code: 0 });
   },
 );
