@@ -3,6 +3,7 @@
  * it throws outside every promise ends the Worker and not the process, and a promise that it never
  * settles shows as a Worker that ends silently.
  */
+import { closeSync, openSync } from "node:fs";
 import { join } from "node:path";
 
 import type { SettingsOf } from "../config.ts";
@@ -14,6 +15,7 @@ const STAND_BY_MS = 500;
 const MIN_PAUSE_MS = 100;
 const MAX_PAUSE_MS = 2_000;
 const STOP_MS = 3_000;
+const WORKER_DESCRIPTORS = 16;
 
 /** What a processor has to do: post `files` and end, or follow the journal when there are none. */
 export interface Job {
@@ -84,7 +86,7 @@ export async function acquireProcessorLock(
 /** Starts `job`, and restarts it until it is done, fails or is stopped. */
 export function supervise(job: Job, report: (report: Report) => void) {
   const { promise: ended, resolve: end } = Promise.withResolvers<void>();
-  let worker: Worker;
+  let worker: Worker | null = null;
   let isStopping = false;
   let isFinished = false;
   let pauseMs = MIN_PAUSE_MS;
@@ -96,9 +98,9 @@ export function supervise(job: Job, report: (report: Report) => void) {
     /** Lets the posting in progress finish, for at most 3 s. */
     async stop(): Promise<void> {
       isStopping = true;
-      worker.postMessage("stop");
+      worker?.postMessage("stop");
       const timer = setTimeout(() => {
-        worker.terminate();
+        worker?.terminate();
         end();
       }, STOP_MS);
       await ended;
@@ -107,6 +109,8 @@ export function supervise(job: Job, report: (report: Report) => void) {
   };
 
   function start() {
+    if (!hasDescriptors())
+      return void setTimeout(() => (isStopping ? end() : start()), MAX_PAUSE_MS);
     worker = new Worker(new URL("./worker.ts", import.meta.url));
     worker.postMessage(job);
     worker.onmessage = ({ data }: MessageEvent<Report>) => {
@@ -125,6 +129,19 @@ export function supervise(job: Job, report: (report: Report) => void) {
       setTimeout(() => (isStopping ? end() : start()), pauseMs);
       pauseMs = Math.min(pauseMs * 2, MAX_PAUSE_MS);
     });
+  }
+}
+
+/** Whether a Worker can open what it loads. Without a descriptor for it, Bun ends the whole process. */
+function hasDescriptors(): boolean {
+  const opened: number[] = [];
+  try {
+    while (opened.length < WORKER_DESCRIPTORS) opened.push(openSync("/dev/null", "r"));
+    return true;
+  } catch {
+    return false;
+  } finally {
+    for (const descriptor of opened) closeSync(descriptor);
   }
 }
 
