@@ -32,7 +32,7 @@ export function counted(count: number, noun: string): string {
 const HIDDEN = /[\p{Cc}\p{Cs}\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]/gu;
 
 /**
- * The text as one line that shows all of it, whoever wrote it: a line of a file, a file's name, a server's answer. It
+ * The text as one line that shows every character: a line of a file, a file's name, a server's answer. It
  * is escaped as in JSON, so that a line of NDJSON stays the same value.
  */
 export function visible(text: string): string {

@@ -18,7 +18,7 @@
  * `userId`, headers have exactly the form above.
  */
 
-/** The payload of a frame is no longer: the largest body (16 MiB) and the mark of its source fit. */
+/** The longest payload of a frame: the largest body (16 MiB) and the mark of its source fit. */
 export const MAX_FRAME_BYTES = 24 * 1024 * 1024;
 /** A header line is no longer. */
 export const MAX_HEADER_BYTES = 128;

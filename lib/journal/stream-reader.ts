@@ -2,7 +2,7 @@
  * Reads journals that lie in a stream. What a direct get returns comes from any replica, which may be behind
  * or damaged. So each message must be whole and begin where the one before it ends; otherwise it is read
  * again from the leader and from each server, and if none of them has it, that is damage. Nothing is
- * skipped. That there is no more is believed only of the leader.
+ * skipped. Only the leader can say that a journal has ended.
  */
 import { JournalDamage } from "./format.ts";
 import type { Frame, JournalReader, Journals } from "./reader.ts";

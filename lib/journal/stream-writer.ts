@@ -274,7 +274,7 @@ export async function openStreamJournal(
     }
   }
 
-  /** Goes on in another journal. Returns what of the group may be stored there. */
+  /** Continues in another journal. Returns the part of the group that may be stored there. */
   async function move(group: Part[], why: string): Promise<Part[]> {
     const { id } = place;
     left.add(id);
@@ -318,8 +318,8 @@ interface OpenedPlace {
 }
 
 /**
- * Adopts a journal that nobody writes, or else begins one. Throws JournalUnavailable. The order counts: whoever
- * claims a journal answers for it before, and the claim expects a message that was read before anybody was asked.
+ * Adopts a journal that nobody writes, or else begins one. Throws JournalUnavailable. The order matters: a server
+ * answers for a journal before it claims it, and the claim expects a message that it read before it asked others.
  */
 async function openPlace(stream: Stream, writer: string, left: Set<string>): Promise<OpenedPlace> {
   const { counts } = await stream.list();

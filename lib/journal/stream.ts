@@ -128,7 +128,7 @@ export async function openStream(journalUrl: string, say: (line: string) => void
   return {
     /** For messages. */
     name: `stream ${name}`,
-    /** The payload of a frame is no longer. */
+    /** The longest payload of a frame. */
     maxFrameBytes: await frameBytesOf(nc, name),
     isConnected: () => isConnected,
     /** Connects to another server: this one may be cut off from the others. */

@@ -59,7 +59,7 @@ export class JournalMoved extends Error {}
 
 export interface Journal {
   /**
-   * Identifies this journal among all that post to one ledger. It changes when a server goes on in another
+   * Identifies this journal among all that post to one ledger. It changes when a server continues in another
    * journal of the stream; what `append` resolves to is a position in the one of that moment.
    */
   readonly id: string;

@@ -76,7 +76,7 @@ export async function followStream(job: Job, context: Context): Promise<void> {
 
   function hold(id: string): void {
     watched.delete(id);
-    /** For the reader, and for whoever waits at the end. */
+    /** For the reader, and for a posting that waits at the end. */
     let news = { read: true, next: true };
     let wake = () => {};
     const take = (who: keyof typeof news) => {
@@ -177,7 +177,7 @@ function watchStanding(stream: Stream, database: Database) {
   };
 }
 
-/** Of a damaged journal nothing is known to be posted: whoever tries to post it says what is wrong. */
+/** A damaged journal does not count as posted: the posting of it says what is wrong. */
 async function endOf(stream: Stream, id: string): Promise<number> {
   try {
     return (await (await openStreamReader(stream, id))?.end()) ?? 0;

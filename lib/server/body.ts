@@ -232,7 +232,7 @@ export async function sortLines(
   };
 }
 
-/** Receives a line of a body: its number, where it begins and ends, and why it is no valid event, if so. */
+/** Receives a line of a body: its number, where it begins and ends, and why it is not a valid event, if so. */
 type Sort = (number: number, at: number, end: number, invalid?: InvalidEvent | null) => void;
 
 /** Validates lines against EVENT_SCHEMA: those of a slice together, and then sorts them. */
