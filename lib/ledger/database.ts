@@ -259,12 +259,16 @@ const INSUFFICIENT_PRIVILEGE = "42501";
 /** Raised by the functions in schema.sql that check the ledger. */
 const LEDGER_REFUSED = "DB001";
 
+/** The error of a statement that has changed fewer balances than it should. */
+const ROW_SKIPPED = "daybook.row_skipped";
+
 /** What kind of failure an error of the driver is. */
 export function describe(error: unknown): Unavailable {
   if (error instanceof Unavailable) return error;
   const { message, code } = error as { message?: string; code?: string };
   const sqlState = error instanceof postgres.PostgresError ? (code ?? "") : null;
   const text = (message || code || String(error)).split("\n")[0] as string;
+  if (text.includes(ROW_SKIPPED)) return new RowRefused("a trigger of users_revenue skips the row");
   if (sqlState === LEDGER_REFUSED) return new LedgerRefused(text);
   if (sqlState !== null && !NOT_A_ROW.test(sqlState)) return new RowRefused(text);
   return new Unavailable(text, sqlState === null || TRANSIENT.test(sqlState));

@@ -37,7 +37,6 @@ const WORK_MEM = "64MB";
 const CHECKPOINT_HAS_MOVED = "daybook.checkpoint_has_moved";
 /** The error of post.sql where it needs the lines of claims. */
 const UNDECIDED = "daybook.undecided";
-const ROW_SKIPPED = "daybook.row_skipped";
 const UNIQUE_VIOLATION = "23505";
 
 /** Without its comments: `pg_stat_activity` shows only the first 1,024 bytes of a statement. */
@@ -181,8 +180,6 @@ export function post(database: Database, batch: Batch, timeoutMs: number): Promi
     .use((sql) => decide(sql), timeoutMs + GRACE_MS)
     .catch((error: Error) => {
       if (error instanceof RowRefused) return { state: "refused", batch, reason: error.reason };
-      if (error.message.includes(ROW_SKIPPED))
-        return { state: "refused", batch, reason: "a trigger of users_revenue skips a row" };
       // The driver ran the statement outside its transaction, after another processor had posted the batch.
       if (error.message.includes(CHECKPOINT_HAS_MOVED)) return { state: "elsewhere" };
       throw error;

@@ -244,6 +244,7 @@ export async function release(
       insert into users_revenue as balance (user_id, revenue)
       select ${userId}, ${formatAmount(amount)}::numeric from counted
       on conflict (user_id) do update set revenue = balance.revenue + excluded.revenue
+      returning 1
     ), point as (
       select ${key} as source, 'minute' as step, to_timestamp(60 * floor(
           coalesce(${atMs}::float8 / 1000, extract(epoch from now())) / 60)) as at,
@@ -268,7 +269,10 @@ export async function release(
     )
     select exists (select from claimed where is_other) as disputed,
       exists (select from released) as released,
-      daybook_require_balances(${LEDGER_VERSION})`;
+      daybook_require_balances(${LEDGER_VERSION}),
+      -- As in post.sql: an error where a trigger skips the row, so that the line stays.
+      case when exists (select from counted) and not exists (select from posted)
+        then current_setting('daybook.row_skipped')::int end as skipped`;
   return row?.disputed ? "disputed" : row?.released ? "posted" : "gone";
 }
 

@@ -255,3 +255,14 @@ test("posting pauses while a trigger skips every row, and loses nothing", async 
   expect(await until(() => app.balance("ann"))).toBe("4");
   expect(await ledger.quarantine()).toEqual([]);
 });
+
+test("a retry of a quarantined line that a trigger skips leaves it there", async () => {
+  await using ledger = await openAltered(...SKIPPING("new.user_id = 'bad'"));
+  const file = ledger.write("a.jsonl", event("ann", 1) + event("bad", 2));
+  expect((await ledger.tool([file])).code).toBe(1);
+  expect((await ledger.tool(["--quarantine=retry"])).stdout).toContain("skips the row");
+  expect(await ledger.quarantine()).toHaveLength(1);
+  await ledger.select("drop trigger skipping on users_revenue");
+  expect((await ledger.tool(["--quarantine=retry"])).code).toBe(0);
+  expect(await ledger.balances()).toEqual({ ann: "1", bad: "2", first: "1" });
+});
