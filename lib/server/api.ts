@@ -439,8 +439,12 @@ export function createApi(parts: Parts) {
     }
     const format = streamedFormat(headers.get("accept"));
     if (!format) {
-      const reading = order ? balances.largest(limit) : balances.list(limit, cursor);
-      return answers.read(request, await queried<typeof Users.static>(reading));
+      // All callers share one scan for the largest, so it holds up nobody who reads a page.
+      const largest = order && (await queried(balances.largest(limit)));
+      return answers.read<typeof Users.static>(
+        request,
+        async () => largest ?? queried(balances.list(limit, cursor)),
+      );
     }
     if (order ?? cursor ?? query.limit)
       throw invalidQuery(
@@ -452,11 +456,11 @@ export function createApi(parts: Parts) {
   }
 
   async function listRevenue(request: Request, query: Parameters<typeof readRevenue>[1]) {
-    return answers.read(request, await queried(readRevenue(database, query)));
+    return answers.read(request, () => queried(readRevenue(database, query)));
   }
 
   async function listQuarantine(request: Request, query: Parameters<typeof listQuarantined>[1]) {
-    return answers.read(request, await queried(listQuarantined(database, query)));
+    return answers.read(request, () => queried(listQuarantined(database, query)));
   }
 
   async function waitUntilPosted(after: string): Promise<void> {

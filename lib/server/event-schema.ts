@@ -13,7 +13,7 @@ import { InvalidSetting } from "../config.ts";
 import type { Fault } from "../event/event.ts";
 import { type Log, watchHealth } from "../log.ts";
 import { unavailable } from "./problem.ts";
-import { oneAtATime } from "./turns.ts";
+import { atMost } from "./turns.ts";
 import type { Ready, Setup, Turn, Validated } from "./validator.ts";
 
 /** Processor time of one event, where the system reports it: an honest one of 64 KiB takes 5 ms. */
@@ -47,7 +47,7 @@ export async function openEventSchema(path: string, log: Log) {
     );
   const health = watchHealth(log, "warn", "");
   let validator: Validator | null = null;
-  const inTurn = oneAtATime();
+  const inTurn = atMost(1);
   const { invalid } = await start();
   if (invalid)
     throw new InvalidSetting(

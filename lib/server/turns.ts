@@ -22,12 +22,19 @@ function run(): void {
   if (waiting.length > 0) setImmediate(run);
 }
 
-/** Returns a function that does one piece of work at a time, in the order of its calls. */
-export function oneAtATime() {
-  let last: Promise<unknown> = Promise.resolve();
-  return <T>(work: () => Promise<T>): Promise<T> => {
-    const done = last.then(work);
-    last = done.catch(() => {});
-    return done;
+/** Returns a function that does at most `most` pieces of work at a time, in the order of its calls. */
+export function atMost(most: number) {
+  const waiting: (() => void)[] = [];
+  let running = 0;
+  return async <T>(work: () => Promise<T>): Promise<T> => {
+    if (running < most) running++;
+    else await new Promise<void>((resolve) => waiting.push(resolve));
+    try {
+      return await work();
+    } finally {
+      const next = waiting.shift();
+      if (next) next();
+      else running--;
+    }
   };
 }

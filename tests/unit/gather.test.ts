@@ -24,7 +24,7 @@ test.each([1, 3, 100, 16 * 1024 - 1, 16 * 1024, 100_000])(
 );
 
 test("a large answer holds its memory until it is read or its reader is gone", async () => {
-  const answers = openAnswers(openMemoryBudget(3 * MIB));
+  const answers = openAnswers({ budget: openMemoryBudget(3 * MIB) });
   const document = { text: "x".repeat(MIB) };
   const open = () => {
     using held = answers.hold();
@@ -44,16 +44,48 @@ test("a large answer holds its memory until it is read or its reader is gone", a
 });
 
 test("a page that is read holds its memory, too; a small one and HEAD hold none", async () => {
-  const answers = openAnswers(openMemoryBudget(MIB));
+  const answers = openAnswers({ budget: openMemoryBudget(MIB) });
   const large = { text: "x".repeat(MIB / 2) };
-  const request = (method: string) => new Request("http://a", { method });
-  const response = (await answers.read(request("GET"), large)) as unknown as Response;
-  await expect(answers.read(request("GET"), large)).rejects.toThrow("overloaded");
+  const read = (method: string, document: object) =>
+    answers.read(requestOf(method), async () => document);
+  const response = (await read("GET", large)) as unknown as Response;
+  await expect(read("GET", large)).rejects.toThrow("overloaded");
   const small = { text: "" };
-  expect(await answers.read(request("GET"), small)).toBe(small);
-  expect(await answers.read(request("HEAD"), large)).toBe(large);
+  expect(await read("GET", small)).toBe(small);
+  expect(await read("HEAD", large)).toBe(large);
   expect(await response.json()).toEqual(large);
-  await answers.read(request("GET"), large);
+  await read("GET", large);
+});
+
+test("few pages are read at a time, whatever becomes of them; one that waits too long is rejected", async () => {
+  const MAX_READS = 4;
+  const answers = openAnswers({ maxWaitMs: 1 });
+  const database = Promise.withResolvers<void>();
+  let running = 0;
+  let most = 0;
+  let started = 0;
+  const read = () =>
+    answers.read(requestOf("GET"), async () => {
+      most = Math.max(most, ++running);
+      started++;
+      await database.promise;
+      running--;
+      if (started % 2 === 0) throw new Error("the database is gone");
+      return {};
+    });
+  const first = Array.from({ length: MAX_READS }, read);
+  const waiting = Array.from({ length: 500 }, read);
+  await Bun.sleep(2);
+  database.resolve();
+  await Promise.allSettled(first);
+  for (const { status, reason } of (await Promise.allSettled(waiting)) as PromiseRejectedResult[])
+    expect([status, String(reason)]).toEqual([
+      "rejected",
+      expect.stringContaining("too many large"),
+    ]);
+  expect([started, most]).toEqual([MAX_READS, MAX_READS]);
+  await Promise.allSettled([read(), read()]);
+  expect([started, most]).toEqual([MAX_READS + 2, MAX_READS]);
 });
 
 test("a page has as many rows as an answer holds, in bytes of its JSON", async () => {
@@ -64,3 +96,7 @@ test("a page has as many rows as an answer holds, in bytes of its JSON", async (
   expect(bytes).toBeGreaterThan(MAX_ANSWER_BYTES - 30_000);
   expect(await fitting(["a", "b"])).toEqual(["a", "b"]);
 });
+
+function requestOf(method: string): Request {
+  return new Request("http://a", { method });
+}
