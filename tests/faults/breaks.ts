@@ -116,6 +116,31 @@ export const BREAKS: readonly Break[] = [
     "journal/stream",
   ),
   without(
+    "the patience with nodes that are starting",
+    "const mayStart = error instanceof TooFewPeers && !hasWaited(PEERS_MS);",
+    "const mayStart = false;",
+    "journal/stream-settings",
+  ),
+  without(
+    "the refusal of servers that are too old",
+    "if (Bun.semver.order(base, MIN_VERSION) < 0) throw",
+    "if (false) throw",
+    "journal/stream-settings",
+  ),
+  without(
+    "the refusal to wait for a checkpoint that another processor posts from",
+    "where source = ${batch.key} for update skip locked",
+    "where source = ${batch.key} for update",
+    "ledger/ledger",
+    "journal/stream-server",
+  ),
+  without(
+    "the look at whether a checkpoint that stands still is locked",
+    "const free = still.filter((id) => !locked.has(journalKey(id)));",
+    "const free = still;",
+    "journal/stream-server",
+  ),
+  without(
     "the refusal to move a source to another journal",
     "const isSource = ({ lines }: Part) => isMarked(lines);",
     "const isSource = (_: Part) => false;",

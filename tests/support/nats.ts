@@ -146,9 +146,10 @@ export type Nats = Awaited<ReturnType<typeof openNats>>;
 
 /**
  * A proxy to a port of loopback. Once a client has sent the text given to `muteAfter`, or after `mute`, it
- * passes no answers on; after `cut` it drops every connection and accepts none, until `mend`.
+ * passes no answers on; after `cut` it drops every connection and accepts none, until `mend`. `rewrite` alters
+ * what the server sends.
  */
-export async function openTcpProxy(port: () => number) {
+export async function openTcpProxy(port: () => number, rewrite?: (text: string) => string) {
   const open = new Set<Socket>();
   let state: "open" | "mute" | "cut" = "open";
   let muteAfter: string | null = null;
@@ -163,7 +164,7 @@ export async function openTcpProxy(port: () => number) {
       from.on("error", () => {}).on("close", () => (open.delete(from), to.destroy()));
       from.on("data", (bytes) => {
         if (from === node && state === "mute") return;
-        to.write(bytes);
+        to.write(from === node && rewrite ? rewrite(bytes.toString("latin1")) : bytes, "latin1");
         if (from === client && muteAfter && bytes.includes(muteAfter)) {
           state = "mute";
           muteAfter = null;
