@@ -135,12 +135,6 @@ export const BREAKS: readonly Break[] = [
     "journal/stream-server",
   ),
   without(
-    "the look at whether a checkpoint that stands still is locked",
-    "const free = still.filter((id) => !locked.has(journalKey(id)));",
-    "const free = still;",
-    "journal/stream-server",
-  ),
-  without(
     "the refusal to move a source to another journal",
     "const isSource = ({ lines }: Part) => isMarked(lines);",
     "const isSource = (_: Part) => false;",
