@@ -54,6 +54,8 @@ const OVERHEAD_BYTES = 2048;
 /** A start waits this long for the stream. */
 const START_MS = 30_000;
 const START_PAUSE_MS = 500;
+/** A node tells the others every 10 s that it has JetStream: those of a cluster that starts may not know yet. */
+const PEERS_MS = 15_000;
 const CONNECT_MS = 2_000;
 /** A server that answers no two pings in a row is given up. */
 const PING_MS = 2_000;
@@ -67,6 +69,7 @@ const BATCH = { batch: 1000, max_bytes: 4 * 1024 * 1024 };
 const WRITER = "Daybook-Writer";
 const NO_MESSAGE = 10037;
 const NO_STREAM = 10059;
+const NO_PEERS = 10005;
 const WRONG_SEQUENCE = new Set([10071, 10164]);
 /** Limits of the account, the server, its storage, the stream. */
 const NO_ROOM = new Set([10002, 10023, 10047, 10077]);
@@ -345,7 +348,8 @@ function optionsOf({
 }
 
 async function open(url: JournalUrl, say: (line: string) => void): Promise<NatsConnection> {
-  const dueMs = performance.now() + START_MS;
+  const startedMs = performance.now();
+  const hasWaited = (ms: number) => performance.now() > startedMs + ms;
   let nc: NatsConnection | null = null;
   for (let waits = 0; ; waits++) {
     try {
@@ -354,8 +358,9 @@ async function open(url: JournalUrl, say: (line: string) => void): Promise<NatsC
       await requireStream(nc, url, say);
       return nc;
     } catch (error) {
-      const isFinal = error instanceof InvalidSetting || isAuthError(error);
-      if (isFinal || performance.now() > dueMs) {
+      const mayStart = error instanceof TooFewPeers && !hasWaited(PEERS_MS);
+      const isFinal = (error instanceof InvalidSetting && !mayStart) || isAuthError(error);
+      if (isFinal || hasWaited(START_MS)) {
         await nc?.close().catch(() => {});
         if (error instanceof InvalidSetting) throw error;
         const why = `cannot open stream ${url.stream} of JOURNAL_URL: ${explain(error, url)}`;
@@ -443,7 +448,8 @@ async function createStream(nc: NatsConnection, config: object, cluster: string 
     if (!(error instanceof JetStreamError)) throw error;
     if (error.isTemporary) throw error;
     const what = cluster ? `cluster ${cluster}` : "a server without a cluster";
-    throw new InvalidSetting(
+    const Kind = error.code === NO_PEERS && cluster ? TooFewPeers : InvalidSetting;
+    throw new Kind(
       `JOURNAL_URL: cannot create stream ${name} with ${replicas} replicas in ${what}: ${error.message}; ` +
         `${replicas} nats-servers with JetStream are required; ?replicas=1 does with one, and loses events with its disk`,
     );
@@ -496,6 +502,9 @@ async function frameBytesOf(nc: NatsConnection, name: string): Promise<number> {
 function info(nc: NatsConnection, name: string): Promise<StreamInfo> {
   return api(nc, `STREAM.INFO.${name}`, { subjects_filter: `${name}.*` });
 }
+
+/** The cluster has too few servers with JetStream for the replicas, or does not know them yet. */
+class TooFewPeers extends InvalidSetting {}
 
 /** An error that JetStream answered with. */
 class JetStreamError extends JournalUnavailable {

@@ -125,6 +125,22 @@ export function readCheckpoints(database: Database, keys: string[]): Promise<Che
   );
 }
 
+/** Those of the checkpoints with these keys that a transaction has locked, to post from them. Throws Unavailable. */
+export async function listLocked(database: Database, keys: string[]): Promise<string[]> {
+  const wanted = arrayLiteral(keys);
+  const rows = await database.use(
+    (sql) => sql<{ key: string }[]>`
+      select source as key from checkpoints where source = any(${wanted}::text::text[])
+      except
+      select source from (
+        select source from checkpoints where source = any(${wanted}::text::text[])
+        for key share skip locked
+      ) as free`,
+    READ_DEADLINE_MS,
+  );
+  return rows.map(({ key }) => key);
+}
+
 /** Clears a checkpoint's digest, because the frame that it names no longer exists. Throws Unavailable. */
 export async function clearDigest(database: Database, { key, digest }: Checkpoint): Promise<void> {
   await database.use(

@@ -4,7 +4,7 @@
  *
  *     done       everything is posted
  *     stopped    it was asked to, and the batch under way was posted
- *     elsewhere  another processor has moved the checkpoint
+ *     elsewhere  another processor has moved the checkpoint, or is about to
  *     ahead      sources are further than the journal expects: the next attempt knows where they are
  *     failed     with an error; if it is transient, the next attempt may succeed
  */
@@ -156,6 +156,8 @@ export async function followJournal(
   while (!stop.aborted) {
     const attempted = await attempt(posting);
     if (attempted.state === "elsewhere" && isShared) return;
+    // What holds the checkpoint may be an earlier posting of this processor, whose connection was lost.
+    if (attempted.state === "elsewhere") await Bun.sleep(RETRY_MS);
     if (attempted.state !== "failed") continue;
     const { isTransient, error } = attempted;
     wait(error.message, !isTransient || error instanceof DiskFull);

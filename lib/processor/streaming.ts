@@ -1,8 +1,8 @@
 /**
  * Posts the journals of a stream, those of all servers. Any number of processors may do so, on any machines,
  * without a lock: the checkpoint of a journal decides which batch is posted. To waste little, a processor
- * posts the journal of its own server, and any other whose checkpoint has stood still for 2 s although
- * it holds frames; it leaves a journal alone once another processor has moved its checkpoint. A journal without
+ * posts the journal of its own server, and any other whose checkpoint has stood still for 2 s, and is not
+ * locked, although it holds frames; it leaves a journal alone once another processor has moved its checkpoint. A journal without
  * new frames costs nothing.
  */
 import {
@@ -14,7 +14,7 @@ import {
 } from "../journal/stream-reader.ts";
 import { openStream, type Stream } from "../journal/stream.ts";
 import { JournalDamage, JournalUnavailable } from "../journal/format.ts";
-import { journalKey, readCheckpoints } from "../ledger/checkpoints.ts";
+import { journalKey, listLocked, readCheckpoints } from "../ledger/checkpoints.ts";
 import { type Database, openDatabase } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
 import { reportLag } from "./lag.ts";
@@ -152,8 +152,8 @@ async function openPatiently({ settings, own }: Job, { stop, report }: Context) 
 }
 
 /**
- * Returns a function that returns those of the journals which are posted to their end, or whose checkpoint has
- * stood still. Throws Unavailable and JournalUnavailable.
+ * Returns a function that returns those of the journals whose checkpoint has stood still and is not locked, and
+ * whether they are posted to their end. Throws Unavailable and JournalUnavailable.
  */
 function watchStanding(stream: Stream, database: Database) {
   const standing = new Map<string, { position: number; sinceMs: number }>();
@@ -164,16 +164,22 @@ function watchStanding(stream: Stream, database: Database) {
     lookMs = performance.now();
     const rows = await readCheckpoints(database, Array.from(ids, journalKey));
     const positions = new Map(rows.map(({ key, position }) => [key, position]));
-    const found: { id: string; isPosted: boolean }[] = [];
+    const still: string[] = [];
     for (const id of ids) {
       const position = positions.get(journalKey(id)) ?? 0;
       const before = standing.get(id);
-      if (before?.position === position) {
-        if (lookMs - before.sinceMs < STILL_MS) continue;
-        found.push({ id, isPosted: position >= (await endOf(stream, id)) });
-      } else standing.set(id, { position, sinceMs: lookMs });
+      if (before?.position !== position) standing.set(id, { position, sinceMs: lookMs });
+      else if (lookMs - before.sinceMs >= STILL_MS) still.push(id);
     }
-    return found;
+    if (still.length === 0) return [];
+    // A batch of 200,000 users may take longer than that, and folding it for nothing takes as long again.
+    const locked = new Set(await listLocked(database, still.map(journalKey)));
+    const free = still.filter((id) => !locked.has(journalKey(id)));
+    const found = free.map(async (id) => {
+      const position = positions.get(journalKey(id)) ?? 0;
+      return { id, isPosted: position >= (await endOf(stream, id)) };
+    });
+    return Promise.all(found);
   };
 }
 

@@ -110,10 +110,35 @@ export const BREAKS: readonly Break[] = [
     "journal/stream",
   ),
   without(
+    "the sequence that an adoption expects",
+    "const published = await stream.publish(id, claim, { expected: last.seq, writer });",
+    "const published = await stream.publish(id, claim, { expected: (await stream.last(id))!.seq, writer });",
+    "journal/stream",
+  ),
+  without(
     "the last frame that a purge keeps",
     "const kept = end.base <= position ? end : await findMessage(stream, id, position);",
     "const kept = await findMessage(stream, id, position);",
     "journal/stream",
+  ),
+  without(
+    "the patience with nodes that are starting",
+    "const mayStart = error instanceof TooFewPeers && !hasWaited(PEERS_MS);",
+    "const mayStart = false;",
+    "journal/stream-settings",
+  ),
+  without(
+    "the refusal of servers that are too old",
+    "if (Bun.semver.order(base, MIN_VERSION) < 0) throw",
+    "if (false) throw",
+    "journal/stream-settings",
+  ),
+  without(
+    "the refusal to wait for a checkpoint that another processor posts from",
+    "where source = ${batch.key} for update skip locked",
+    "where source = ${batch.key} for update",
+    "ledger/ledger",
+    "journal/stream-server",
   ),
   without(
     "the refusal to move a source to another journal",

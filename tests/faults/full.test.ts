@@ -3,31 +3,17 @@
  * of files.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { rmSync, writeFileSync } from "node:fs";
 
 import { diskSpace } from "../../lib/journal/disk.ts";
 import { event, line } from "../support/events.ts";
+import { canMount, mount } from "../support/mount.ts";
 import { balances, testDatabase } from "../support/postgres.ts";
 import { run, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
 
 setDefaultTimeout(120_000);
 
 const MIB = 1024 * 1024;
-
-/** A folder on a disk of `mib` MiB; `null` where this user may not mount one. */
-function mount(mib: number) {
-  const dir = tempDir();
-  const path = dir.file("small");
-  mkdirSync(path);
-  const mounting = Bun.spawnSync(["mount", "-t", "tmpfs", "-o", `size=${mib}m`, "tmpfs", path]);
-  const remove = () => {
-    Bun.spawnSync(["umount", "-l", path]);
-    dir[Symbol.dispose]();
-  };
-  if (mounting.success) return { path, [Symbol.dispose]: remove };
-  remove();
-  return null;
-}
 
 /** A folder with about 1 MiB of free space, which `makeRoom` enlarges. */
 function openSmallDisk() {
@@ -98,10 +84,9 @@ test.concurrent(
   },
 );
 
-const mounted = mount(1);
-mounted?.[Symbol.dispose]();
+const mayMount = canMount("tests of disks that fill up");
 
-test.concurrent.if(mounted !== null)(
+test.concurrent.if(mayMount)(
   "on a disk that fills up, reads continue, and all that was accepted is posted once there is room",
   async () => {
     using disk = mount(400);
@@ -139,7 +124,7 @@ test.concurrent.if(mounted !== null)(
   },
 );
 
-test.concurrent.if(mounted !== null)(
+test.concurrent.if(mayMount)(
   "a backlog that the disk has no room for waits, says so, and is posted once there is room; reads continue",
   async () => {
     using disk = mount(500);

@@ -1,5 +1,5 @@
 /**
- * The long run of the fault suite: `bun run faults [--seed N] [--minutes N]`. It runs the parts in turn, two
+ * The long run of the fault suite: `bun run faults [--seed N] [--minutes N] [PART…]`. It runs the parts in turn, two
  * at a time, each time with other seeds, until the time is up, and prints what was tried. Exit code 0 if
  * nothing failed, else 1, with the command that repeats each failure.
  *
@@ -42,7 +42,10 @@ const PARTS: Part[] = [
   { name: "stream", tests: ["faults/stream"], env: { FAULT_ROUNDS: "4" } },
   {
     name: "nodes",
-    tests: ["faults/stream-damage", "faults/stream-power", "journal/stream"],
+    tests: [
+      ...["faults/stream-damage", "faults/stream-power", "faults/stream-full"],
+      "journal/stream",
+    ],
   },
   { name: "events", tests: ["unit/event", "processor/ids"] },
 ];
@@ -57,6 +60,7 @@ async function main(): Promise<number> {
   if (!(minutes > 0) || !Number.isSafeInteger(firstSeed)) usage();
   cleanUpAtExit();
   if (values.breaks) return tryBreaks(positionals[0]);
+  const parts = positionals.length > 0 ? positionals.map(partOf) : PARTS;
 
   console.log(`faults: seed ${firstSeed}, ${minutes} minutes`);
   const startedMs = performance.now();
@@ -64,7 +68,7 @@ async function main(): Promise<number> {
   let runs = 0;
   const lane = async () => {
     while (minutesSpent() < minutes) {
-      const part = PARTS[runs % PARTS.length] as Part;
+      const part = parts[runs % parts.length] as Part;
       await tryPart(part, (firstSeed + runs++ * SEED_STEP) % 2 ** 31);
     }
   };
@@ -96,6 +100,10 @@ async function tryPart({ name, tests, env }: Part, seed: number): Promise<void> 
   failures.push(`${settings.join(" ")} bun test ${files.join(" ")}\n${run.stderr.slice(-3_000)}`);
 }
 
+function partOf(wanted: string): Part {
+  return PARTS.find(({ name }) => name === wanted) ?? usage();
+}
+
 /** What an aborted test leaves is removed: its processes, files and mounts. */
 function cleanUpAtExit(): void {
   const temporary = mkdtempSync(join(tmpdir(), "daybook-test-"));
@@ -122,7 +130,8 @@ function readArgs() {
 }
 
 function usage(): never {
-  console.error("usage: bun run faults [--seed N] [--minutes N] | --breaks [NAME]");
+  console.error("usage: bun run faults [--seed N] [--minutes N] [PART…] | --breaks [NAME]");
+  console.error(`parts: ${PARTS.map(({ name }) => name).join(", ")}`);
   process.exit(2);
 }
 

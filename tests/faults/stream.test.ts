@@ -1,17 +1,20 @@
 /**
- * Servers whose journal is a stream, while nodes, servers and processors are killed or stopped at random. Each
- * event has a user of its own, so its balance says how often it counted.
+ * Servers whose journal is a stream, while nodes, servers, processors and clients are killed or stopped at random,
+ * and Postgres is down for a while. Each event has a user of its own, so its balance says how often it counted.
  *
  * FAULT_ROUNDS=N makes it N times as long.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { appendFileSync, readFileSync } from "node:fs";
 
+import { openStream } from "../../lib/journal/stream.ts";
+import { openStreamReader } from "../../lib/journal/stream-reader.ts";
+import { openStreamJournal } from "../../lib/journal/stream-writer.ts";
 import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
 import { hasNats, type Nats, openNats, openTcpProxy } from "../support/nats.ts";
-import { startApp, until } from "../support/programs.ts";
+import { run, spawn, startApp, until } from "../support/programs.ts";
 import { FAULT_ROUNDS as ROUNDS, IS_LONG, seeded } from "../support/random.ts";
 import { type Alteration, alteredCopy } from "./altered.ts";
 import { count } from "./figures.ts";
@@ -22,6 +25,9 @@ const SERVERS = 2;
 const SENDERS = 12;
 const SOURCES = 3;
 const FAULTS = 10 * ROUNDS;
+const CLIENTS = 2;
+/** The first outage of Postgres. */
+const OUTAGE_MS = IS_LONG ? 30_000 : 5_000;
 
 type Ledger = Awaited<ReturnType<typeof openLedger>>;
 type Server = Awaited<ReturnType<Ledger["start"]>>;
@@ -37,18 +43,17 @@ test.if(hasNats)(
     database.port = `${postgres.port}`;
     ledger.env.DATABASE_URL = database.href;
     const servers = await Promise.all(Array.from({ length: SERVERS }, () => ledger.start()));
+    const processors = [ledger.process()];
+    const pick = () => servers[Math.floor(random() * SERVERS)] as Server;
     const acknowledged: string[] = [];
-    const uncertain: string[] = [];
     let isOver = false;
     let sent = 0;
     const sender = async () => {
       while (!isOver) {
         const user = `u${sent++}`;
-        const server = servers[Math.floor(random() * SERVERS)] as Server;
-        const status = await post(server, user);
+        const status = await post(pick(), user);
         if (status === 201) acknowledged.push(user);
-        else uncertain.push(user);
-        if (status !== 201) await Bun.sleep(20);
+        else await Bun.sleep(20);
       }
     };
     /** Sends a source piece by piece, to any server; after a failure it asks where the source stands. */
@@ -56,7 +61,7 @@ test.if(hasNats)(
       let text = "";
       const pieces: { to: number; users: string[] }[] = [];
       for (let from = 0, isSure = true; !isOver || from < text.length;) {
-        const server = servers[Math.floor(random() * SERVERS)] as Server;
+        const server = pick();
         if (!isSure) {
           const offset = await askOffset(server, `f${number}`);
           if (offset === null) {
@@ -77,9 +82,38 @@ test.if(hasNats)(
       }
       acknowledged.push(...pieces.flatMap(({ users }) => users));
     };
+    const file = ledger.write("events.jsonl", "");
+    const inFile: string[] = [];
+    const fileWriter = async () => {
+      for (; !isOver; await Bun.sleep(20)) {
+        const users = Array.from({ length: 20 }, (_, i) => `c${inFile.length + i}`);
+        appendFileSync(file, users.map((user) => line(user)).join(""));
+        inFile.push(...users);
+      }
+    };
+    /** Clients that send the same file at the same time, each to any server, until they are killed. */
+    const clientKiller = async () => {
+      while (!isOver) {
+        const env = { SERVER_URL: pick().url };
+        await using client = spawn("client.ts", { args: [file, "--follow"], env });
+        await Bun.sleep(300 + random() * 2500);
+        await killed("client", client);
+      }
+    };
+    const outages = async () => {
+      for (let ms = OUTAGE_MS; !isOver; ms = random() * 5000) {
+        await Bun.sleep(2000 + random() * 8000);
+        postgres.cut();
+        await Bun.sleep(ms);
+        postgres.mend();
+      }
+    };
     const senders = [
       ...Array.from({ length: SENDERS }, sender),
       ...Array.from({ length: SOURCES }, sourceSender),
+      ...Array.from({ length: CLIENTS }, clientKiller),
+      fileWriter(),
+      outages(),
     ];
     for (let fault = 0; fault < FAULTS; fault++) {
       await Bun.sleep(300 + random() * 1500);
@@ -87,13 +121,19 @@ test.if(hasNats)(
         nats,
         ledger,
         servers,
-        postgres,
+        processors,
         random,
       });
     }
     await nats.ready();
     isOver = true;
     await Promise.all(senders);
+    const ends = servers.map(({ url }) =>
+      run("client.ts", { args: [file], env: { SERVER_URL: url } }),
+    );
+    for (const { code, stderr } of await Promise.all(ends))
+      expect({ code, stderr }).toMatchObject({ code: 0 });
+    acknowledged.push(...inFile);
     const counted = async () => {
       const rows = await ledger.select<{ user: string; revenue: string }>(
         `select user_id as user, revenue::text from users_revenue`,
@@ -104,19 +144,9 @@ test.if(hasNats)(
     const isPosted = async () => (await counted()).missing.length === 0;
     await until(isPosted, 60_000).catch(() => {});
     const { rows, missing } = await counted();
-    for (const server of servers) await server[Symbol.asyncDispose]();
-    const journals = await ledger.select<{ n: number }>(
-      "select count(*)::int as n from checkpoints where source like 'journal:%'",
-    );
+    for (const one of [...servers, ...processors]) await one[Symbol.asyncDispose]();
     count("events acknowledged by a stream", acknowledged.length);
     count("faults of a stream", FAULTS);
-    if (process.env["FAULT_SHOW"])
-      console.log({
-        acknowledged: acknowledged.length,
-        uncertain: uncertain.length,
-        journals,
-        known: rows.length,
-      });
     expect(missing).toEqual([]);
     expect(rows.filter(({ revenue }) => revenue !== "1")).toEqual([]);
     expect(acknowledged.length).toBeGreaterThan(FAULTS);
@@ -210,7 +240,7 @@ test.if(hasNats).each(Object.keys(POINTS))(
       while (server.child.exitCode === null && server.child.signalCode === null)
         await send(server, events++);
       expect(server.child.signalCode).toBe("SIGKILL");
-      count("kills");
+      countKill("server");
     }
     await using server = await ledger.start();
     for (let n = 0; n < events; n++) expect(await send(server, n)).toBe(201);
@@ -252,6 +282,40 @@ test.if(hasNats).each(["before the publish", "after the publish and before its a
   },
 );
 
+test.if(hasNats)("a publish that is answered after it was given up is stored once", async () => {
+  await using nats = await openNats({ nodes: 1 });
+  const [node] = nats.nodes;
+  const journal = await openStreamJournal(nats.url());
+  const acknowledged: string[] = [];
+  const append = (text: string) =>
+    journal.append(Buffer.from(`${text}\n`)).then(
+      () => acknowledged.push(text) > 0,
+      () => false,
+    );
+  expect(await append("first")).toBe(true);
+  // What is sent to the node now is in its socket, and is read and answered once it continues.
+  await node!.kill("SIGSTOP");
+  expect(await append("late")).toBe(false);
+  // After more than two minutes JetStream has forgotten any Nats-Msg-Id.
+  if (IS_LONG) await Bun.sleep(185_000);
+  await node!.kill("SIGCONT");
+  let n = 0;
+  await until(() => append(`after${n++}`), 60_000);
+  await journal.close();
+  const stream = await openStream(nats.url());
+  const reader = (await openStreamReader(stream, journal.id))!;
+  const lines: string[] = [];
+  for (let position = reader.start; ;) {
+    const frames = await reader.read(position);
+    if (frames.length === 0) break;
+    for (const { payload } of frames) lines.push(...payload.toString().split("\n").filter(Boolean));
+    position = frames.at(-1)!.to;
+  }
+  expect(lines).toEqual([...new Set(lines)]);
+  expect(acknowledged.filter((text) => !lines.includes(text))).toEqual([]);
+  await stream.close();
+});
+
 /** Sends an event with an id of its own. */
 async function send(server: Server, n: number): Promise<number> {
   const signal = AbortSignal.timeout(12_000);
@@ -275,7 +339,8 @@ test.if(hasNats)(
       for (let n = lane; n < starts; n += 3) {
         const server = await ledger.start({}, ["--no-processor"]);
         expect(await send(server, events++)).toBe(201);
-        server.kill(n % 2 ? "SIGTERM" : "SIGKILL");
+        if (n % 2) server.kill("SIGTERM");
+        else await killed("server", server);
         await server.exit();
       }
     };
@@ -293,21 +358,20 @@ interface World {
   nats: Nats;
   ledger: Ledger;
   servers: Server[];
-  /** The way to Postgres. */
-  postgres: Awaited<ReturnType<typeof openTcpProxy>>;
+  processors: ReturnType<Ledger["process"]>[];
   random(): number;
 }
 
 const FAULT_KINDS: ((world: World) => Promise<void>)[] = [
   async ({ nats, random }) => {
     const node = nats.nodes[Math.floor(random() * nats.nodes.length)]!;
-    await node.kill();
+    await killed("nats-server", node);
     await Bun.sleep(random() * 2000);
     node.start();
     await nats.ready();
   },
   async ({ nats, random }) => {
-    await Promise.all(nats.nodes.map((node) => node.kill()));
+    await Promise.all(nats.nodes.map((node) => killed("nats-server", node)));
     await Bun.sleep(random() * 1000);
     for (const node of nats.nodes) node.start();
     await nats.ready();
@@ -315,20 +379,21 @@ const FAULT_KINDS: ((world: World) => Promise<void>)[] = [
   (world) => restart(world, "SIGKILL"),
   (world) => restart(world, "SIGKILL"),
   (world) => restart(world, "SIGTERM"),
-  async ({ postgres, random }) => {
-    postgres.cut();
-    await Bun.sleep(random() * 5000);
-    postgres.mend();
+  async ({ ledger, processors }) => {
+    await killed("processor", processors[0]!);
+    processors[0] = ledger.process();
   },
   async ({ servers, random }) => {
     const server = servers[Math.floor(random() * servers.length)] as Server;
     server.kill("SIGSTOP");
+    count("stops");
     await Bun.sleep(random() * 4000);
     server.kill("SIGCONT");
   },
   async ({ nats, random }) => {
     const node = nats.nodes[Math.floor(random() * nats.nodes.length)]!;
     await node.kill("SIGSTOP");
+    count("stops");
     await Bun.sleep(random() * 4000);
     await node.kill("SIGCONT");
   },
@@ -337,15 +402,24 @@ const FAULT_KINDS: ((world: World) => Promise<void>)[] = [
 async function restart({ ledger, servers, random }: World, signal: "SIGKILL" | "SIGTERM") {
   const index = Math.floor(random() * servers.length);
   const server = servers[index] as Server;
-  server.kill(signal);
+  if (signal === "SIGKILL") await killed("server", server);
+  else server.kill(signal);
   await server.exit();
-  if (process.env["FAULT_SHOW"])
-    console.log(
-      server.stderr
-        .text()
-        .split("\n")
-        .filter((l) => !/settings|listening|send events|201 relies/.test(l))
-        .join("\n"),
-    );
   servers[index] = await ledger.start();
+}
+
+/** Kills a process, and waits for its end. One that has ended by itself is not counted. */
+async function killed(
+  what: string,
+  process: { kill(): unknown; exit?(): Promise<unknown>; child?: Bun.Subprocess },
+) {
+  if (process.child && process.child.exitCode !== null) return;
+  await process.kill();
+  await process.exit?.();
+  countKill(what);
+}
+
+function countKill(what: string): void {
+  count("kills");
+  count(`kills of a ${what}`);
 }

@@ -6,6 +6,7 @@ import { appendFileSync, cpSync, existsSync, rmSync } from "node:fs";
 import { openStream } from "../../lib/journal/stream.ts";
 import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
+import { connectTest } from "../support/postgres.ts";
 import { hasNats, type Nats, openNats, openTcpProxy } from "../support/nats.ts";
 import { closedPort, run, untilBalance, until } from "../support/programs.ts";
 
@@ -115,6 +116,36 @@ test.if(hasNats)("another processor takes over within seconds of a kill", async 
   await untilBalance(server, "ann", "2", PATIENCE_MS);
 });
 
+test.if(hasNats)(
+  "a journal whose checkpoint is locked is left alone, and no connection waits for it",
+  async () => {
+    await using ledger = await openLedger({ JOURNAL_URL: newStream() });
+    await using server = await ledger.start({}, ["--no-processor"]);
+    await server.post(event("ann"));
+    await using first = ledger.process();
+    await untilBalance(server, "ann", "1", PATIENCE_MS);
+    await using holder = connectTest(ledger.url);
+    const isWaiting = async () => {
+      const waiting = await ledger.select(
+        "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'",
+      );
+      return waiting.length > 0;
+    };
+    await holder.begin(async (tx) => {
+      await tx`select from checkpoints where source like 'journal:%' for update`;
+      expect((await server.post(event("ann"))).status).toBe(201);
+      await using _second = ledger.process();
+      await until(() => _second.stderr.text().includes("following stream"), PATIENCE_MS);
+      // Longer than the 2 s after which a checkpoint that stands still is taken over.
+      for (let looks = 0; looks < 40; looks++, await Bun.sleep(100))
+        expect(await isWaiting()).toBe(false);
+      expect(await server.balance("ann")).toBe("1");
+    });
+    await untilBalance(server, "ann", "2", PATIENCE_MS);
+    expect(first.child.exitCode).toBeNull();
+  },
+);
+
 test.if(hasNats)("the lag covers the journals of all servers", async () => {
   await using ledger = await openLedger({ JOURNAL_URL: newStream() });
   await using one = await ledger.start({}, ["--no-processor"]);
@@ -133,6 +164,53 @@ test.if(hasNats)("the lag covers the journals of all servers", async () => {
   );
   expect(await lagOf(one)).toMatchObject({ lagBytes: 0, lagSeconds: 0 });
 });
+
+test.if(hasNats)(
+  "METRICS_PORT of a processor shows the lag of all journals of the stream, also without servers",
+  async () => {
+    await using ledger = await openLedger({ JOURNAL_URL: newStream() });
+    await using proxy = await openTcpProxy(() => Number(new URL(ledger.url).port));
+    const via = new URL(ledger.url);
+    via.port = `${proxy.port}`;
+    const ends: number[] = [];
+    {
+      await using one = await ledger.start({}, ["--no-processor"]);
+      await using two = await ledger.start({}, ["--no-processor"]);
+      await using first = ledger.process([], { DATABASE_URL: via.href, METRICS_PORT: "0" });
+      const url = await until(
+        () => /metrics on (http:\S+)\/metrics/.exec(first.stderr.text())?.[1],
+        PATIENCE_MS,
+      );
+      const lag = async () => {
+        const text = await (await fetch(`${url}/metrics`)).text();
+        const of = (name: string) =>
+          Number(new RegExp(`^daybook_posting_lag_${name} (.*)$`, "m").exec(text)?.[1]);
+        return { bytes: of("bytes"), seconds: of("seconds") };
+      };
+      await one.post(event("ann"));
+      await until(async () => (await lag()).bytes === 0, PATIENCE_MS);
+      await untilBalance(one, "ann", "1", PATIENCE_MS);
+      proxy.cut();
+      // As many bytes as the frames of both servers have, although neither of them posts.
+      for (const server of [one, two]) {
+        const before = (await lag()).bytes;
+        const bulk = await server.postLines(line("ann", 1, { fill: "x".repeat(10_000) }));
+        expect(bulk.status).toBe(201);
+        await until(async () => (await lag()).bytes >= before + 10_000, PATIENCE_MS);
+        ends.push((await lag()).bytes);
+      }
+      expect((await lag()).seconds).toBeGreaterThan(0);
+      one.kill();
+      two.kill();
+      await Promise.all([one.exit(), two.exit()]);
+      expect((await lag()).bytes).toBe(ends.at(-1)!);
+      proxy.mend();
+      await until(async () => (await lag()).bytes === 0, PATIENCE_MS);
+      expect(await lag()).toEqual({ bytes: 0, seconds: 0 });
+    }
+    expect(await ledger.balances()).toEqual({ ann: "3" });
+  },
+);
 
 test.if(hasNats)("a full stream answers 507, and resumes once there is room", async () => {
   const url = newStream();

@@ -9,8 +9,8 @@ import { checkJournalUrl, parseJournalUrl } from "../../lib/journal/url.ts";
 import { openStream } from "../../lib/journal/stream.ts";
 import { openStreamJournal } from "../../lib/journal/stream-writer.ts";
 import { openLedger } from "../support/ledger.ts";
-import { hasNats, openNats } from "../support/nats.ts";
-import { root, run, tempDir } from "../support/programs.ts";
+import { hasNats, openNats, openTcpProxy } from "../support/nats.ts";
+import { root, run, tempDir, until } from "../support/programs.ts";
 
 setDefaultTimeout(60_000);
 
@@ -58,6 +58,30 @@ test.if(hasNats)("in a cluster of two, a stream is refused: it needs three", asy
   expect(await tryStream(nats.url())).toContain(
     "cannot create stream daybook with 3 replicas in cluster test",
   );
+});
+
+test.if(hasNats)("a start waits for the nodes of a cluster that is starting", async () => {
+  await using nats = await openNats();
+  const [, , third] = nats.nodes;
+  await third!.kill();
+  const said: string[] = [];
+  const opening = openStream(nats.url(), (line) => said.push(line));
+  await until(() => said.some((line) => line.startsWith("waiting for stream daybook: ")), 30_000);
+  third!.start();
+  await (await opening).close();
+});
+
+test.if(hasNats).each([
+  ["2.10.27", "JOURNAL_URL: nats-server 2.10.27 is too old: use 2.11.0 or later"],
+  ["2.11.0-preview.2", "opened: nats-server 2.11.0-preview.2 is older than 2.15.1, with which"],
+  ["2.14.9", "opened: nats-server 2.14.9 is older than 2.15.1, with which this version was tested"],
+  ["2.15.1", "opened: stream daybook has 1 replica"],
+  ["3.0.0", "opened: stream daybook has 1 replica"],
+])("of nats-server %s a start says: %s", async (version, says) => {
+  await using nats = await openNats({ nodes: 1 });
+  const inInfo = (text: string) => text.replace(/"version":"[^"]+"/, `"version":"${version}"`);
+  await using proxy = await openTcpProxy(() => nats.nodes[0]!.port, inInfo);
+  expect(await tryStream(`nats://127.0.0.1:${proxy.port}/daybook`)).toStartWith(says);
 });
 
 test.if(hasNats)(

@@ -4,7 +4,7 @@ import { join } from "node:path";
 
 import { type Database, openDatabase, type Sql } from "../../lib/ledger/database.ts";
 import { Fold } from "../../lib/processor/fold.ts";
-import { fileKey, openCheckpoint } from "../../lib/ledger/checkpoints.ts";
+import { fileKey, listLocked, openCheckpoint } from "../../lib/ledger/checkpoints.ts";
 import { post } from "../../lib/ledger/ledger.ts";
 import { event } from "../support/events.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
@@ -73,6 +73,18 @@ test("a batch that several posters post at once counts once", async () => {
   const all = await Promise.all(Array.from({ length: 8 }, () => ledger.post()));
   expect(all.filter(({ state }) => state === "posted")).toHaveLength(1);
   expect(await ledger.balances()).toEqual({ ann: "1", bob: "2" });
+});
+
+test("a batch whose checkpoint another transaction holds is left to it, and nobody waits", async () => {
+  await using ledger = await openLedger(1);
+  await using other = connectTest(ledger.url);
+  await other.begin(async (tx) => {
+    await tx`select from checkpoints where source = ${KEY} for update`;
+    expect(await ledger.post()).toEqual({ state: "elsewhere" });
+    expect(await listLocked(ledger.database, [KEY, fileKey("b", 1)])).toEqual([KEY]);
+  });
+  expect(await listLocked(ledger.database, [KEY])).toEqual([]);
+  expect(await ledger.post()).toMatchObject({ state: "posted" });
 });
 
 test.if(isInstalled("psql"))("the example at the end of post.sql runs in psql", async () => {

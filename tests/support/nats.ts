@@ -112,12 +112,16 @@ async function openOnce({
     for (const node of nodes) await until(node.isReady, 30_000);
   };
   if (hasJetStream && count > 1) await ready();
-  const ask = async (subject: string, request: object): Promise<{ config?: object }> => {
-    const nc = await connectNats({ servers: `127.0.0.1:${ports[0]}` });
+  interface Answer {
+    config?: object;
+    cluster?: { leader?: string };
+  }
+  const ask = async (subject: string, request: object): Promise<Answer> => {
+    const nc = await connectNats({ servers: ports.map((port) => `127.0.0.1:${port}`) });
     const body = JSON.stringify(request);
     const answer = await nc.request(`$JS.API.STREAM.${subject}`, body, { timeout: 5_000 });
     await nc.close();
-    const found = answer.json<{ config?: object; error?: { description: string } }>();
+    const found = answer.json<Answer & { error?: { description: string } }>();
     if (found.error) throw new Error(found.error.description);
     return found;
   };
@@ -133,6 +137,11 @@ async function openOnce({
       const { config } = await ask(`INFO.${stream}`, {});
       await ask(`UPDATE.${stream}`, { ...config, ...changes });
     },
+    /** The number of the node that leads the stream; -1 if there is none at the moment. */
+    async leader(stream: string): Promise<number> {
+      const { cluster } = await ask(`INFO.${stream}`, {});
+      return numbers.findIndex((n) => cluster?.leader === `node${n}`);
+    },
     /** Removes all messages of a journal. */
     purge: (stream: string, id: string) => ask(`PURGE.${stream}`, { filter: `${stream}.${id}` }),
     async [Symbol.asyncDispose]() {
@@ -146,9 +155,10 @@ export type Nats = Awaited<ReturnType<typeof openNats>>;
 
 /**
  * A proxy to a port of loopback. Once a client has sent the text given to `muteAfter`, or after `mute`, it
- * passes no answers on; after `cut` it drops every connection and accepts none, until `mend`.
+ * passes no answers on; after `cut` it drops every connection and accepts none, until `mend`. `rewrite` alters
+ * what the server sends.
  */
-export async function openTcpProxy(port: () => number) {
+export async function openTcpProxy(port: () => number, rewrite?: (text: string) => string) {
   const open = new Set<Socket>();
   let state: "open" | "mute" | "cut" = "open";
   let muteAfter: string | null = null;
@@ -163,7 +173,7 @@ export async function openTcpProxy(port: () => number) {
       from.on("error", () => {}).on("close", () => (open.delete(from), to.destroy()));
       from.on("data", (bytes) => {
         if (from === node && state === "mute") return;
-        to.write(bytes);
+        to.write(from === node && rewrite ? rewrite(bytes.toString("latin1")) : bytes, "latin1");
         if (from === client && muteAfter && bytes.includes(muteAfter)) {
           state = "mute";
           muteAfter = null;
