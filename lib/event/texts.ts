@@ -22,9 +22,9 @@ export class Texts {
   /** All texts, concatenated; that of row i is from `bounds[i]` to `bounds[i + 1]`. */
   bytes = Buffer.allocUnsafe(16 * INITIAL_ROWS);
   bounds = new Int32Array(INITIAL_ROWS);
-  private mask = 4095;
+  protected mask = 4095;
   /** Two numbers a slot: the row plus one (0: the slot is empty), and the hash of its text. */
-  private slots = new Int32Array(2 * (this.mask + 1));
+  protected slots = new Int32Array(2 * (this.mask + 1));
   /** The rows that have no slot, by the keyed digest of their text. */
   private overflow = new Map<string, number>();
 
