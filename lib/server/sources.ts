@@ -1,5 +1,7 @@
 /**
- * The sources that come over HTTP: how much of each is stored, with one request at a time per source.
+ * The sources that come over HTTP: how much of each is stored. Requests of one source are stored in the order
+ * of its bytes; while one is being synced, the next is hashed and sorted. It is stored only if the one before
+ * it is.
  *
  * The ledger's checkpoints say what is posted. What this server has stored since is in the marks of
  * its journal, and in memory. How much of the journal's marks has been read is a state:
