@@ -8,7 +8,7 @@
  */
 import { formatAmount, UNITS } from "./amount.ts";
 import { hashOf } from "./scanner.ts";
-import { grown, Texts } from "./texts.ts";
+import { grown, integerArray, Texts } from "./texts.ts";
 
 const BILLION = 1_000_000_000;
 /** Below this, a sum is still exact after one more value: 8 * 10^15 + 10^15 < 2^53. */
@@ -122,9 +122,7 @@ export class Sums extends Texts {
 
   /** How many values each sum has, in the same order. */
   countArray(): string {
-    const counts: number[] = [];
-    for (let row = 0; row < this.size; row++) counts.push(this.sums[3 * row + 2] as number);
-    return `{${counts.join()}}`;
+    return integerArray(this.size, (row) => this.sums[3 * row + 2] as number);
   }
 
   private amount(row: number): string {

@@ -139,6 +139,33 @@ export class Texts {
   }
 }
 
+/** A sign, 16 digits and a comma: below 2^53. */
+const MAX_INTEGER_BYTES = 18;
+
+/** Integers as the literal of a Postgres array. Makes no string of each: that took 0.3 s for 400,000 claims. */
+export function integerArray(size: number, of: (row: number) => number): string {
+  const array = Buffer.allocUnsafe(2 + size * MAX_INTEGER_BYTES);
+  let at = 0;
+  array[at++] = 0x7b;
+  for (let row = 0; row < size; row++) {
+    if (row > 0) array[at++] = 0x2c;
+    let left = of(row);
+    if (left < 0) {
+      array[at++] = 0x2d;
+      left = -left;
+    }
+    const begin = at++;
+    for (let power = 10; power <= left; power *= 10) at++;
+    for (let i = at - 1; i >= begin; i--) {
+      const rest = Math.floor(left / 10);
+      array[i] = 0x30 + (left - 10 * rest);
+      left = rest;
+    }
+  }
+  array[at++] = 0x7d;
+  return array.toString("latin1", 0, at);
+}
+
 function latin1(bytes: Uint8Array, from: number, to: number): string {
   return Buffer.from(bytes.buffer, bytes.byteOffset + from, to - from).toString("latin1");
 }

@@ -340,7 +340,12 @@ function scannedIdentity(scanner: Scanner, bytes: Uint8Array): Buffer {
   for (let i = idFrom; i < idTo; i++) scratch[at++] = bytes[i] as number;
   at = put('","userId":"', at);
   for (let i = userFrom; i < userTo; i++) scratch[at++] = bytes[i] as number;
-  at = put(`","name":"${name}","value":"${formatParts(whole, billionths)}"}`, at);
+  // Piece by piece, without a new string for each event.
+  at = put('","name":"', at);
+  at = put(name, at);
+  at = put('","value":"', at);
+  at = put(formatParts(whole, billionths), at);
+  at = put('"}', at);
   return scratch.subarray(0, at);
 }
 
