@@ -99,7 +99,7 @@ export function openApi(options: ApiOptions) {
   const baseUrl = serverUrl.replace(/\/+$/, "");
   // It may hold a password.
   const shownUrl = baseUrl.replace(/\/\/[^/@]*@/, "//") + describeProxy(baseUrl);
-  return { state, send, waitUntilPosted };
+  return { state, send, sendEarly, waitUntilPosted };
 
   /** The state of a source, or `null` when nothing of it is stored. */
   async function state(source: string): Promise<SourceState | null> {
@@ -116,14 +116,8 @@ export function openApi(options: ApiOptions) {
     chunk: Chunk,
     canShrink: boolean,
   ): Promise<Stored | SourceState | { fits: number } | "slow"> {
-    const path = `/sources/${encodeURIComponent(source)}?errors=${MAX_LISTED_ERRORS}`;
-    const headers = {
-      "content-type": "application/x-ndjson",
-      "upload-offset": `${chunk.start.offset}`,
-      "source-digest": digestAt(chunk.end),
-    };
-    const body = chunk.bytes as Uint8Array<ArrayBuffer>;
-    const answer = await request(path, { method: "PATCH", headers, body }, canShrink);
+    const { path, init } = patchOf(source, chunk);
+    const answer = await request(path, init, canShrink);
     if (answer === "slow") return answer;
     if (answer.status === 409) return stateIn(answer);
     // The answer could not list all rejected lines; it can for the first of them.
@@ -133,6 +127,27 @@ export function openApi(options: ApiOptions) {
     if (answer.status !== 200) throw failure(answer);
     if (!isStored(answer.body)) throw new UploadFailed(`${shownUrl} is not a Daybook server`);
     return answer.body;
+  }
+
+  /**
+   * Sends a chunk while the one before it is under way, once and without a word. Returns `null` unless it is on
+   * the server's disk for certain: it may be stored or not.
+   */
+  async function sendEarly(source: string, chunk: Chunk): Promise<Stored | null> {
+    const { path, init } = patchOf(source, chunk);
+    const { answer } = await attempt(path, init, timeoutMs);
+    return answer?.status === 200 && isStored(answer.body) ? answer.body : null;
+  }
+
+  function patchOf(source: string, chunk: Chunk): { path: string; init: RequestInit } {
+    const path = `/sources/${encodeURIComponent(source)}?errors=${MAX_LISTED_ERRORS}`;
+    const headers = {
+      "content-type": "application/x-ndjson",
+      "upload-offset": `${chunk.start.offset}`,
+      "source-digest": digestAt(chunk.end),
+    };
+    const body = chunk.bytes as Uint8Array<ArrayBuffer>;
+    return { path, init: { method: "PATCH", headers, body } };
   }
 
   /** Returns once the ledger has posted `position`. */

@@ -109,26 +109,28 @@ function skipLines(bytes: Uint8Array, from: number, lines: number): number {
 }
 
 /**
- * What was stored last before `offset`: the last chunk, and perhaps some lines before it, but no more
- * than a chunk may have. `chunk` is `null` when no line begins in it. `end` is the place at `offset`, or
- * before it if the source is no longer that long.
+ * What was stored last before `offset`, in chunks: at least the last two, which may have been under way at
+ * once. None where no line begins. `end` is the place at `offset`, or before it if the source is no longer
+ * that long.
  */
-export async function lastChunk(
+export async function lastChunks(
   read: Read,
   offset: number,
-): Promise<{ chunk: Chunk | null; end: Place }> {
-  // One byte more, which is a newline if a chunk of full length begins after it.
-  const nearOffset = Math.max(0, offset - CHUNK_BYTES - 1);
+): Promise<{ chunks: Chunk[]; end: Place }> {
+  // One byte more, which is a newline if chunks of full length begin after it.
+  const nearOffset = Math.max(0, offset - 2 * CHUNK_BYTES - 1);
   let near = startOfSource();
   for (let from = 0; from < nearOffset; from += CHUNK_BYTES)
     near = advance(near, await read(from, Math.min(from + CHUNK_BYTES, nearOffset)));
   const bytes = await read(nearOffset, offset);
-  const end = advance(near, bytes);
+  const chunks: Chunk[] = [];
   const firstIndex = nearOffset === 0 ? 0 : nextLine(bytes, 0);
-  const first = advance(near, bytes.subarray(0, firstIndex));
-  const extraLines = Math.max(0, countLines(first, end) - MAX_LISTED_ERRORS);
-  const index = skipLines(bytes, firstIndex, extraLines);
-  if (index === bytes.length) return { chunk: null, end };
-  const start = advance(near, bytes.subarray(0, index));
-  return { chunk: { bytes: bytes.subarray(index), start, end, tooLong: null }, end };
+  let end = advance(near, bytes.subarray(0, firstIndex));
+  for (let from = firstIndex, to = 0; from < bytes.length; from = to) {
+    to = skipLines(bytes, from, MAX_LISTED_ERRORS);
+    const start = end;
+    end = advance(start, bytes.subarray(from, to));
+    chunks.push({ bytes: bytes.subarray(from, to), start, end, tooLong: null });
+  }
+  return { chunks, end };
 }

@@ -1,8 +1,8 @@
 /**
  * FILE.rejected.jsonl: the lines of FILE that the server rejected, each with its number, the offset at
  * which it begins, and the reason. No line is in it twice, whatever crashed: the rejected lines of a
- * chunk are written before the next chunk is sent. So only those of the last chunk can be missing, and
- * the offsets tell which.
+ * chunk are written before the next but one is sent. So only those of the last two chunks can be missing,
+ * and the offsets tell which.
  */
 import { appendFileSync, existsSync, rmSync, truncateSync } from "node:fs";
 

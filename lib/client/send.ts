@@ -2,7 +2,8 @@
  * Sending a file, so that each of its events is stored once, whatever crashes and however often it is
  * sent. Only the server knows what is stored: the client asks for the state of the source, makes sure
  * that the file begins with those bytes, and resumes after them. While one chunk is in transit, the
- * next one is read and hashed.
+ * next one is sent, and the one after it is read and hashed. If the server does not take what was sent early,
+ * it is sent again in its turn.
  */
 import {
   createReadStream,
@@ -30,7 +31,7 @@ import {
   openInput,
   openStreamInput,
 } from "../event/input.ts";
-import { type Read, readHandle } from "../event/lines.ts";
+import { type Read, readAhead, readHandle } from "../event/lines.ts";
 import { type Lock, tryLock } from "../lock.ts";
 import { percent, type Progress, say, showProgress } from "../progress.ts";
 import { type DirectoryWatch, watchDirectory } from "../watch.ts";
@@ -40,7 +41,7 @@ import {
   CHUNK_BYTES,
   countLines,
   digestAt,
-  lastChunk,
+  lastChunks,
   type Place,
   readChunks,
   splitChunk,
@@ -52,6 +53,8 @@ import { openRejected, type Rejected } from "./rejected.ts";
 const MIN_CHUNK_BYTES = 64 * 1024;
 /** A chunk that took less may be followed by a larger one. */
 const FAST_MS = 5_000;
+/** After one that took less, two are under way at a time: on a slower link the two would share its speed. */
+const QUICK_MS = 1_000;
 /**
  * Behind a load balancer each request may reach another server, with a journal of its own. One that has
  * less of the source is passed over this often in a row, for the next may be the one that took the last
@@ -187,8 +190,9 @@ export async function sendStream(path: string | null, options: SendOptions): Pro
   return rejected;
 }
 
-function startOfUpload(): Pick<Upload, "maxBytes" | "tail"> {
-  return { maxBytes: CHUNK_BYTES, tail: new Uint8Array() };
+function startOfUpload() {
+  const tail = new Uint8Array();
+  return { maxBytes: CHUNK_BYTES, isQuick: false, mayHurry: true, tail, early: null };
 }
 
 const NOTHING = { compression: null, read: async () => new Uint8Array() };
@@ -233,8 +237,19 @@ interface Upload {
   stop: AbortSignal;
   /** The size of the next chunk at most. */
   maxBytes: number;
+  /** Whether the next chunk is sent before the one under way is answered. */
+  isQuick: boolean;
+  /** False once a chunk that was sent so was not taken, as behind a load balancer. */
+  mayHurry: boolean;
   /** The end of what is stored, as it was read. */
   tail: Uint8Array;
+  early: EarlyChunk | null;
+}
+
+/** A chunk that was sent before the one before it was answered. */
+interface EarlyChunk {
+  chunk: Chunk;
+  answer: Promise<Stored | null>;
 }
 
 /**
@@ -250,15 +265,15 @@ async function sendOpened(
   const input = await openInput(readHandle(file), size);
   const { read, readAll } = input;
   const { source, state } = await findSource(options, input);
-  const { chunk, end: start } = await lastChunk(readAll, state?.offset ?? 0);
+  const { chunks, end: start } = await lastChunks(readAll, state?.offset ?? 0);
   if (state && start.offset < state.offset) return "changed";
   const rejectedPath = `${path}.rejected.jsonl`;
   const rejected = await openRejected(rejectedPath, { offset: start.offset, isOwner, say });
   const progress = showProgress(basename(path), size, input.fileOffset(start.offset));
   const upload = { ...options, source, read, rejected, progress, input, size, ...startOfUpload() };
   try {
-    // The client that sent it may have died before it noted what was rejected: only the server knows.
-    if (chunk) await recoverRejected(upload, chunk);
+    // The client that sent them may have died before it noted what was rejected: only the server knows.
+    for (const chunk of chunks) await recoverRejected(upload, chunk);
     total.skip(source, start);
     total.percent = percent(input.fileOffset(start.offset), size);
     total.position ||= state?.position ?? "";
@@ -310,22 +325,36 @@ async function sendChunks(
   start: Place,
   options: Parameters<typeof readChunks>[2],
 ): Promise<{ end: Place; conflict: SourceState | null }> {
-  const { source, read, rejected, total, progress, input, size = 0, stop } = upload;
-  const chunks = readChunks(read, start, options);
+  const { api, source, read, rejected, total, progress, input, size = 0, stop } = upload;
+  const chunks = readAhead(readChunks(read, start, options));
   let end = start;
   let next = chunks.next();
   for (;;) {
     const { value: chunk } = await next;
-    if (chunk && stop.aborted) total.isStopped = true;
-    if (!chunk || stop.aborted) return { end, conflict: null };
+    const sent = takeEarly(upload);
+    const isStopping = stop.aborted && !sent;
+    if (chunk && isStopping) total.isStopped = true;
+    if (!chunk || isStopping) return { end, conflict: null };
     next = chunks.next();
-    next.catch(() => {}); // awaited in the next turn
-    for await (const { piece, answer: given } of sendPieces(upload, chunk)) {
+    let isUnderWay = true;
+    next.then(
+      ({ value: following }) => {
+        if (following && isUnderWay && upload.isQuick && !stop.aborted)
+          upload.early = { chunk: following, answer: api.sendEarly(source, following) };
+      },
+      () => {}, // awaited in the next turn
+    );
+    for await (const { piece, answer: given } of sendPieces(upload, chunk, sent?.answer)) {
       let answer = given;
       if (!("accepted" in answer)) {
         const { offset, digest, position, lines } = answer;
-        const isStored = offset === piece.end.offset && digest === digestAt(piece.end);
-        if (!isStored) return { end, conflict: answer };
+        const isStored = [piece, upload.early?.chunk].some(
+          (last) => last?.end.offset === offset && digestAt(last.end) === digest,
+        );
+        if (!isStored) {
+          await takeEarly(upload)?.answer;
+          return { end, conflict: answer };
+        }
         // The piece had been stored before; only the answer was lost.
         answer = { accepted: 0, rejected: 0, errors: [], ...lines, position };
       }
@@ -337,15 +366,30 @@ async function sendChunks(
       upload.tail = tailOf(piece);
       end = piece.end;
     }
+    isUnderWay = false;
   }
+}
+
+function takeEarly(upload: Upload): EarlyChunk | null {
+  const { early } = upload;
+  upload.early = null;
+  return early;
 }
 
 /**
  * Sends a chunk in as many pieces as the link requires: one that fails by time is halved, and after one
  * that is quick the next may be twice as large. On a link of 28 kB/s, 1 MiB takes 37 s.
  */
-async function* sendPieces(upload: Upload, chunk: Chunk) {
+async function* sendPieces(
+  upload: Upload,
+  chunk: Chunk,
+  early?: Promise<Stored | null>,
+): AsyncGenerator<{ piece: Chunk; answer: Stored | SourceState }> {
   const { api, source } = upload;
+  const stored = await early;
+  if (stored) return void (yield { piece: chunk, answer: stored });
+  // A server that did not take it has another connection to a journal of its own, or is busy.
+  if (early) upload.mayHurry = false;
   let fits = Infinity;
   for (let rest: Chunk | null = chunk, passedOver = 0; rest;) {
     const maxBytes = Math.min(upload.maxBytes, fits);
@@ -367,8 +411,9 @@ async function* sendPieces(upload: Upload, chunk: Chunk) {
     yield { piece, answer };
     fits = Infinity;
     rest = next;
-    if (performance.now() - startedMs < FAST_MS)
-      upload.maxBytes = Math.min(CHUNK_BYTES, 2 * upload.maxBytes);
+    const ms = performance.now() - startedMs;
+    if (ms < FAST_MS) upload.maxBytes = Math.min(CHUNK_BYTES, 2 * upload.maxBytes);
+    upload.isQuick = upload.mayHurry && ms < QUICK_MS && upload.maxBytes === CHUNK_BYTES;
   }
 }
 

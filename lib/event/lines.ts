@@ -230,3 +230,23 @@ export async function* readBlocks(
     offset += end;
   }
 }
+
+/** Gives the items of a generator, each after the one that follows it was asked for. */
+export async function* readAhead<T>(items: AsyncGenerator<T>): AsyncGenerator<T> {
+  const ask = () => {
+    const item = items.next();
+    item.catch(() => {}); // awaited in its turn
+    return item;
+  };
+  let next = ask();
+  try {
+    for (;;) {
+      const { value, done } = await next;
+      if (done) return;
+      next = ask();
+      yield value;
+    }
+  } finally {
+    await next.catch(() => {}); // what it reads may be closed after this
+  }
+}

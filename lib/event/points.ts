@@ -26,7 +26,9 @@ export class Points {
   private readonly points: Point[] = [];
   private readonly minutes = new Map<number | null, Map<string, Point>>();
   private minute: number | null = null;
+  /** The points of the last two names that differ: most events have one of two names. */
   private last: Point | null = null;
+  private other: Point | null = null;
 
   get size(): number {
     return this.points.length;
@@ -35,13 +37,13 @@ export class Points {
   /** The events that follow were stored at `atMs`. */
   setTime(atMs: number): void {
     const minute = Math.floor(atMs / MINUTE_MS);
-    if (minute !== this.minute) this.last = null;
+    if (minute !== this.minute) this.last = this.other = null;
     this.minute = minute;
   }
 
   /** Adds an event, and returns the index of its point. Positional, because this is called for every event. */
   add(name: string, whole: number, billionths: number): number {
-    const point = this.last?.name === name ? this.last : (this.last = this.find(name));
+    const point = this.last?.name === name ? this.last : this.exchange(name);
     point.events++;
     point.billionths += billionths;
     point.whole += whole;
@@ -63,6 +65,13 @@ export class Points {
       ...{ at, name, events },
       amount: formatAmount(large + BigInt(whole) * UNITS + BigInt(billionths)),
     }));
+  }
+
+  /** Makes the point of `name` the last one. */
+  private exchange(name: string): Point {
+    const { last, other } = this;
+    this.other = last;
+    return (this.last = other?.name === name ? other : this.find(name));
   }
 
   private find(name: string): Point {

@@ -8,12 +8,14 @@
  */
 import { formatAmount, UNITS } from "./amount.ts";
 import { hashOf } from "./scanner.ts";
-import { grown, Texts } from "./texts.ts";
+import { grown, integerArray, Texts } from "./texts.ts";
 
 const BILLION = 1_000_000_000;
 /** Below this, a sum is still exact after one more value: 8 * 10^15 + 10^15 < 2^53. */
 const MAX_WHOLE = 8e15;
 const INITIAL_ROWS = 2048;
+/** Values that wait to be added together. */
+const MAX_WAITING = 64;
 
 /** The users, with a sum for each. */
 export class Sums extends Texts {
@@ -21,6 +23,11 @@ export class Sums extends Texts {
   private sums = new Float64Array(3 * INITIAL_ROWS);
   /** By row, what became too large for `sums`, in units of 10^-9. */
   private readonly large = new Map<number, bigint>();
+  /** Of each value that waits: where its user begins and ends, and the hash; and the value's two parts. */
+  private readonly places = new Int32Array(3 * MAX_WAITING);
+  private readonly values = new Float64Array(2 * MAX_WAITING);
+  private readonly near = new Int32Array(MAX_WAITING);
+  private waiting = 0;
 
   /**
    * Adds `whole` plus `billionths` * 10^-9 to the user whose id is in `bytes`, from index `from` to `to`, and
@@ -47,6 +54,58 @@ export class Sums extends Texts {
     return row;
   }
 
+  /**
+   * The same by the next `flush` of these `bytes`. With 100,000 users, an event alone waits four times for the
+   * memory of its user: a third of the time that folding takes. 64 of them wait together.
+   */
+  addLater(
+    bytes: Uint8Array,
+    from: number,
+    to: number,
+    hash: number,
+    whole: number,
+    billionths: number,
+  ): void {
+    const { places, values, waiting } = this;
+    places[3 * waiting] = from;
+    places[3 * waiting + 1] = to;
+    places[3 * waiting + 2] = hash;
+    values[2 * waiting] = whole;
+    values[2 * waiting + 1] = billionths;
+    if (++this.waiting === MAX_WAITING) this.flush(bytes);
+  }
+
+  /** Adds what waits. */
+  flush(bytes: Uint8Array): void {
+    const { places, values, waiting } = this;
+    this.touch();
+    this.waiting = 0;
+    for (let i = 0; i < waiting; i++)
+      this.add(
+        bytes,
+        places[3 * i] as number,
+        places[3 * i + 1] as number,
+        places[3 * i + 2] as number,
+        values[2 * i] as number,
+        values[2 * i + 1] as number,
+      );
+  }
+
+  /** Reads what `add` is about to need. Each loop's reads do not depend on each other, so they overlap. */
+  private touch(): void {
+    const { places, waiting, near, slots, mask, bounds, sums, bytes } = this;
+    for (let i = 0; i < waiting; i++)
+      near[i] = Math.max(0, (slots[2 * ((places[3 * i + 2] as number) & mask)] as number) - 1);
+    let touched = 0;
+    for (let i = 0; i < waiting; i++) {
+      const row = near[i] as number;
+      touched += sums[3 * row] as number;
+      near[i] = bounds[row] as number;
+    }
+    for (let i = 0; i < waiting; i++) touched += bytes[near[i] as number] as number;
+    near[0] = touched; // else the compiler could leave the reads out
+  }
+
   /** Adds `amount`, in units of 10^-9, to the user's sum. */
   addTo(userId: string, amount: bigint): void {
     const bytes = Buffer.from(userId);
@@ -63,9 +122,7 @@ export class Sums extends Texts {
 
   /** How many values each sum has, in the same order. */
   countArray(): string {
-    const counts: number[] = [];
-    for (let row = 0; row < this.size; row++) counts.push(this.sums[3 * row + 2] as number);
-    return `{${counts.join()}}`;
+    return integerArray(this.size, (row) => this.sums[3 * row + 2] as number);
   }
 
   private amount(row: number): string {

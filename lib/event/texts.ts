@@ -22,9 +22,9 @@ export class Texts {
   /** All texts, concatenated; that of row i is from `bounds[i]` to `bounds[i + 1]`. */
   bytes = Buffer.allocUnsafe(16 * INITIAL_ROWS);
   bounds = new Int32Array(INITIAL_ROWS);
-  private mask = 4095;
+  protected mask = 4095;
   /** Two numbers a slot: the row plus one (0: the slot is empty), and the hash of its text. */
-  private slots = new Int32Array(2 * (this.mask + 1));
+  protected slots = new Int32Array(2 * (this.mask + 1));
   /** The rows that have no slot, by the keyed digest of their text. */
   private overflow = new Map<string, number>();
 
@@ -137,6 +137,33 @@ export class Texts {
     }
     return -1;
   }
+}
+
+/** A sign, 16 digits and a comma: below 2^53. */
+const MAX_INTEGER_BYTES = 18;
+
+/** Integers as the literal of a Postgres array. Makes no string of each: that took 0.3 s for 400,000 claims. */
+export function integerArray(size: number, of: (row: number) => number): string {
+  const array = Buffer.allocUnsafe(2 + size * MAX_INTEGER_BYTES);
+  let at = 0;
+  array[at++] = 0x7b;
+  for (let row = 0; row < size; row++) {
+    if (row > 0) array[at++] = 0x2c;
+    let left = of(row);
+    if (left < 0) {
+      array[at++] = 0x2d;
+      left = -left;
+    }
+    const begin = at++;
+    for (let power = 10; power <= left; power *= 10) at++;
+    for (let i = at - 1; i >= begin; i--) {
+      const rest = Math.floor(left / 10);
+      array[i] = 0x30 + (left - 10 * rest);
+      left = rest;
+    }
+  }
+  array[at++] = 0x7d;
+  return array.toString("latin1", 0, at);
 }
 
 function latin1(bytes: Uint8Array, from: number, to: number): string {

@@ -108,12 +108,28 @@ export function toFrameTime(clockMs: number): number {
   return Math.min(Math.max(0, Math.trunc(clockMs) || 0), MAX_AT_MS);
 }
 
-/** One frame of event lines, to be written by one call. `atMs` comes from `toFrameTime`. */
-export function encodeFrame(payloads: Uint8Array[], payloadBytes: number, atMs: number): Buffer {
+/**
+ * One frame of event lines, to be written by one call. `atMs` comes from `toFrameTime`. The frame is in `buffer`,
+ * where it fits: a new one for each frame of 1 MiB cost a tenth of the server's time.
+ */
+export function encodeFrame(
+  payloads: Uint8Array[],
+  payloadBytes: number,
+  atMs: number,
+  buffer?: Buffer,
+): Buffer {
   let sum = 0;
   for (const payload of payloads) sum = crc32(payload, sum);
   const header = `{"frame":{"bytes":${payloadBytes},"crc32":"${hex(sum)}","at":${atMs}}}\n`;
-  return Buffer.concat([Buffer.from(header), ...payloads], header.length + payloadBytes);
+  const bytes = header.length + payloadBytes;
+  const frame =
+    buffer && buffer.length >= bytes ? buffer.subarray(0, bytes) : Buffer.allocUnsafe(bytes);
+  let at = frame.write(header);
+  for (const payload of payloads) {
+    frame.set(payload, at);
+    at += payload.length;
+  }
+  return frame;
 }
 
 /** What follows the whole frames at the start of a buffer. */

@@ -26,7 +26,8 @@ import {
   type SegmentFile,
 } from "./segments.ts";
 
-const BLOCK_BYTES = 1024 * 1024;
+/** A chunk of the client, of up to 1 MiB, fits with its mark: else each is read twice, as a part and then whole. */
+const BLOCK_BYTES = 1088 * 1024;
 /** The largest frame fits. */
 const MAX_BLOCK_BYTES = MAX_FRAME_BYTES + MAX_HEADER_BYTES;
 

@@ -39,6 +39,8 @@ const NEXT_FILE = "eventsPost.next";
 
 /** Waiting appends share a frame of up to this size: one write stays well under a second. */
 export const MAX_GROUP_BYTES = 8 * 1024 * 1024;
+/** Larger frames are rare. */
+const FRAME_BUFFER_BYTES = 2 * 1024 * 1024;
 /** Trouble is reported for this long after an append failed. */
 const TROUBLE_MS = 5_000;
 const NO_ROOM = new Set(["ENOSPC", "EDQUOT", "EFBIG"]);
@@ -97,7 +99,8 @@ export interface Commit {
 }
 
 interface Waiting {
-  lines: Uint8Array;
+  parts: Uint8Array[];
+  bytes: number;
   resolve(position: number): void;
   reject(error: Error): void;
 }
@@ -201,6 +204,8 @@ function writer(opened: {
   /** Not after a header without a frame: that is never posted, and requests would wait for it. */
   const position = () => (hasFrames() ? header.base + end : header.base);
   const waiting: Waiting[] = [];
+  /** For one frame at a time. */
+  const buffer = Buffer.allocUnsafe(FRAME_BUFFER_BYTES);
   let committing: Promise<void> | null = null;
   let failed: JournalFailed | null = null;
   let trouble: JournalFull | JournalBusy | null = null;
@@ -220,13 +225,14 @@ function writer(opened: {
       return (failed ?? trouble)?.message ?? null;
     },
     append(...parts) {
-      const lines = parts.length === 1 ? (parts[0] as Uint8Array) : Buffer.concat(parts);
+      let bytes = 0;
+      for (const { length } of parts) bytes += length;
       if (failed) return Promise.reject(failed);
-      if (lines.length === 0) return Promise.resolve(position());
-      if (lines.length > MAX_FRAME_BYTES)
+      if (bytes === 0) return Promise.resolve(position());
+      if (bytes > MAX_FRAME_BYTES)
         return Promise.reject(new RangeError(`more than ${MAX_FRAME_BYTES} bytes in one append`));
       return new Promise((resolve, reject) => {
-        waiting.push({ lines, resolve, reject });
+        waiting.push({ parts, bytes, resolve, reject });
         committing ??= commitAll();
       });
     },
@@ -247,8 +253,8 @@ function writer(opened: {
   }
 
   function takeGroup(): Waiting[] {
-    let bytes = 0;
-    const isOver = ({ lines }: Waiting) => (bytes += lines.length) > MAX_GROUP_BYTES;
+    let groupBytes = 0;
+    const isOver = ({ bytes }: Waiting) => (groupBytes += bytes) > MAX_GROUP_BYTES;
     const count = waiting.findIndex(isOver);
     return waiting.splice(0, count < 0 ? waiting.length : Math.max(count, 1));
   }
@@ -256,10 +262,10 @@ function writer(opened: {
   async function commit(group: Waiting[]) {
     try {
       if (failed) throw failed;
-      const payloads = group.map(({ lines }) => lines);
-      const payloadBytes = payloads.reduce((sum, { length }) => sum + length, 0);
+      const payloads = group.flatMap(({ parts }) => parts);
+      const payloadBytes = group.reduce((sum, { bytes }) => sum + bytes, 0);
       const atMs = toFrameTime(disk.now());
-      const frame = encodeFrame(payloads, payloadBytes, atMs);
+      const frame = encodeFrame(payloads, payloadBytes, atMs, buffer);
       if (hasFrames() && end + frame.length > segmentBytes) await rotate();
       await write(frame);
       const writtenMs = performance.now();

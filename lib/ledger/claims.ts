@@ -7,7 +7,7 @@ import { getEventTypes } from "../event/event.ts";
 import type { Points } from "../event/points.ts";
 import type { Sums } from "../event/sums.ts";
 import { hashOf } from "../event/scanner.ts";
-import { grown, Texts } from "../event/texts.ts";
+import { grown, integerArray, Texts } from "../event/texts.ts";
 import { HASH_BYTES, hashArray, keyArray } from "./ids.ts";
 
 const INITIAL_ROWS = 1024;
@@ -90,9 +90,11 @@ export class Claims {
 
   /** One of the fields. */
   array(field: (typeof FIELDS)[number]): string {
+    const { numbers, size } = this;
+    const offset = FIELDS.indexOf(field);
     // Rows of the totals and points are counted from 1 in Postgres.
     const first = field === "user" ? 1 : 0;
-    return `{${this.map((row) => this.number(row, field) + first).join()}}`;
+    return integerArray(size, (row) => (numbers[FIELDS.length * row + offset] as number) + first);
   }
 
   /** The users, one for each claim, and the amounts; a query can do without their rows in the totals. */

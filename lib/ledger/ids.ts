@@ -14,6 +14,8 @@ const UUID_BYTES = 36;
 export const HASH_BYTES = 16;
 
 const COMMA = 0x2c;
+const DASH = 0x2d;
+const UUID_DASHES = [8, 13, 18, 23];
 const HEX = Buffer.from("0123456789abcdef");
 
 /** The key of an id, as Postgres writes `bytea`. */
@@ -37,7 +39,9 @@ export function keyArray({ bytes, bounds, size }: Texts): string {
     const from = bounds[row] as number;
     const to = bounds[row + 1] as number;
     if (row > 0) array[at++] = COMMA;
-    if (to - from > MAX_LITERAL_BYTES)
+    if (isUuid(bytes, from, to))
+      at = writeUuid(bytes, from, array, at + array.write("\\\\xff", at));
+    else if (to - from > MAX_LITERAL_BYTES)
       at += array.write(`\\${keyOf(bytes.toString("utf8", from, to))}`, at);
     else at = writeHex(bytes, from, to, array, at + array.write("\\\\x", at));
   }
@@ -55,6 +59,24 @@ export function hashArray(hashes: Uint8Array, size: number): string {
   }
   at += array.write("}", at);
   return array.toString("latin1", 0, at);
+}
+
+/** Whether `keyOf` packs the id in `bytes` as a UUID; makes no string of it. */
+function isUuid(bytes: Uint8Array, from: number, to: number): boolean {
+  if (to - from !== UUID_BYTES) return false;
+  for (let i = 0; i < UUID_BYTES; i++) {
+    const byte = bytes[from + i] as number;
+    const isHex = (byte >= 0x30 && byte <= 0x39) || (byte >= 0x61 && byte <= 0x66);
+    if (UUID_DASHES.includes(i) ? byte !== DASH : !isHex) return false;
+  }
+  return true;
+}
+
+/** Writes the UUID that begins at index `from` of `bytes` without its dashes; returns the index after it. */
+function writeUuid(bytes: Uint8Array, from: number, array: Buffer, at: number): number {
+  for (let i = from; i < from + UUID_BYTES; i++)
+    if (bytes[i] !== DASH) array[at++] = bytes[i] as number;
+  return at;
 }
 
 /** Writes bytes `from` to `to` at index `at` of `array`; returns the index after them. */

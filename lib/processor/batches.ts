@@ -11,7 +11,14 @@ import { open } from "node:fs/promises";
 import type { Change } from "../event/event.ts";
 import { explainOther, matchGenerations, REWRITTEN } from "../event/generations.ts";
 import { DamagedInput, explainNuls, type Input, openInput, sourceName } from "../event/input.ts";
-import { type Block, isComplete, readBlocks, readHandle, withoutBom } from "../event/lines.ts";
+import {
+  type Block,
+  isComplete,
+  readAhead,
+  readBlocks,
+  readHandle,
+  withoutBom,
+} from "../event/lines.ts";
 import { encodeJournalHeader, JournalBehind, JournalUnavailable } from "../journal/format.ts";
 import { type JournalReader, openJournalReader } from "../journal/reader.ts";
 import {
@@ -233,7 +240,9 @@ export async function openFileBatches(
   const name = sourceName(path, input.compression);
   const { key, from, hash, other } = await findGeneration(database, input, name).catch(named);
   if (other) note(`${path} ${other}`);
-  const blocks = readBlocks(input.read, from, BLOCK_BYTES);
+  // One is read while the one before is folded.
+  const blocks = readAhead(readBlocks(input.read, from, BLOCK_BYTES));
+  opening.defer(async () => void (await blocks.return(null)));
   const opened = opening.move();
   let offset = from;
   let hasCheckedEnd = false;

@@ -162,6 +162,7 @@ export class Fold {
       },
       MAX_JOURNALED_BYTES,
     );
+    this.totals.flush(payload);
   }
 
   /** Adds lines of a file, the first byte of which is at offset `position`. */
@@ -172,6 +173,7 @@ export class Fold {
       (index) => this.addScanned(bytes, index, position),
       (line, index) => this.add(line, position + index),
     );
+    this.totals.flush(bytes);
   }
 
   /** Adds the line that begins at `position`; quarantines it if it is not a valid event. */
@@ -219,7 +221,8 @@ export class Fold {
     }
     if (this.refused.size > 0 && this.isRefused(bytes.subarray(index, end), position + index))
       return;
-    if (sign !== 0) this.totals.add(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
+    if (sign !== 0)
+      this.totals.addLater(bytes, userFrom, userTo, hash, sign * whole, sign * billionths);
     this.points.add(name, sign * whole, sign * billionths);
     if (sign !== 0) this.counted?.(position + index, scannedChange(this.scanner, bytes));
     this.events++;
@@ -337,7 +340,12 @@ function scannedIdentity(scanner: Scanner, bytes: Uint8Array): Buffer {
   for (let i = idFrom; i < idTo; i++) scratch[at++] = bytes[i] as number;
   at = put('","userId":"', at);
   for (let i = userFrom; i < userTo; i++) scratch[at++] = bytes[i] as number;
-  at = put(`","name":"${name}","value":"${formatParts(whole, billionths)}"}`, at);
+  // Piece by piece, without a new string for each event.
+  at = put('","name":"', at);
+  at = put(name, at);
+  at = put('","value":"', at);
+  at = put(formatParts(whole, billionths), at);
+  at = put('"}', at);
   return scratch.subarray(0, at);
 }
 

@@ -310,6 +310,12 @@ async function decompressed(request: Request, reservation: Reservation): Promise
   });
 }
 
+/** How long the body of a request is, as it announces; NaN where that does not say it. */
+export function announcedBytes({ headers }: Request): number {
+  if ((headers.get("content-encoding") ?? "identity") !== "identity") return Number.NaN;
+  return Number(headers.get("content-length") ?? Number.NaN);
+}
+
 /** The bytes of the body, read only as far as `limit` and the memory budget allow, and not for ever. */
 async function readBytes(
   request: Request,

@@ -10,10 +10,10 @@ export const MAX_REQUESTS_BYTES = 56 * 1024 * 1024;
 /** Reserved for small requests: a few slow senders of large bodies must not lock everybody out. */
 const SMALL_REQUESTS_BYTES = 4 * 1024 * 1024;
 /**
- * Force a collection after every 16 MiB released: buffers look small to the collector, which then
+ * Force a collection after every 32 MiB released: buffers look small to the collector, which then
  * waits too long (60 bodies of 16 MiB: 470 MB; forced: 240).
  */
-const GARBAGE_BYTES = 16 * 1024 * 1024;
+const GARBAGE_BYTES = 32 * 1024 * 1024;
 /** What a request costs besides its body. It bounds their number too, to 14,336. */
 export const REQUEST_BYTES = 4096;
 

@@ -1,5 +1,7 @@
 /**
- * The sources that come over HTTP: how much of each is stored, with one request at a time per source.
+ * The sources that come over HTTP: how much of each is stored. Requests of one source are stored in the order
+ * of its bytes; while one is being synced, the next is hashed and sorted. It is stored only if the one before
+ * it is.
  *
  * The ledger's checkpoints say what is posted. What this server has stored since is in the marks of
  * its journal, and in memory. How much of the journal's marks has been read is a state:
@@ -85,12 +87,35 @@ export interface NotStored {
 /** `hash` has seen the bytes before `offset`; `undefined` where another process has. */
 type Known = SourceState & { hash?: Bun.CryptoHasher | undefined };
 
+/** Bytes of a source that are arriving: where they end, and when they have come, or never will. */
+interface Arriving {
+  to: number;
+  promise: Promise<void>;
+}
+
+/** A body that is being stored. */
+interface Upload {
+  /** What the source will be once it is stored; `null` if it is not accepted. */
+  accepted: Promise<Known | null>;
+  /** Settles last, after those of all bodies before it. */
+  isStored: Promise<boolean>;
+}
+
+/** What a body does in its turn, after the one `before` it. */
+interface Turn {
+  sort(): Promise<Lines>;
+  before: Upload | undefined;
+  accept(state: Known): void;
+}
+
 export function openSources(journal: Journal, database: Database, settle: PostedWatch["settle"]) {
   const { journals, isShared } = journal;
   const openJournal = () => journals.open(journal.id);
   let knownIn = journal.id;
   const known = new Map<string, Known>();
-  const queues = new Map<string, Promise<unknown>>();
+  /** The last upload of each source that is not over. */
+  const uploads = new Map<string, Upload>();
+  const arriving = new Map<string, Set<Arriving>>();
   let marks: "unread" | "tail" | "whole" | "partial" = "unread";
   const readTailOnce = sharedAttempt(readTail);
   const readAllOnce = sharedAttempt(readAll);
@@ -99,8 +124,32 @@ export function openSources(journal: Journal, database: Database, settle: Posted
     /** How much of `name` is stored, as far as this server and the ledger know; `null`: never seen. */
     state: stateOf,
     /**
+     * Notes that bytes `from` to `to` of a source are arriving. `before` settles once those that end at `from`
+     * have come, if they are arriving too: then `store` is called in the order of the bytes.
+     */
+    expect(name: string, from: number, to: number) {
+      const here = arriving.get(name) ?? new Set();
+      arriving.set(name, here);
+      const { promise, resolve } = Promise.withResolvers<void>();
+      const before = here.values().find((other) => other.to === from)?.promise;
+      const own = { to, promise };
+      here.add(own);
+      return {
+        before,
+        arrived,
+        [Symbol.dispose]: arrived,
+      };
+
+      function arrived(): void {
+        resolve();
+        here.delete(own);
+        if (here.size === 0 && arriving.get(name) === here) arriving.delete(name);
+      }
+    },
+    /**
      * Stores the good lines of `body`, the next bytes of a source, and returns the position once they are
-     * synced. `sort` finds these lines, after the digest has been computed, because it moves bytes.
+     * synced. `sort` finds these lines, after the digest has been computed, because it moves bytes. While one
+     * body is being synced, the next one is hashed and sorted.
      */
     store(
       piece: NextBytes,
@@ -108,12 +157,20 @@ export function openSources(journal: Journal, database: Database, settle: Posted
       sort: () => Promise<Lines>,
     ): Promise<{ position: number } | NotStored> {
       const { name } = piece;
-      const storing = (queues.get(name) ?? Promise.resolve()).then(() => store(piece, body, sort));
-      const leave = () => {
-        if (queues.get(name) === settled) queues.delete(name);
-      };
-      const settled: Promise<void> = storing.then(leave, leave);
-      queues.set(name, settled);
+      const { promise: accepted, resolve: accept } = Promise.withResolvers<Known | null>();
+      const before = uploads.get(name);
+      const storing = store(piece, body, { sort, before, accept });
+      const stored = storing.then(
+        (result) => "position" in result,
+        () => false,
+      );
+      const isStored = Promise.all([stored, before?.isStored]).then(([isStored]) => isStored);
+      const upload = { accepted, isStored };
+      uploads.set(name, upload);
+      isStored.then(() => {
+        accept(null);
+        if (uploads.get(name) === upload) uploads.delete(name);
+      });
       return storing;
     },
   };
@@ -140,12 +197,14 @@ export function openSources(journal: Journal, database: Database, settle: Posted
   async function store(
     { name, from, digest }: NextBytes,
     body: Uint8Array,
-    sort: () => Promise<Lines>,
+    { sort, before, accept }: Turn,
   ) {
+    const pending = await before?.accepted;
+    const follows = pending?.offset === from;
+    if (!follows) await before?.isStored;
     if (isShared) forgetOthers();
-    const here = marks === "unread" && !isShared ? undefined : known.get(name);
     let acceptedIn = journal.id;
-    const state = here?.offset === from ? here : ((await stateOf(name)) ?? NOTHING_STORED);
+    const state = follows ? pending : await currentState(name, from);
     if (state.offset !== from) return { why: "offset", state } as const;
     const hash = from === 0 ? new Bun.CryptoHasher("sha256") : state.hash?.copy();
     const pieces: Piece[] = [];
@@ -162,9 +221,17 @@ export function openSources(journal: Journal, database: Database, settle: Posted
         });
     }
     pieces.push({ to: body.length, digest });
-    if (!isDigest(digest, { hash, state, body })) return { why: "digest", state } as const;
+    if (!isDigest(digest, { hash, state, body })) {
+      if (!follows || (await before?.isStored)) return { why: "digest", state } as const;
+      return { why: "offset", state: await currentState(name, from) } as const;
+    }
     const to = from + body.length;
-    const parts = encodePieces(name, from, await sort(), pieces);
+    const encoded = encodePieces(name, from, await sort(), pieces);
+    // A file holds them all in one frame: there is no need to copy them together before.
+    const parts = isShared ? encoded.map((piece) => Buffer.concat(piece)) : encoded.flat();
+    accept({ offset: to, digest, hash });
+    // Where those before it are not stored, it is as if they were in another journal.
+    if (follows && !(await before?.isStored)) acceptedIn = "";
     for (;;) {
       try {
         if (journal.id !== acceptedIn) throw new JournalMoved();
@@ -179,6 +246,11 @@ export function openSources(journal: Journal, database: Database, settle: Posted
         if (now.offset !== from) return { why: "offset", state: now } as const;
       }
     }
+  }
+
+  async function currentState(name: string, from: number): Promise<Known> {
+    const here = marks === "unread" && !isShared ? undefined : known.get(name);
+    return here?.offset === from ? here : ((await stateOf(name)) ?? NOTHING_STORED);
   }
 
   function remember(name: string, state: Known): void {
@@ -258,14 +330,14 @@ function sliceEnd(body: Uint8Array, at: number, maxBytes: number): number {
 }
 
 /** The good lines of each piece, after the mark that says where they come from. */
-function encodePieces(name: string, from: number, lines: Lines, pieces: Piece[]): Uint8Array[] {
+function encodePieces(name: string, from: number, lines: Lines, pieces: Piece[]): Uint8Array[][] {
   const { good, counts, ends } = lines;
-  const parts: Uint8Array[] = [];
+  const encoded: Uint8Array[][] = [];
   let line = 0;
   let index = 0; // in `good`
   let begin = 0; // of the piece, in the body
   for (const { to, digest } of pieces) {
-    const isLast = parts.length === pieces.length - 1;
+    const isLast = encoded.length === pieces.length - 1;
     const first = line;
     const firstIndex = index;
     for (; line < counts.accepted && !isLast; line++) {
@@ -276,10 +348,10 @@ function encodePieces(name: string, from: number, lines: Lines, pieces: Piece[])
     if (isLast) [line, index] = [counts.accepted, good.length];
     const own = ends && { ends: ends.slice(first, line).map((end) => end - begin) };
     const mark = { name, from: from + begin, to: from + to, digest, events: line - first, ...own };
-    parts.push(Buffer.concat([encodeSourceMark(mark), good.subarray(firstIndex, index)]));
+    encoded.push([encodeSourceMark(mark), good.subarray(firstIndex, index)]);
     begin = to;
   }
-  return parts;
+  return encoded;
 }
 
 /** Callers share an attempt in progress; the next call after it tries again. */

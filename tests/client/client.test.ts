@@ -4,6 +4,7 @@
  * causes faults; or a stand-in.
  */
 import { afterAll, expect, setDefaultTimeout, test } from "bun:test";
+import { createHash } from "node:crypto";
 import {
   appendFileSync,
   closeSync,
@@ -78,6 +79,31 @@ test("rejected lines are kept with number, reason and text, the others are sent,
       text: line("", 2).trimEnd(),
     },
   ]);
+});
+
+test("the rejected lines of two chunks are found again where a client died before it noted them", async () => {
+  using server = await openServer();
+  const bad = `${"x".repeat(99)}\n`;
+  const text = Buffer.from(`${line("ann", 1)}${bad}${line("ben", 2).repeat(20)}`.repeat(2_500));
+  const file = server.write("a.jsonl", `${text}`);
+  let from = 0;
+  for (let chunk = 0; chunk < 2; chunk++) {
+    const to = text.lastIndexOf("\n", from + MIB - 1) + 1;
+    const digest = createHash("sha256").update(text.subarray(0, to)).digest("hex");
+    const headers = {
+      authorization: SECRET,
+      "content-type": "application/x-ndjson",
+      "upload-offset": `${from}`,
+      "source-digest": digest,
+    };
+    const url = `${server.url}/sources/${basename(file)}`;
+    const init = { method: "PATCH", headers, body: text.subarray(from, to) };
+    expect((await fetch(url, init)).status).toBe(200);
+    from = to;
+  }
+  const sent = await server.send(file);
+  expect(sent.stderr).toBe(`2500 lines were rejected: see ${file}.rejected.jsonl\n`);
+  expect(rejected(file).length).toBe(2_500);
 });
 
 test("25,000 consecutive bad lines are all kept, each with its own number", async () => {

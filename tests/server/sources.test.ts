@@ -6,11 +6,16 @@
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
+import { connect } from "node:net";
 import { gzipSync, zstdCompressSync } from "node:zlib";
 
 import { Fold } from "../../lib/processor/fold.ts";
+import { type Disk, disk } from "../../lib/journal/disk.ts";
 import { parseFrames, parseJournalHeader } from "../../lib/journal/format.ts";
 import { encodeSourceMark } from "../../lib/journal/source-mark.ts";
+import { openJournal } from "../../lib/journal/writer.ts";
+import { openDatabase } from "../../lib/ledger/database.ts";
+import { openSources } from "../../lib/server/sources.ts";
 import { line } from "../support/events.ts";
 import { balances, connectTest, testDatabase } from "../support/postgres.ts";
 import { run, SECRET, spawn, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
@@ -435,6 +440,78 @@ test("of two requests with the same offset one is stored, and the other gets the
     .matchAll(/"value":(\d+)/g);
   const sum = values.reduce((sum, [, value]) => sum + Number(value), 0);
   expect(await balanceAfter(user, position)).toBe(`${sum}`);
+});
+
+for (const isCut of [false, true])
+  test(`bytes that follow others which are still arriving wait for them${isCut ? ", and are answered 409 if those never come" : ""}`, async () => {
+    const name = newName();
+    const bytes = lines(1, 40);
+    const cut = lines(1, 20).length;
+    const { host, hostname, port } = new URL(app.url);
+    const headers = { ...headersOf(0, bytes, cut), host, "content-length": `${cut}` };
+    const head = Object.entries(headers).map(([name, value]) => `${name}: ${value}\r\n`);
+    const slow = connect(Number(port), hostname);
+    const answered = new Promise<string>((resolve) =>
+      slow.once("data", (data) => resolve(`${data}`)),
+    );
+    slow.write(`PATCH /sources/${name} HTTP/1.1\r\n${head.join("")}\r\n`);
+    slow.write(bytes.subarray(0, 10));
+    // Requests that begin after this was written: the second is answered after it has been seen.
+    for (let i = 0; i < 2; i++) expect((await look(name)).status).toBe(404);
+    const following = request(name, cut, bytes);
+    for (let i = 0; i < 2; i++) expect((await look(name)).status).toBe(404);
+    if (isCut) slow.destroy();
+    else slow.write(bytes.subarray(10, cut));
+    expect((await following).status).toBe(isCut ? 409 : 200);
+    if (!isCut) expect(await answered).toStartWith("HTTP/1.1 200 ");
+    slow.destroy();
+    const stored = isCut ? 0 : bytes.length;
+    expect((await following).headers.get("upload-offset")).toBe(`${stored}`);
+    if (!isCut) expect(await stands(name)).toEqual({ offset: stored, digest: sha256(bytes) });
+  });
+
+test("bytes are not stored where those before them could not be, although these were accepted", async () => {
+  using folder = tempDir();
+  let isFull = false;
+  const noRoom = async () => {
+    // The next bytes are accepted by now, and there is room for them.
+    await until(() => sorted === 2);
+    isFull = false;
+    throw Object.assign(new Error("no room"), { code: "ENOSPC" });
+  };
+  let sorted = 0;
+  const full: Disk = {
+    ...disk,
+    async openForAppend(path) {
+      const file = await disk.openForAppend(path);
+      return { ...file, append: (bytes) => (isFull ? noRoom() : file.append(bytes)) };
+    },
+  };
+  const journal = await openJournal({ directory: folder.path, disk: full });
+  const ledger = openDatabase(() => database.url, "test", 1);
+  const sources = openSources(journal, ledger, async () => {});
+  const name = newName();
+  const bytes = lines(1, 40);
+  const cut = lines(1, 20).length;
+  const store = (from: number, to: number) => {
+    const body = bytes.slice(from, to);
+    const sort = async () => {
+      sorted++;
+      return { good: body, counts: { accepted: 20, rejected: 0, errors: [] }, errorBytes: 0 };
+    };
+    return sources.store({ name, from, digest: sha256(bytes.subarray(0, to)) }, body, sort);
+  };
+  isFull = true;
+  const first = store(0, cut);
+  const second = store(cut, bytes.length);
+  await expect(first).rejects.toThrow("no room");
+  expect(await second).toMatchObject({ why: "offset", state: { offset: 0 } });
+  expect(await Promise.all([store(0, cut), store(cut, bytes.length)])).toMatchObject([
+    { position: expect.any(Number) },
+    { position: journal.end() },
+  ]);
+  await ledger.close();
+  await journal.close();
 });
 
 test("an event with a field named source is an event, not a mark", async () => {
