@@ -13,6 +13,7 @@
  */
 import { dirname, join } from "node:path";
 
+import { freeBytes } from "../buffers.ts";
 import { disk as realDisk, type Disk, type JournalFile } from "./disk.ts";
 import {
   encodeFrame,
@@ -277,6 +278,7 @@ function writer(opened: {
       end += frame.length;
       trouble = null;
       const commit = { from, atMs, bytes: frame.length, appends: group.length, syncMs };
+      if (frame.buffer !== buffer.buffer) freeBytes(frame);
       for (const listener of listeners) listener(commit);
       for (const { resolve } of group) resolve(header.base + end);
     } catch (error) {

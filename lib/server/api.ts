@@ -14,7 +14,7 @@ import { checkLedger } from "../ledger/ledger.ts";
 import { type Log, watchHealth } from "../log.ts";
 import { type Access, openAuth } from "./auth.ts";
 import { MAX_LISTED_USERS, openBalances, streamedFormat } from "./balances.ts";
-import { announcedBytes, type Lines, readEvent, readLines, sortLines } from "./body.ts";
+import { announcedBytes, freeLines, type Lines, readEvent, readLines, sortLines } from "./body.ts";
 import type { EventSchema } from "./event-schema.ts";
 import { openAnswers } from "./held-answer.ts";
 import { observe } from "./listener.ts";
@@ -356,11 +356,14 @@ export function createApi(parts: Parts) {
   async function storeEvents(request: Request, maxErrors = DEFAULT_LISTED_ERRORS) {
     using reservation = budget.admit();
     const received = { request, reservation, schema, onRejected: metrics.rejected };
-    const lines = await sortLines(await readLines(received), received, maxErrors);
+    const body = await readLines(received);
+    const lines = await sortLines(body, received, maxErrors);
     using held = answers.hold();
     held.reserve(lines.errorBytes);
     const position = formatPosition(await stored(journal.append(lines.good)));
     metrics.accepted(lines.counts.accepted);
+    // Not where it failed: the journal may still hold them.
+    freeLines(reservation, body, lines);
     return held.answer({ ...lines.counts, position }, 201);
   }
 
@@ -384,9 +387,11 @@ export function createApi(parts: Parts) {
     const storing = sources.store({ name, from, digest }, body, sort);
     arriving.arrived();
     const result = await stored(storing);
-    const { counts } = lines ?? (await sort());
+    const sorted = lines ?? (await sort());
+    const { counts } = sorted;
     if ("state" in result) throw refusal(result, { from, lines: counts });
     metrics.accepted(counts.accepted);
+    freeLines(reservation, body, sorted);
     const headers = sourceHeaders({ offset: to, digest });
     const position = formatPosition(result.position);
     return { headers, counts: held.answer({ ...counts, position }, 200) };

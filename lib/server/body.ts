@@ -11,6 +11,7 @@ import {
   MAX_ID_BYTES,
   openScanner,
 } from "../event/event.ts";
+import { freeBytes } from "../buffers.ts";
 import { eachEventFrom, withoutBom } from "../event/lines.ts";
 import { watchArrivals } from "./arrivals.ts";
 import type { EventSchema } from "./event-schema.ts";
@@ -160,8 +161,14 @@ export type Lines = Awaited<ReturnType<typeof sortLines>>;
 export async function readLines({ request, reservation }: Received): Promise<Uint8Array> {
   requireType(request, "application/x-ndjson");
   const whole = await decompressed(request, reservation);
-  reservation.reserveLarge(whole.length);
+  reservation.reserveFrame(whole.length);
   return whole;
+}
+
+/** Frees a body that is stored, and its good lines. */
+export function freeLines(reservation: Reservation, body: Uint8Array, { good }: Lines): void {
+  if (good.buffer !== body.buffer) freeBytes(new Uint8Array(good.buffer));
+  reservation.free(body);
 }
 
 /**
@@ -301,6 +308,7 @@ async function decompressed(request: Request, reservation: Reservation): Promise
       if (content.length < minBytes || read.some((byte) => byte !== 0))
         throw new Error("some of it is missing");
       reservation.release(MAX_EVENTS_BYTES - content.length);
+      reservation.free(bytes);
       return content;
     } catch (error) {
       if ((error as { code?: string }).code === "ERR_BUFFER_TOO_LARGE")

@@ -2,6 +2,8 @@
  * Puts the chunks of a body together. Each has its own cost, whatever its size: 16 MB in chunks of one
  * byte took 1.8 GB. So small ones are copied into blocks, which grow with what has arrived.
  */
+import { freeBytes } from "../buffers.ts";
+
 const MIN_BLOCK_BYTES = 4 * 1024;
 const MAX_BLOCK_BYTES = 64 * 1024;
 /** Chunks from this size on are kept as they are. */
@@ -30,10 +32,14 @@ export class Gather {
     this.bytes += chunk.length;
   }
 
+  /** All chunks, which are gone then. */
   whole(): Uint8Array {
     this.endBlock();
     const [first] = this.parts;
-    return first && this.parts.length === 1 ? first : Buffer.concat(this.parts, this.bytes);
+    if (first && this.parts.length === 1) return first;
+    const whole = Buffer.concat(this.parts, this.bytes);
+    for (const part of this.parts.splice(0)) freeBytes(part);
+    return whole;
   }
 
   private startBlock(leastBytes: number): void {
