@@ -52,6 +52,8 @@ const HASH_SLICE_BYTES = 1024 * 1024;
 
 /** It is waited for this long until all that the stream holds is posted. */
 const SETTLE_MS = 5_000;
+/** For the bytes before those that have come. A client sends two chunks at a time only where each takes less than a second. */
+const MAX_WAIT_MS = 5_000;
 const LF = 10;
 
 /** How much of a source is stored; `digest` is the SHA-256 (hex) of its bytes before `offset`. */
@@ -125,13 +127,15 @@ export function openSources(journal: Journal, database: Database, settle: Posted
     state: stateOf,
     /**
      * Notes that bytes `from` to `to` of a source are arriving. `before` settles once those that end at `from`
-     * have come, if they are arriving too: then `store` is called in the order of the bytes.
+     * have come, if they are arriving too: then `store` is called in the order of the bytes. It waits for some
+     * seconds at most, because a body that waits holds memory, and the one before it may take hours.
      */
     expect(name: string, from: number, to: number) {
       const here = arriving.get(name) ?? new Set();
       arriving.set(name, here);
       const { promise, resolve } = Promise.withResolvers<void>();
-      const before = here.values().find((other) => other.to === from)?.promise;
+      const previous = here.values().find((other) => other.to === from)?.promise;
+      const before = previous && Promise.race([previous, Bun.sleep(MAX_WAIT_MS)]);
       const own = { to, promise };
       here.add(own);
       return {
