@@ -53,6 +53,24 @@ export const BREAKS: readonly Break[] = [
     "unit/gather",
   ),
   without(
+    "the number of pages that are read at a time",
+    "const MAX_READS = 4;",
+    "const MAX_READS = 4_000;",
+    "unit/gather",
+  ),
+  without(
+    "the rejection of bodies in tiny chunks",
+    "throw tooSmallChunks(gather.bytes / chunks);",
+    "tooSmallChunks(gather.bytes / chunks);",
+    "server/memory",
+  ),
+  without(
+    "the limit of a wait for the bytes before",
+    "Promise.race([previous, Bun.sleep(MAX_WAIT_MS)])",
+    "previous",
+    "server/sources",
+  ),
+  without(
     "the turns that slices take one after the other",
     "waiting[0]?.();\n  waiting.shift();",
     "for (const go of waiting.splice(0)) go();",
