@@ -10,6 +10,8 @@ export const hasNats = isInstalled("nats-server");
 
 interface Options {
   nodes?: number;
+  /** How many of them are started; the others are left to the test. */
+  started?: number;
   /** What is acknowledged is on the disk: "always"; the default of nats-server is "2m". */
   sync?: string;
   hasJetStream?: boolean;
@@ -36,6 +38,7 @@ class NodeEnded extends Error {}
 
 async function openOnce({
   nodes: count = 3,
+  started: startedCount = count,
   sync = "always",
   hasJetStream = true,
   more = "",
@@ -94,7 +97,8 @@ async function openOnce({
     };
     return node;
   });
-  for (const node of nodes) node.start();
+  const started = nodes.slice(0, startedCount);
+  for (const node of started) node.start();
   const isListening = (port: number) =>
     new Promise<boolean>((resolve) => {
       const socket = connect(port, "127.0.0.1", () => (socket.destroy(), resolve(true)));
@@ -107,11 +111,11 @@ async function openOnce({
     folder[Symbol.dispose]();
     throw new NodeEnded(said.slice(-1_000));
   };
-  for (const node of nodes) await until(() => isUp(node), 30_000);
-  const ready = async () => {
-    for (const node of nodes) await until(node.isReady, 30_000);
+  for (const node of started) await until(() => isUp(node), 30_000);
+  const ready = async (waited = nodes) => {
+    for (const node of waited) await until(node.isReady, 30_000);
   };
-  if (hasJetStream && count > 1) await ready();
+  if (hasJetStream && count > 1) await ready(started);
   interface Answer {
     config?: object;
     cluster?: { leader?: string };
