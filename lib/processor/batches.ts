@@ -44,6 +44,13 @@ const POLL_MS = 5;
  * syncs the journal and is a transaction: 300 a second took almost half of the speed of `POST /liveEvent`.
  */
 const GATHERING_POLLS = 4;
+/**
+ * A read that finds this much finds a file that is being sent. Then the next posting waits for these polls after each of
+ * its chunks, but not longer than about two postings take: a file of 100,000 users that arrived in 2 s changed each of
+ * them twice or three times, while client and server waited for the processor.
+ */
+const BULK_BYTES = 256 * 1024;
+const MAX_GATHERING_MS = 2_000;
 const BLOCK_BYTES = 1024 * 1024;
 
 export interface BatchReader extends AsyncDisposable {
@@ -110,7 +117,11 @@ export async function openJournalBatches(
     bytes: await journal.end(),
     async next(posting) {
       let isPosting = true;
-      const settled = () => (isPosting = false);
+      let gatherToMs = Infinity;
+      const settled = () => {
+        isPosting = false;
+        gatherToMs = performance.now() + MAX_GATHERING_MS;
+      };
       const ready = posting.then(settled, settled);
       const fold = new Fold(limit.maxUsers, posted, refused, counted);
       const start = position;
@@ -118,6 +129,7 @@ export async function openJournalBatches(
       let isBusy = false;
       let polls = 0;
       while (!fold.isFull && position - start < MAX_BATCH_BYTES) {
+        const before = position;
         const frames = await journal.read(position).catch((error) => unlessPosted(error, start));
         for (const { from, to, header, payload, atMs } of frames) {
           fold.addFrame(payload, to - payload.length, atMs);
@@ -126,6 +138,10 @@ export async function openJournalBatches(
           if (fold.isFull) break;
         }
         if (frames.length > 0) folded?.(position);
+        if (position - before >= BULK_BYTES && performance.now() < gatherToMs) {
+          isBusy = true;
+          polls = 0;
+        }
         if (frames.length > 0) continue;
         if (position === start) break;
         // When idle, an event is posted at once: it arrived while nothing was being posted.

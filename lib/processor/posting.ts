@@ -47,6 +47,8 @@ const FILE_PATIENCE_MS = 60_000;
  * waits too long.
  */
 const GARBAGE_BYTES = 16 * 1024 * 1024;
+/** What the arrays of the claim before have taken in the driver. */
+const CLAIM_GARBAGE_BYTES = 250;
 const AGE_EVERY_MS = 60_000;
 const NOTICE_EVERY_MS = 60_000;
 const QUARANTINED_AS = {
@@ -359,7 +361,7 @@ async function postBatches(batches: BatchReader, posting: Posting): Promise<Atte
     if (outcome && outcome.state !== "posted") return outcome;
     await posting.between?.();
     if (batch) {
-      garbageBytes += batch.to - batch.from;
+      garbageBytes += batch.to - batch.from + CLAIM_GARBAGE_BYTES * batch.claims.size;
       if (garbageBytes > GARBAGE_BYTES) {
         Bun.gc(true);
         garbageBytes = 0;

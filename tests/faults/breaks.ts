@@ -439,6 +439,12 @@ export const BREAKS: readonly Break[] = [
     "processor/ids",
   ),
   without(
+    "that the chunks of a file wait for each other",
+    "position - before >= BULK_BYTES && performance.now() < gatherToMs",
+    "false",
+    "processor/pace",
+  ),
+  without(
     "the pace of postings",
     "(!isBusy || ++polls > GATHERING_POLLS)",
     "true",
