@@ -38,12 +38,14 @@ import { type BatchLimit, Fold, MAX_BATCH_BYTES } from "./fold.ts";
 import type { Report } from "./supervisor.ts";
 
 /** While a posting is in progress, the journal is polled this often for more. */
-const POLL_MS = 5;
+const POLL_MS = 10;
 /**
  * Where events arrived while a posting was in progress, the next one waits for this many polls more. Each posting
  * syncs the journal and is a transaction: 300 a second took almost half of the speed of `POST /liveEvent`.
  */
-const GATHERING_POLLS = 4;
+const GATHERING_POLLS = 2;
+/** After a read that found less, the next one waits: a server may commit 1,000 small frames a second. */
+const BACKLOG_BYTES = 256 * 1024;
 const BLOCK_BYTES = 1024 * 1024;
 
 export interface BatchReader extends AsyncDisposable {
@@ -118,6 +120,7 @@ export async function openJournalBatches(
       let isBusy = false;
       let polls = 0;
       while (!fold.isFull && position - start < MAX_BATCH_BYTES) {
+        const before = position;
         const frames = await journal.read(position).catch((error) => unlessPosted(error, start));
         for (const { from, to, header, payload, atMs } of frames) {
           fold.addFrame(payload, to - payload.length, atMs);
@@ -126,7 +129,8 @@ export async function openJournalBatches(
           if (fold.isFull) break;
         }
         if (frames.length > 0) folded?.(position);
-        if (frames.length > 0) continue;
+        const isBacklog = position - before >= BACKLOG_BYTES;
+        if (isBacklog || (frames.length > 0 && !isPosting && !isBusy)) continue;
         if (position === start) break;
         // When idle, an event is posted at once: it arrived while nothing was being posted.
         if (!isPosting && (!isBusy || ++polls > GATHERING_POLLS)) break;

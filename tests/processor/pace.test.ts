@@ -54,8 +54,18 @@ test("events that arrive during a posting wait until it has ended, and for what 
   const { events, reads } = await firstBatch((count) => {
     if (count === 3) resolve();
     if (count > 3) settled++;
-    return count === 1 || count === 3 || settled === 3 || settled > 1_000;
+    return count === 1 || count === 3 || settled === 2 || settled > 1_000;
   }, posting);
   expect(events).toBe(3);
   expect(reads).toBeLessThan(12); // it does not wait for ever
+});
+
+test("a batch ends although each read finds a few events more", async () => {
+  const { promise: posting, resolve } = Promise.withResolvers<void>();
+  const { events, reads } = await firstBatch((count) => {
+    if (count === 3) resolve();
+    return count < 1_000;
+  }, posting);
+  expect(events).toBe(reads);
+  expect(reads).toBeLessThan(12);
 });
