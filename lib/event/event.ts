@@ -106,6 +106,14 @@ export function decodeEvent(
   return toChange(event, values.find(({ holder }) => holder === event)?.written ?? "");
 }
 
+/** The id of the event on a line, if it has one, or why it is not an event: `decodeEvent` for a caller that posts nothing. */
+export function decodeId(line: Uint8Array): string | undefined | InvalidEvent {
+  if (line.length <= MAX_EVENT_BYTES && scanner.scan(line, 0) === line.length)
+    return scannedId(scanner, line);
+  const decoded = decodeEvent(line);
+  return decoded instanceof InvalidEvent ? decoded : decoded.id;
+}
+
 /**
  * Checks the fields of an event whose value was written as `written`. By hand, although
  * lib/server/openapi.ts has a schema: loading a schema compiler took a quarter of a client's start.
@@ -145,11 +153,14 @@ export function openScanner(): Scanner {
 
 /** The event that `scanned` found last, in `bytes`, as `decodeEvent` would return it. */
 export function scannedChange(scanned: Scanner, bytes: Uint8Array): Change {
-  const { userFrom, userTo, idFrom, idTo, name, sign, whole, billionths } = scanned;
+  const { userFrom, userTo, name, sign, whole, billionths } = scanned;
   const userId = utf8.decode(bytes.subarray(userFrom, userTo));
   const amount = BigInt(sign) * (BigInt(whole) * UNITS + BigInt(billionths));
-  const id = idTo > 0 ? utf8.decode(bytes.subarray(idFrom, idTo)) : undefined;
-  return { userId, name, sign, amount, id };
+  return { userId, name, sign, amount, id: scannedId(scanned, bytes) };
+}
+
+function scannedId({ idFrom, idTo }: Scanner, bytes: Uint8Array): string | undefined {
+  return idTo > 0 ? utf8.decode(bytes.subarray(idFrom, idTo)) : undefined;
 }
 
 /** Whether an event can have this `userId`. */

@@ -52,6 +52,8 @@ export interface Disk {
   lock(path: string): Lock | null;
   /** Milliseconds since 1970. */
   now(): number;
+  /** Returns in the next turn of the event loop: requests that are ready now are read before. */
+  turn(): Promise<void>;
 }
 
 export const disk: Disk = {
@@ -109,6 +111,7 @@ export const disk: Disk = {
   },
   lock: tryLock,
   now: () => Date.now(),
+  turn: () => new Promise((resolve) => void setImmediate(resolve)),
 };
 
 /** What 0.1.0 has made may be readable to others. What is another user's, or no file, stays as it is. */

@@ -5,7 +5,8 @@
  * A frame that would make the file larger than a segment may be begins a new file: see `rotate`.
  *
  * Group commit: while one frame is written and synced, everything that arrives waits together and
- * shares the next one. The order in `commit` is the promise: write, sync, answer.
+ * shares the next one. So does what arrives in one turn of the event loop. The order in `commit` is the
+ * promise: write, sync, answer.
  *
  * States: open → troubled (nothing could be written: nothing is acknowledged, and the next append tries
  * again) → open; open → failed (a sync failed: what is on the disk is unknown from then on, so it never
@@ -249,7 +250,10 @@ function writer(opened: {
   };
 
   async function commitAll() {
-    while (waiting.length > 0) await commit(takeGroup());
+    while (waiting.length > 0) {
+      await disk.turn();
+      await commit(takeGroup());
+    }
     committing = null;
   }
 

@@ -38,16 +38,17 @@ import { type BatchLimit, Fold, MAX_BATCH_BYTES } from "./fold.ts";
 import type { Report } from "./supervisor.ts";
 
 /** While a posting is in progress, the journal is polled this often for more. */
-const POLL_MS = 5;
+const POLL_MS = 10;
 /**
  * Where events arrived while a posting was in progress, the next one waits for this many polls more. Each posting
  * syncs the journal and is a transaction: 300 a second took almost half of the speed of `POST /liveEvent`.
  */
-const GATHERING_POLLS = 4;
+const GATHERING_POLLS = 2;
 /**
- * A read that finds this much finds a file that is being sent. Then the next posting waits for these polls after each of
- * its chunks, but not longer than about two postings take: a file of 100,000 users that arrived in 2 s changed each of
- * them twice or three times, while client and server waited for the processor.
+ * A read that finds this much finds a backlog, or a file that is being sent. After any smaller one the next read waits: a
+ * server may commit 1,000 small frames a second. After a larger one the next posting waits for these polls, too, but not
+ * longer than about two postings take: a file of 100,000 users that arrived in 2 s changed each of them twice or three
+ * times, while client and server waited for the processor.
  */
 const BULK_BYTES = 256 * 1024;
 const MAX_GATHERING_MS = 2_000;
@@ -138,11 +139,12 @@ export async function openJournalBatches(
           if (fold.isFull) break;
         }
         if (frames.length > 0) folded?.(position);
-        if (position - before >= BULK_BYTES && performance.now() < gatherToMs) {
+        const isBulk = position - before >= BULK_BYTES;
+        if (isBulk && performance.now() < gatherToMs) {
           isBusy = true;
           polls = 0;
         }
-        if (frames.length > 0) continue;
+        if (isBulk || (frames.length > 0 && !isPosting && !isBusy)) continue;
         if (position === start) break;
         // When idle, an event is posted at once: it arrived while nothing was being posted.
         if (!isPosting && (!isBusy || ++polls > GATHERING_POLLS)) break;

@@ -3,7 +3,7 @@
  * stand below the routes. What a route promises is in its `detail`; failures leave as a Problem.
  */
 import { openapi } from "@elysiajs/openapi";
-import { Elysia, t } from "elysia";
+import { Elysia, status, t } from "elysia";
 
 import { isUserId } from "../event/event.ts";
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
@@ -146,20 +146,22 @@ export function createApi(parts: Parts) {
       grants: (scope: Scope) => ({
         detail:
           access.readingIsOpen && scope === "balances:read" ? {} : { security: [{ secret: [] }] },
-        transform: async ({ request, server, path, route, params, query, set }) => {
+        transform: async ({ request, path, route, params, query, set }) => {
           // What is read may not be kept by a cache, which asks for no credential; refusals included.
           if (scope === "balances:read") set.headers["cache-control"] = "no-store";
           const { userid } = (params ?? {}) as { userid?: string };
           // Only there does the query name the user; elsewhere it must not grant anything.
           const user = path === USERS_PATH ? (query as { user_id?: string }).user_id : userid;
-          await authorize({ request, server }, scope, user);
+          // Not the context's `server`, which Elysia defines as a property of each request.
+          const denied = authorize({ request, server: serving() }, scope, user);
+          if (denied) await denied;
           if (!request.url.includes("?")) return;
           const { hooks } = routes.find((each) => each.path === route && each.hooks.query) ?? {};
           if (hooks?.query) checkQuery(request.url, hooks.query);
         },
       }),
     })
-    .post("/liveEvent", async ({ request, status }) => status(201, await storeEvent(request)), {
+    .post("/liveEvent", ({ request }) => storeEvent(request), {
       grants: "events:write",
       parse: "none",
       body: EventBody,
@@ -338,6 +340,10 @@ export function createApi(parts: Parts) {
   // Its type is wrong: it describes a function that returns functions.
   return app.wrap(observe(log, metrics, (path) => routeOf(routes, path)) as never);
 
+  function serving(): Bun.Server<unknown> | null {
+    return app.server;
+  }
+
   async function describeApi({ request }: { request: Request }): Promise<Response> {
     await nextTurn(); // 1 ms
     const { origin } = new URL(request.url);
@@ -350,7 +356,7 @@ export function createApi(parts: Parts) {
     const line = await readEvent({ request, reservation, schema, onRejected: metrics.rejected });
     const position = formatPosition(await stored(journal.append(line)));
     metrics.accepted(1);
-    return { message: "Event sent to process", position };
+    return status(201, { message: "Event sent to process", position });
   }
 
   async function storeEvents(request: Request, maxErrors = DEFAULT_LISTED_ERRORS) {

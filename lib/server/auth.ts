@@ -40,6 +40,13 @@ export interface Caller {
   server: Pick<Bun.Server<unknown>, "requestIP"> | null;
 }
 
+/** What a caller asks for. */
+interface Asked {
+  caller: Caller;
+  scope: Scope;
+  user: string | undefined;
+}
+
 export function openAuth(access: Access, log: Log) {
   const { writers, readers, readingIsOpen, hosts, tokens, tokensAreLocal } = access;
   const throttle = openThrottle();
@@ -50,9 +57,9 @@ export function openAuth(access: Access, log: Log) {
 
   /**
    * Returns when the caller may do it; throws the 401, 403, 429 or 503 otherwise. `user` is the one whose
-   * balance is read.
+   * balance is read. A secret that grants it returns at once, without a promise.
    */
-  return async (caller: Caller, scope: Scope, user?: string): Promise<void> => {
+  return (caller: Caller, scope: Scope, user?: string): Promise<void> | undefined => {
     const { headers } = caller.request;
     if (readingIsOpen && scope === "balances:read" && isLocal(headers, hosts)) return;
     const header = headers.get("authorization") ?? "";
@@ -66,6 +73,14 @@ export function openAuth(access: Access, log: Log) {
     if (mayWrite || (mayRead && scope === "balances:read")) return;
     if (mayRead) throw forbidden(scope, "this secret is read-only");
     if (!tokens || !isToken(credential)) return deny(caller);
+    return checkToken(tokens, credential, { caller, scope, user });
+  };
+
+  async function checkToken(
+    tokens: Verify,
+    credential: string,
+    { caller, scope, user }: Asked,
+  ): Promise<void> {
     const claims = await tokens(credential).catch((error) => {
       if (error instanceof InvalidToken) return deny(caller, error.fault);
       if (error instanceof KeysUnavailable)
@@ -75,7 +90,7 @@ export function openAuth(access: Access, log: Log) {
     const isOwn = user !== undefined && user === claims.sub;
     if (!claims.scopes.includes(scope) && !isOwn)
       throw forbidden(scope, `this token lacks the scope ${scope}`);
-  };
+  }
 
   /** The default secret is public: it is for this machine's own requests. */
   function denyDefault(caller: Caller): Promise<never> {
@@ -121,14 +136,15 @@ function challenge(parameters = ""): Record<string, string> {
   return { "www-authenticate": `Bearer realm="daybook"${parameters && `, ${parameters}`}` };
 }
 
-function isAmong(digests: readonly Buffer[], presented: Buffer): boolean {
+function isAmong(digests: readonly Uint8Array[], presented: Uint8Array): boolean {
   let isFound = false;
   for (const digest of digests) if (timingSafeEqual(digest, presented)) isFound = true;
   return isFound;
 }
 
-function digest(text: string): Buffer {
-  return new Bun.CryptoHasher("sha256").update(text).digest();
+function digest(text: string): Uint8Array {
+  // A third of the time that a CryptoHasher takes, which was 4 % of a small request.
+  return Bun.SHA256.hash(text, new Uint8Array(32)) as Uint8Array;
 }
 
 /** Who may do what, by the settings. */

@@ -4,6 +4,7 @@ import { gunzip, zstdDecompress } from "node:zlib";
 
 import {
   decodeEvent,
+  decodeId,
   type Fault,
   InvalidEvent,
   isEventId,
@@ -13,7 +14,7 @@ import {
 } from "../event/event.ts";
 import { freeBytes } from "../buffers.ts";
 import { eachEventFrom, withoutBom } from "../event/lines.ts";
-import { watchArrivals } from "./arrivals.ts";
+import { type Arrival, watchArrivals } from "./arrivals.ts";
 import type { EventSchema } from "./event-schema.ts";
 import { Gather } from "./gather.ts";
 import { MAX_ANSWER_BYTES } from "./held-answer.ts";
@@ -80,11 +81,11 @@ export async function readEvent({ request, reservation, schema, onRejected }: Re
   const body = withoutBom(await readBytes(request, MAX_EVENT_BYTES, reservation));
   // Hundreds of large events may arrive at once, each worth 5 ms.
   if (body.length > MAX_AT_ONCE_BYTES) await nextTurn();
-  const decoded = decodeEvent(body);
+  const decoded = decodeId(body);
   if (decoded instanceof InvalidEvent && decoded.kind !== "event") throw notAnEvent(decoded);
   const key = parseKey(request.headers.get("idempotency-key"));
   const faults = decoded instanceof InvalidEvent ? [...decoded.faults] : [];
-  const id = decoded instanceof InvalidEvent ? undefined : decoded.id;
+  const id = decoded instanceof InvalidEvent ? undefined : decoded;
   // Not where there is no object to add it to, or its own id is at fault.
   const isNew =
     key !== null && key !== id && faults.every(({ path }) => path !== "" && path !== "/id");
@@ -281,7 +282,9 @@ function tooComplex(at: number): Problem {
 }
 
 function requireType(request: Request, required: string): void {
-  const [type = ""] = (request.headers.get("content-type") ?? "").split(";");
+  const given = request.headers.get("content-type") ?? "";
+  if (given === required) return;
+  const [type = ""] = given.split(";");
   if (type.trim().toLowerCase() !== required)
     throw new Problem(415, `Content-Type must be ${required}`);
 }
@@ -332,19 +335,20 @@ async function readBytes(
 ): Promise<Uint8Array> {
   const announced = Number(request.headers.get("content-length") ?? Number.NaN);
   if (announced > limit) throw tooLarge(limit);
-  const isSmall = announced <= MAX_SMALL_BYTES;
-  using arrival = arrivals.expect({ isSmall });
   try {
-    return await Promise.race([isSmall ? request.bytes() : readChunks(), arrival.tooSlow]);
+    if (announced <= MAX_SMALL_BYTES) return await arrivals.small(request.bytes());
+    using arrival = arrivals.expect();
+    return await Promise.race([readChunks(arrival), arrival.tooSlow]);
   } catch (error) {
     // The sender is gone, so nobody reads this; but it is not our fault either.
     throw error instanceof Problem ? error : new Problem(400, "the body ended too early");
   }
 
   /** Reserves what has arrived, not what is announced: slow senders hold little. */
-  async function readChunks(): Promise<Uint8Array> {
-    const { reserve, reserveLarge } = reservation;
-    const gather = new Gather(announced <= MAX_EVENT_BYTES ? reserve : reserveLarge);
+  async function readChunks(arrival: Arrival): Promise<Uint8Array> {
+    const gather = new Gather((bytes) =>
+      announced <= MAX_EVENT_BYTES ? reservation.reserve(bytes) : reservation.reserveLarge(bytes),
+    );
     let chunks = 0;
     for await (const chunk of request.body ?? []) {
       arrival.arrived(chunk.length);

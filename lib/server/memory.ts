@@ -18,57 +18,75 @@ const GARBAGE_BYTES = 32 * 1024 * 1024;
 /** What a request costs besides its body. It bounds their number too, to 14,336. */
 export const REQUEST_BYTES = 4096;
 
-/** What one request holds; `using` releases it. */
-export type Reservation = ReturnType<ReturnType<typeof openMemoryBudget>["admit"]>;
+interface Budget {
+  readonly bytes: number;
+  usedBytes: number;
+  garbageBytes: number;
+}
 
-export function openMemoryBudget(budgetBytes = MAX_REQUESTS_BYTES) {
-  let usedBytes = 0;
-  let garbageBytes = 0;
+/** What one request holds; `using` releases it. A class: with closures each small request took 2 % longer. */
+export class Reservation {
+  private heldBytes = 0;
+  private frameBytes = 0;
+
+  constructor(private readonly budget: Budget) {}
+
+  /** Adds `bytes` to the reservation. Throws the 503 when the budget is used up. */
+  reserve(bytes: number): void {
+    this.reserveUpTo(this.budget.bytes, bytes);
+  }
+
+  /** The same for a part of a large body, which leaves the share of small requests alone. */
+  reserveLarge(bytes: number): void {
+    this.reserveUpTo(this.budget.bytes - SMALL_REQUESTS_BYTES, bytes);
+  }
+
+  /** The same for the frame of a body, which the journal frees. */
+  reserveFrame(bytes: number): void {
+    this.reserveLarge(bytes);
+    this.frameBytes += bytes;
+  }
+
+  /** Gives back a part of it. */
+  release(bytes: number): void {
+    this.budget.usedBytes -= bytes;
+    this.heldBytes -= bytes;
+  }
+
+  /** Gives back what these bytes hold, which nobody reads any more, and their memory. */
+  free(bytes: Uint8Array): void {
+    if (freeBytes(bytes)) this.release(bytes.length);
+  }
+
+  [Symbol.dispose](): void {
+    const { budget } = this;
+    // Small requests are collected in time: at 50,000 a second, forced collections for them
+    // took an eighth of the time.
+    budget.garbageBytes += Math.max(0, this.heldBytes - this.frameBytes - REQUEST_BYTES);
+    this.release(this.heldBytes);
+    if (budget.garbageBytes < GARBAGE_BYTES) return;
+    budget.garbageBytes = 0;
+    Bun.gc(true);
+  }
+
+  private reserveUpTo(limitBytes: number, bytes: number): void {
+    if (this.budget.usedBytes + bytes > limitBytes)
+      throw unavailable("the server is overloaded; retry shortly");
+    this.budget.usedBytes += bytes;
+    this.heldBytes += bytes;
+  }
+}
+
+export function openMemoryBudget(bytes = MAX_REQUESTS_BYTES) {
+  const budget: Budget = { bytes, usedBytes: 0, garbageBytes: 0 };
   return {
     /** What all requests hold now. */
-    usedBytes: () => usedBytes,
+    usedBytes: () => budget.usedBytes,
     /** Admits a request. Throws the 503 when there are too many. */
-    admit() {
-      let heldBytes = 0;
-      let frameBytes = 0;
-      const reserve = (bytes: number, limitBytes: number) => {
-        if (usedBytes + bytes > limitBytes)
-          throw unavailable("the server is overloaded; retry shortly");
-        usedBytes += bytes;
-        heldBytes += bytes;
-      };
-      const release = (bytes: number) => {
-        usedBytes -= bytes;
-        heldBytes -= bytes;
-      };
-      reserve(REQUEST_BYTES, budgetBytes);
-      return {
-        /** Adds `bytes` to the reservation. Throws the 503 when the budget is used up. */
-        reserve: (bytes: number) => reserve(bytes, budgetBytes),
-        /** The same for a part of a large body, which leaves the share of small requests alone. */
-        reserveLarge: (bytes: number) => reserve(bytes, budgetBytes - SMALL_REQUESTS_BYTES),
-        /** The same for the frame of a body, which the journal frees. */
-        reserveFrame(bytes: number) {
-          reserve(bytes, budgetBytes - SMALL_REQUESTS_BYTES);
-          frameBytes += bytes;
-        },
-        /** Gives back a part of it. */
-        release,
-        /** Gives back what these bytes hold, which nobody reads any more, and their memory. */
-        free(bytes: Uint8Array) {
-          if (freeBytes(bytes)) release(bytes.length);
-        },
-        [Symbol.dispose]() {
-          usedBytes -= heldBytes;
-          // Small requests are collected in time: at 50,000 a second, forced collections for them
-          // took an eighth of the time.
-          garbageBytes += Math.max(0, heldBytes - frameBytes - REQUEST_BYTES);
-          heldBytes = 0;
-          if (garbageBytes < GARBAGE_BYTES) return;
-          garbageBytes = 0;
-          Bun.gc(true);
-        },
-      };
+    admit(): Reservation {
+      const reservation = new Reservation(budget);
+      reservation.reserve(REQUEST_BYTES);
+      return reservation;
     },
   };
 }

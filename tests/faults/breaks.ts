@@ -440,7 +440,7 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "that the chunks of a file wait for each other",
-    "position - before >= BULK_BYTES && performance.now() < gatherToMs",
+    "isBulk && performance.now() < gatherToMs",
     "false",
     "processor/pace",
   ),

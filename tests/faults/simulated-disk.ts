@@ -139,6 +139,7 @@ export class SimulatedDisk {
         };
       },
       now: () => 1_700_000_000_000 + this.syncs,
+      turn: async () => {},
     };
   }
 

@@ -58,7 +58,7 @@ test("events that arrive during a posting wait until it has ended, and for what 
   const { events, reads } = await firstBatch((count) => {
     if (count === 3) resolve();
     if (count > 3) settled++;
-    return count === 1 || count === 3 || settled === 3 || settled > 1_000;
+    return count === 1 || count === 3 || settled === 2 || settled > 1_000;
   }, posting);
   expect(events).toBe(3);
   expect(reads).toBeLessThan(12); // it does not wait for ever
@@ -75,4 +75,14 @@ test("the chunks of a file that is being sent wait for each other", async () => 
     512 * 1024,
   );
   expect(events).toBe(10);
+});
+
+test("a batch ends although each read finds a few events more", async () => {
+  const { promise: posting, resolve } = Promise.withResolvers<void>();
+  const { events, reads } = await firstBatch((count) => {
+    if (count === 3) resolve();
+    return count < 1_000;
+  }, posting);
+  expect(events).toBe(reads);
+  expect(reads).toBeLessThan(12);
 });

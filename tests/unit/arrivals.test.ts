@@ -10,15 +10,16 @@ async function arrive(options: {
   seconds: number;
   isSmall?: boolean;
 }) {
-  const { bytes, everyS, seconds, isSmall = false } = options;
+  const { bytes, everyS, seconds, isSmall } = options;
   let now = 0;
   const arrivals = watchArrivals(() => now, 2 ** 30);
-  using arrival = arrivals.expect({ isSmall });
+  using arrival = isSmall ? null : arrivals.expect();
+  const arriving = arrival?.tooSlow ?? arrivals.small(new Promise<never>(() => {}));
   let rejected = null as string | null;
-  arrival.tooSlow.catch((error: Error) => (rejected = error.message));
+  arriving.catch((error: Error) => (rejected = error.message));
   for (let second = 1; second <= seconds && rejected === null; second++) {
     now += 1_000;
-    if (second % everyS === 0) arrival.arrived(bytes);
+    if (second % everyS === 0) arrival?.arrived(bytes);
     arrivals.look();
     await Promise.resolve();
     await Promise.resolve();
@@ -47,7 +48,7 @@ test.each([
 test("a body that was fast for a minute and then drips is rejected", async () => {
   let now = 0;
   const arrivals = watchArrivals(() => now, 2 ** 30);
-  using arrival = arrivals.expect({ isSmall: false });
+  using arrival = arrivals.expect();
   const rejected: Promise<string> = arrival.tooSlow.catch((error: Error) => error.message);
   for (let second = 1; second <= 180; second++) {
     now += 1_000;
@@ -55,4 +56,12 @@ test("a body that was fast for a minute and then drips is rejected", async () =>
     arrivals.look();
   }
   expect(await rejected).toContain("less than 1 kB/s");
+});
+
+test("a small body that arrives, or whose sender is gone, is passed on", async () => {
+  const arrivals = watchArrivals();
+  const bytes = new Uint8Array([1]);
+  expect(await arrivals.small(Promise.resolve(bytes))).toBe(bytes);
+  const ended = arrivals.small(Promise.reject(new Error("the sender is gone")));
+  expect(ended).rejects.toThrow("the sender is gone");
 });
