@@ -28,7 +28,7 @@ const KILLS = IS_LONG ? 5 : 2;
 const PARTS = IS_LONG ? 16 : 6;
 const CUTS = 40;
 const NO_PROCESSOR = ["--no-processor"];
-setDefaultTimeout(30_000);
+setDefaultTimeout(120_000);
 
 test(
   "a server that is killed under load loses no acknowledged event and counts none twice",
