@@ -62,6 +62,11 @@ export function readProcess(pid: number) {
   }
 }
 
+/** Whether a process holds a lock on a file: of the processors of one journal, only the one that posts does. */
+export function holdsLock(pid: number): boolean {
+  return readFileSync("/proc/locks", "utf8").includes(` ${pid} `);
+}
+
 /**
  * The memory of Postgres: of all its processes together, in which what they share counts once (PSS). Also
  * how many processes these are, and their descriptors.

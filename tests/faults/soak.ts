@@ -31,6 +31,7 @@ import { load, openCounts, openOracle, view } from "./soak-load.ts";
 import {
   countFiles,
   format,
+  holdsLock,
   judge,
   plot,
   readPostgres,
@@ -243,7 +244,9 @@ export async function soak(hours: number, out: string): Promise<number> {
       }
       for (const { name, program, bornS } of killed) {
         const ageS = spentS() - bornS;
-        if (ageS >= LIKE_AGE_S.from && ageS < LIKE_AGE_S.to) look(`killed ${name}`, program.pid);
+        if (ageS < LIKE_AGE_S.from || ageS >= LIKE_AGE_S.to) continue;
+        // One of the processors waits for the other one, and needs half the memory.
+        if (name !== "processor" || holdsLock(program.pid)) look(`killed ${name}`, program.pid);
       }
       const ofPostgres = readPostgres(postmaster);
       found.push(["Postgres: memory", "MiB", ofPostgres.mib]);
