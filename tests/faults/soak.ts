@@ -48,7 +48,7 @@ const LIKE_AGE_S = { from: 5, to: 10 };
 const STEPS_S = [0, 70, -70, 3_700, -3_700, 90_000, -90_000, 8_640_000, -8_640_000];
 /** Small, so that they are full before the second quarter. */
 const SHARED_BUFFERS = "16MB";
-const ID_DAYS = "3";
+const ID_DAYS = "2";
 
 type Program = ReturnType<typeof spawn>;
 
