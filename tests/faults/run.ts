@@ -3,7 +3,8 @@
  * at a time, each time with other seeds, until the time is up, and prints what was tried. Exit code 0 if
  * nothing failed, else 1, with the command that repeats each failure.
  *
- * `bun run faults --breaks [NAME]` tests the suite itself: see breaks.ts.
+ * `bun run faults --breaks [NAME]` tests the suite itself: see breaks.ts. `bun run faults --soak HOURS
+ * [--out DIR]` does everything at once, for long: see soak.ts.
  */
 import { mkdtempSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -12,6 +13,7 @@ import { parseArgs } from "node:util";
 
 import { removeTemporary, root } from "./altered.ts";
 import { killRuns, runTestProcess } from "./processes.ts";
+import { defaultOut, soak } from "./soak.ts";
 import { tryBreaks } from "./try-breaks.ts";
 
 const LANES = 2;
@@ -57,8 +59,11 @@ async function main(): Promise<number> {
   const { values, positionals } = readArgs();
   const minutes = Number(values.minutes);
   const firstSeed = Number(values.seed ?? Math.floor(Math.random() * 2 ** 30));
-  if (!(minutes > 0) || !Number.isSafeInteger(firstSeed)) usage();
+  const hours = Number(values.soak ?? 1);
+  if (!(minutes > 0) || !Number.isSafeInteger(firstSeed) || !(hours > 0)) usage();
+  const out = values.out ?? defaultOut(); // before TMPDIR is a folder that is removed
   cleanUpAtExit();
+  if (values.soak) return soak(hours, out);
   if (values.breaks) return tryBreaks(positionals[0]);
   const parts = positionals.length > 0 ? positionals.map(partOf) : PARTS;
 
@@ -121,6 +126,8 @@ function readArgs() {
     seed: { type: "string" },
     minutes: { type: "string", default: "30" },
     breaks: { type: "boolean" },
+    soak: { type: "string" },
+    out: { type: "string" },
   } as const;
   try {
     return parseArgs({ options, allowPositionals: true });
@@ -130,7 +137,9 @@ function readArgs() {
 }
 
 function usage(): never {
-  console.error("usage: bun run faults [--seed N] [--minutes N] [PART…] | --breaks [NAME]");
+  console.error(
+    "usage: bun run faults [--seed N] [--minutes N] [PART…] | --breaks [NAME] | --soak HOURS [--out DIR]",
+  );
   console.error(`parts: ${PARTS.map(({ name }) => name).join(", ")}`);
   process.exit(2);
 }
