@@ -159,9 +159,12 @@ async function listFiles(folder: string): Promise<File[]> {
 async function writeManifest(folder: string, manifest: Manifest): Promise<void> {
   const making = join(folder, `${MANIFEST}.making`);
   const file = await disk.openForAppend(making);
-  await file.append(Buffer.from(`${JSON.stringify(manifest, null, 2)}\n`));
-  await file.sync();
-  await file.close();
+  try {
+    await file.append(Buffer.from(`${JSON.stringify(manifest, null, 2)}\n`));
+    await file.sync();
+  } finally {
+    await file.close();
+  }
   await disk.rename(making, join(folder, MANIFEST));
   await disk.syncDirectory(folder);
 }
