@@ -11,7 +11,7 @@ import "./lib/install.ts";
 import { mkdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 
-import { InvalidSetting, maskSettings, type Options, readCommand } from "./lib/config.ts";
+import { InvalidSetting, maskSettings, readCommand } from "./lib/config.ts";
 import { explain } from "./lib/errors.ts";
 import { inspectFile } from "./lib/event/input.ts";
 import { disk } from "./lib/journal/disk.ts";
@@ -20,10 +20,10 @@ import { activeOf } from "./lib/journal/segments.ts";
 import { checkJournalUrl } from "./lib/journal/url.ts";
 import { checkDatabaseUrl, parseDatabaseUrl } from "./lib/ledger/url.ts";
 import { openCluster } from "./lib/postgres/cluster.ts";
+import { InvalidUse, readAsked, toolOf } from "./lib/processor/asked.ts";
 import { runJob, type Tell } from "./lib/processor/run.ts";
 import type { ToolName } from "./lib/processor/tools.ts";
 import { say, sayLines, visible } from "./lib/progress.ts";
-import { parseTime, TIME_RULE } from "./lib/time.ts";
 
 async function main(): Promise<number> {
   process.umask(0o077); // what is in DATA_DIR is for its owner
@@ -54,9 +54,7 @@ async function main(): Promise<number> {
   try {
     if (tool) {
       const { runTool } = await import("./lib/processor/tools.ts");
-      const gone = (options["retire"] ?? []) as string[];
-      const asked = readAsked(options);
-      return await runTool(tool, { files, yes: options["yes"] === true, gone, asked, settings });
+      return await runTool(tool, { files, settings, ...readAsked(options) });
     }
     log?.info({ settings: maskSettings(settings) }, "started");
     const code = await runJob({ settings, files }, stop.signal, tell);
@@ -70,7 +68,7 @@ async function main(): Promise<number> {
 const COMMAND = {
   program: "processor",
   usage:
-    "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry|dismiss] | --retire SOURCE [--yes] | --history USER] [FILE…]",
+    "bun run processor.ts [--verify | --rebuild [--yes] | --check [--repair] | --quarantine[=retry|dismiss] | --retire SOURCE [--yes] | --history USER | --backup DIR | --restore DIR [--yes]] [FILE…]",
   about:
     "Follows the journal in DATA_DIR and posts its events to the ledger, until stopped. With FILEs\n" +
     "(event files, also gzip or zstd, or journals), posts each of them once, however often it is run, and exits.\n" +
@@ -88,9 +86,19 @@ const COMMAND = {
     history: { type: "string", meaning: "every event of a USER, and the balance after it" },
     from: { type: "string", meaning: "with --history: from this TIME on, as 2026-11-26T15:04Z" },
     to: { type: "string", meaning: "with --history: before this TIME" },
+    backup: {
+      type: "string",
+      meaning: "copy journal and ledger into DIR, as of one moment, while everything runs",
+    },
+    restore: {
+      type: "string",
+      meaning:
+        "read a backup in DIR into an empty ledger (and DATA_DIR), and verify it; name the FILEs that were posted",
+    },
     yes: {
       type: "boolean",
-      meaning: "with --rebuild: even where lines count differently now; with --retire: do it",
+      meaning:
+        "with --rebuild: even where lines count differently now; with --retire: do it; with --restore: retire what is missing",
     },
     check: { type: "boolean", meaning: "check the journal, or the journals FILE…, for damage" },
     repair: { type: "boolean", meaning: "with --check: move damage aside, keep intact frames" },
@@ -106,52 +114,12 @@ const COMMAND = {
   exits: {
     0: "done, or stopped; nothing differs, is damaged or is in quarantine",
     1: "balances differ, the journal is damaged, lines are in quarantine, or the end of a FILE is not a whole event yet",
-    2: "invalid use or setting, no such file, one that is not lines of events, a source that --verify needs is missing, or a ledger that cannot be used as it is",
+    2: "invalid use or setting, no such file, one that is not lines of events, a source that --verify needs is missing, a ledger that cannot be used as it is, or something in the way of --backup or --restore",
     3: "gave up: the database is unavailable or refuses, a file is damaged, or METRICS_PORT is in use",
     130: "stopped by SIGINT before the end of the FILEs; run again, it continues",
     143: "the same, by SIGTERM",
   },
 } as const;
-
-/** Exit code 2. */
-class InvalidUse extends Error {}
-
-/** The tool that the options ask for, `null` for none. Throws InvalidUse. */
-function toolOf(options: Options): ToolName | null {
-  const { verify, rebuild, check, repair, yes, quarantine, retire, history } = options;
-  const valued = [quarantine, retire, history].map((value) => value !== undefined);
-  if ([verify, rebuild, check, ...valued].filter(Boolean).length > 1)
-    throw new InvalidUse(
-      "use only one of --verify, --rebuild, --check, --quarantine, --retire, --history",
-    );
-  for (const name of ["from", "to"])
-    if (options[name] !== undefined && history === undefined)
-      throw new InvalidUse(`--${name} requires --history`);
-  if (repair && !check) throw new InvalidUse("--repair requires --check");
-  if (yes && !rebuild && retire === undefined)
-    throw new InvalidUse("--yes requires --rebuild or --retire");
-  if (retire !== undefined) return "retire";
-  if (history !== undefined) return "history";
-  if (verify) return "verify";
-  if (rebuild) return "rebuild";
-  if (check) return repair ? "repair" : "check";
-  if (quarantine === undefined) return null;
-  if (quarantine === "list" || quarantine === "retry" || quarantine === "dismiss")
-    return quarantine;
-  const known = "use --quarantine, --quarantine=retry or --quarantine=dismiss";
-  throw new InvalidUse(`--quarantine=${visible(quarantine as string)} is unknown: ${known}`);
-}
-
-/** What --history asks for. Throws InvalidUse. */
-function readAsked({ history, from, to }: Options) {
-  const read = (name: string, text: Options[string], otherwise: number) => {
-    const ms = text === undefined ? otherwise : parseTime(String(text));
-    if (ms === undefined) throw new InvalidUse(`--${name}=${visible(String(text))}: ${TIME_RULE}`);
-    return ms;
-  };
-  const toMs = read("to", to, Number.POSITIVE_INFINITY);
-  return { user: String(history ?? ""), fromMs: read("from", from, 0), toMs };
-}
 
 async function whyUnreadable(file: string, tool: ToolName | null): Promise<string | null> {
   if (tool === "dismiss") return null; // a place in the quarantine

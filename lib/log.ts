@@ -5,10 +5,12 @@
  */
 import pino from "pino";
 
+import { version } from "../package.json";
 import { visible } from "./progress.ts";
 
 export type Log = pino.Logger;
 
+/** Opens the log. Its first line names the version, for reports of faults. */
 export function openLog(level: string): Log {
   const { isTTY } = process.stderr;
   const write = (line: string) => process.stderr.write(isTTY ? readable(line) : line);
@@ -18,7 +20,9 @@ export function openLog(level: string): Log {
     timestamp: pino.stdTimeFunctions.isoTime,
     formatters: { level: (label: string) => ({ level: label }) },
   };
-  return pino(options, { write });
+  const log = pino(options, { write });
+  log.info(`daybook ${version} on Bun ${Bun.version}`);
+  return log;
 }
 
 /** `12:30:05 warn  the message  field=value` */

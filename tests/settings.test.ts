@@ -213,6 +213,7 @@ for (const signal of ["SIGTERM", "SIGINT"] as const)
     expect(await app.exit()).toBe(0);
     expect(app.stdout.text()).toBe(`listening on ${app.url}\n`);
     expect(messages(app.stderr.text())).toEqual([
+      `info: daybook ${packageJson.version} on Bun ${Bun.version}`,
       `info: listening on ${app.url}`,
       expect.stringContaining("bun run client.ts"),
       "info: settings",

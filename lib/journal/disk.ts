@@ -4,7 +4,7 @@
  */
 import * as fs from "node:fs";
 import { constants, fstatSync, statfsSync, statSync } from "node:fs";
-import { mkdir, readdir, rename, rm, stat } from "node:fs/promises";
+import { link, mkdir, readdir, rename, rm, stat } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
 
 import { type Lock, tryLock } from "../lock.ts";
@@ -113,6 +113,29 @@ export const disk: Disk = {
   now: () => Date.now(),
   turn: () => new Promise((resolve) => void setImmediate(resolve)),
 };
+
+/** Copies a file. It appears at `to` whole, and synced but for its directory. */
+export async function copyFile(from: string, to: string): Promise<void> {
+  const making = `${to}.copying`;
+  await fs.promises.copyFile(from, making);
+  await withHandle(making, (handle) => handle.sync());
+  await rename(making, to);
+}
+
+/** Another file system, one without links, too many links, or a file of another user. */
+const CANNOT_LINK = new Set(["EXDEV", "EPERM", "EMLINK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"]);
+
+/** Gives a file a second name, or copies it where that is impossible. Does nothing if it is gone. */
+export async function linkFile(from: string, to: string): Promise<void> {
+  try {
+    await link(from, to);
+  } catch (error) {
+    const { code = "" } = error as NodeJS.ErrnoException;
+    if (code === "ENOENT" && !fs.existsSync(from)) return;
+    if (!CANNOT_LINK.has(code)) throw error;
+    await copyFile(from, to);
+  }
+}
 
 /** What 0.1.0 has made may be readable to others. What is another user's, or no file, stays as it is. */
 function closeFileToOthers(fd: number): void {

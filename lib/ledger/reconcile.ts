@@ -8,6 +8,7 @@
  */
 import type { Sums } from "../event/sums.ts";
 import type { Checkpoint } from "./checkpoints.ts";
+import { isCopying } from "./copy.ts";
 import {
   arrayLiteral,
   CannotProceed,
@@ -66,7 +67,8 @@ export function withRecountLock<T>(
           isOurs = true;
           await setLimits(tx, 0, IDLE_MS);
           await tx`select set_config('work_mem', '64MB', true)`;
-          const timer = setInterval(() => tx`select 1`.catch(() => {}), KEEP_ALIVE_MS);
+          const keepAlive = () => isCopying(tx) || tx`select 1`.catch(() => {});
+          const timer = setInterval(keepAlive, KEEP_ALIVE_MS);
           return work(tx).finally(() => clearInterval(timer));
         })) as T;
       } catch (error) {

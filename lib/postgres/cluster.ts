@@ -25,6 +25,7 @@ import {
   type DataDir,
   isPrepared,
   openDataDir,
+  OtherMajor,
   removeRemnants,
 } from "./data-dir.ts";
 import {
@@ -56,8 +57,9 @@ export class ClusterError extends Error {
     const reason = explain(cause)
       .trim()
       .replace(/\s*\n\s*/g, "; ");
-    const remedy = "fix that, or set DATABASE_URL to another Postgres";
-    super(`cannot run the embedded Postgres in ${path}: ${reason}; ${remedy}`, { cause });
+    const isRemedied = cause instanceof OtherMajor;
+    const remedy = isRemedied ? "" : "; fix that, or set DATABASE_URL to another Postgres";
+    super(`cannot run the embedded Postgres in ${path}: ${reason}${remedy}`, { cause });
   }
 }
 

@@ -41,7 +41,41 @@ export async function openDataDir(path: string, settings: readonly string[] = []
     throw new Error(`the folder belongs to uid ${uid}, but this process runs as uid ${self}`);
   if (self !== 0) fs.chmodSync(path, 0o700);
   const runAs: RunAs = { ...runAsSelf, ...(self === 0 ? serverUser(path) : {}) };
-  return { path, native: await nativeFolder(runAs), runAs, settings };
+  const native = await nativeFolder(runAs);
+  requireMajor(path, native);
+  return { path, native, runAs, settings };
+}
+
+/** The cluster was made by another major version of Postgres, whose files this one cannot read. */
+export class OtherMajor extends Error {}
+
+/** Throws OtherMajor. The first line of postgres.bki names the version of the programs: initdb asks it too. */
+function requireMajor(path: string, native: string): void {
+  const cluster = majorIn(join(path, "cluster", "PG_VERSION"), /^(\d+)/);
+  const own = majorIn(join(native, "share", "postgresql", "postgres.bki"), /^# PostgreSQL (\d+)\n/);
+  if (cluster === null || own === null || cluster === own) return;
+  throw new OtherMajor(
+    `it was made by Postgres ${cluster}, and this version of Daybook has Postgres ${own}. With the version that ` +
+      "made it, run processor.ts --backup DIR; then move DATA_DIR away, and run processor.ts --restore DIR with this one",
+  );
+}
+
+/** What `pattern` finds at the begin of a file; `null` where there is none. The file may be another user's. */
+function majorIn(path: string, pattern: RegExp): string | null {
+  let fd: number;
+  try {
+    fd = fs.openSync(path, fs.constants.O_RDONLY | O_NOFOLLOW | fs.constants.O_NONBLOCK);
+  } catch (error) {
+    if ((error as { code: string }).code === "ENOENT") return null;
+    throw error;
+  }
+  try {
+    const bytes = Buffer.alloc(64);
+    const length = fs.fstatSync(fd).isFile() ? fs.readSync(fd, bytes) : 0;
+    return pattern.exec(bytes.toString("latin1", 0, length))?.[1] ?? null;
+  } finally {
+    fs.closeSync(fd);
+  }
 }
 
 /**

@@ -2,6 +2,7 @@
  * What a standalone processor shows of itself on METRICS_PORT: `/metrics`, `/healthz` and `/readyz`. It holds no
  * balances and no events, so it requires no credential.
  */
+import { version } from "../../package.json";
 import type { SettingsOf } from "../config.ts";
 import { diskSpace } from "../journal/disk.ts";
 import { countPostings, openMeters } from "../metrics.ts";
@@ -42,7 +43,7 @@ export function openMonitor(settings: Settings) {
         ...{ hostname, port: port as number, development: false },
         reusePort: false, // else a second processor listens too, and gets half of the requests
         routes: {
-          "/healthz": reading(() => Response.json({ status: "ok" })),
+          "/healthz": reading(() => Response.json({ status: "ok", version })),
           "/readyz": reading(readiness),
           "/metrics": reading(async () => {
             const headers = { "content-type": meters.contentType };

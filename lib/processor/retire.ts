@@ -4,7 +4,7 @@
  * what the balances hold beyond all other sources, which therefore have to be here.
  */
 import { journalKey } from "../ledger/checkpoints.ts";
-import { CannotProceed } from "../ledger/database.ts";
+import { CannotProceed, type Transaction } from "../ledger/database.ts";
 import {
   findRest,
   listRecountable,
@@ -27,33 +27,50 @@ export async function retire(
   await withRecountLock(database, say, async (tx) => {
     const all = await listRecountable(tx);
     const gone = [...new Set(run.gone.map((source) => find(all, source)))];
-    const starts: number[] = [];
-    for (const one of gone) starts.push(await findStart(one, paths));
-    const others = all.filter((each) => !gone.includes(each));
-    const { tally } = await recount(tx, others, paths);
-    const { users, revenue } = await findRest(tx, tally);
-    const names = gone.map(({ key }) => key).join(", ");
-    print(`${names}: added ${revenue} to ${users} ${users === 1 ? "balance" : "balances"}`);
-    for (const [i, { key, position }] of gone.entries()) {
-      const lostBytes = Math.max(0, (starts[i] as number) - position);
-      const lost =
-        lostBytes > 0
-          ? `; ${lostBytes} bytes that followed are gone, and are not in the balances`
-          : "";
-      print(`${key}: posted up to ${position}${lost}`);
-    }
-    if (!yes)
-      throw new CannotProceed(
-        `nothing was changed: add --yes to keep that as a snapshot, if ${visible(names)} is gone for good`,
-      );
-    for (const [i, { key, position }] of gone.entries())
-      await retireSource(tx, {
-        key,
-        position: Math.max(position, starts[i] as number),
-        hasRest: i === 0,
-      });
-    print(`retired: ${names}`);
+    if (await keepRest(tx, { all, gone, paths, print, yes })) return;
+    const names = gone.map(({ key }) => visible(key)).join(", ");
+    throw new CannotProceed(
+      `nothing was changed: add --yes to keep that as a snapshot, if ${names} is gone for good`,
+    );
   });
+}
+
+/**
+ * Prints what the sources `gone` of `all` have added, which is what the balances hold beyond the others; with
+ * `yes`, also makes it their snapshot, and returns true. Throws CannotProceed if another source is missing.
+ */
+export async function keepRest(
+  tx: Transaction,
+  run: { all: Recountable[]; gone: Recountable[]; yes: boolean } & Pick<
+    Reconciliation,
+    "paths" | "print"
+  >,
+): Promise<boolean> {
+  const { all, gone, paths, print, yes } = run;
+  const starts: number[] = [];
+  for (const one of gone) starts.push(await findStart(one, paths));
+  const others = all.filter((each) => !gone.includes(each));
+  const { tally } = await recount(tx, others, paths);
+  const { users, revenue } = await findRest(tx, tally);
+  const names = gone.map(({ key }) => key).join(", ");
+  print(`${names}: added ${revenue} to ${users} ${users === 1 ? "balance" : "balances"}`);
+  for (const [i, { key, position }] of gone.entries()) {
+    const lostBytes = Math.max(0, (starts[i] as number) - position);
+    const lost =
+      lostBytes > 0
+        ? `; ${lostBytes} bytes that followed are gone, and are not in the balances`
+        : "";
+    print(`${key}: posted up to ${position}${lost}`);
+  }
+  if (!yes) return false;
+  for (const [i, { key, position }] of gone.entries())
+    await retireSource(tx, {
+      key,
+      position: Math.max(position, starts[i] as number),
+      hasRest: i === 0,
+    });
+  print(`retired: ${names}`);
+  return true;
 }
 
 function find(all: Recountable[], source: string): Recountable {

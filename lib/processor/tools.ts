@@ -12,15 +12,27 @@ import { JOURNAL_FILE } from "../journal/writer.ts";
 import { CannotProceed, LedgerRefused, openDatabase } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
 import { print, say, sayLines } from "../progress.ts";
+import { backup } from "./backup.ts";
 import { check, checkStreamed, repair } from "./check.ts";
 import { dismissQuarantine, listQuarantine, retryQuarantine } from "./quarantine.ts";
 import type { Reconciliation } from "./recount.ts";
 import { type Asked, history } from "./history.ts";
+import { restore } from "./restore.ts";
 import { retire } from "./retire.ts";
 import { rebuild, verify } from "./verify.ts";
 
 export type ToolName =
-  "verify" | "rebuild" | "check" | "repair" | "list" | "retry" | "dismiss" | "retire" | "history";
+  | "verify"
+  | "rebuild"
+  | "check"
+  | "repair"
+  | "list"
+  | "retry"
+  | "dismiss"
+  | "retire"
+  | "history"
+  | "backup"
+  | "restore";
 
 /** `paths` are the FILEs, the journal in DATA_DIR and those of the stream. */
 interface ToolRun extends Reconciliation {
@@ -33,6 +45,10 @@ interface ToolRun extends Reconciliation {
   gone: string[];
   /** --history USER */
   asked: Asked;
+  /** --backup DIR, --restore DIR */
+  folder: string;
+  /** The active file in DATA_DIR. */
+  journal: string;
 }
 
 const NO_REPAIR =
@@ -60,6 +76,8 @@ const TOOLS: Record<ToolName, (run: ToolRun) => Promise<number>> = {
   list: listQuarantine,
   retry: retryQuarantine,
   history,
+  backup: async (run) => (await backup(run), 0),
+  restore,
   retire: async (run) => (await retire(run), 0),
   dismiss: (run) => dismissQuarantine(run, run.files),
 };
@@ -76,11 +94,16 @@ export async function runTool(
     yes: boolean;
     gone: string[];
     asked: Asked;
+    folder: string;
     settings: SettingsOf<"processor">;
   },
 ): Promise<number> {
   setEventTypes(settings.EVENT_TYPES);
   const journal = join(settings.DATA_DIR, JOURNAL_FILE);
+  if (settings.JOURNAL_URL && (name === "backup" || name === "restore")) {
+    say(`--${name} is for files; a stream has its own backup: see deploy/README.md`);
+    return 2;
+  }
   const stream = settings.JOURNAL_URL ? await openStreamed(settings.JOURNAL_URL) : null;
   const journals = files.length > 0 ? files : (stream?.journals ?? [journal]);
   // A rebuild corrects on a second connection.
@@ -88,7 +111,16 @@ export async function runTool(
   try {
     const here = stream && !existsSync(settings.DATA_DIR) ? [] : [journal];
     const paths = [...here, ...files, ...(stream?.journals ?? [])];
-    return (await TOOLS[name]({ database, paths, files, journals, ...options, print, say })) > 0
+    return (await TOOLS[name]({
+      database,
+      paths,
+      files,
+      journal,
+      journals,
+      ...options,
+      print,
+      say,
+    })) > 0
       ? 1
       : 0;
   } catch (error) {

@@ -60,7 +60,7 @@ export async function rebuild(run: Reconciliation & { yes: boolean }): Promise<v
  * Names each user that differs; `correctDifferences` can then correct them. `isCertain`: every line counts
  * today as it did when it was posted.
  */
-async function compare(tx: Transaction, { paths, print }: Reconciliation) {
+export async function compare(tx: Transaction, { paths, print }: Reconciliation) {
   const recountable = await listRecountable(tx);
   const behind = recountable.filter(({ position, removedTo }) => position < removedTo);
   const { tally, lost, invalid, firstInvalid } = await recount(tx, recountable, paths);

@@ -5,6 +5,7 @@
 import { openapi } from "@elysiajs/openapi";
 import { Elysia, status, t } from "elysia";
 
+import { version } from "../../package.json";
 import { isUserId } from "../event/event.ts";
 import { MAX_LISTED_ERRORS } from "../event/lines.ts";
 import { type Journal, JournalFull } from "../journal/writer.ts";
@@ -136,7 +137,7 @@ export function createApi(parts: Parts) {
       openapi({
         provider: null, // its pages run a script of another host; ours is below
         documentation: {
-          info: { title: "Daybook", version: "0.1.0", description: "Events in, balances out." },
+          info: { title: "Daybook", version, description: "Events in, balances out." },
           components: { securitySchemes: { secret: { type: "http", scheme: "bearer" } } },
         },
       }),
@@ -307,8 +308,8 @@ export function createApi(parts: Parts) {
       },
     })
     .get("/openapi", describeApi, { detail: { hide: true } })
-    .get("/healthz", () => ({ status: "ok" }), {
-      detail: { summary: "200 while the process serves" },
+    .get("/healthz", () => ({ status: "ok", version }), {
+      detail: { summary: "200 while the process serves, with its version" },
     })
     .get("/readyz", ({ query }) => readReadiness(query.reads !== undefined), {
       query: t.Object({ reads: t.Optional(t.String()) }, openObject),

@@ -49,6 +49,7 @@ const PARTS: Part[] = [
       "journal/stream",
     ],
   },
+  { name: "upgrade", tests: ["faults/upgrade", "faults/backup", "processor/backup"] },
   { name: "events", tests: ["unit/event", "processor/ids"] },
 ];
 

@@ -248,6 +248,22 @@ test("it is reached over its socket alone, by no superuser", async () => {
   await expect(asFirst).rejects.toThrow("no pg_hba.conf entry");
 });
 
+test("a cluster of another major version is named with what to do, and is left as it is", async () => {
+  await copyTemplate();
+  const version = join(dir, "cluster", "PG_VERSION");
+  const own = Number(fs.readFileSync(version, "utf8"));
+  fs.writeFileSync(version, `${own - 1}\n`);
+  const error = await openCluster(dir, () => {}).catch((error: Error) => error);
+  expect(error).toBeInstanceOf(ClusterError);
+  expect((error as Error).message).toBe(
+    `cannot run the embedded Postgres in ${dir}: it was made by Postgres ${own - 1}, and this version of Daybook ` +
+      `has Postgres ${own}. With the version that made it, run processor.ts --backup DIR; then move DATA_DIR away, ` +
+      "and run processor.ts --restore DIR with this one",
+  );
+  fs.writeFileSync(version, `${own}\n`);
+  expect(await query((await startUser()).url, "select 1 as n")).toEqual([{ n: 1 }]);
+});
+
 test("a folder whose path is longer than that of a socket may be", async () => {
   dir = join(base, "data", "d".repeat(150), "postgres");
   const cluster = await openCluster(dir, () => {});

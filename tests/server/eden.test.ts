@@ -7,6 +7,7 @@ import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { treaty } from "@elysiajs/eden";
 
 import type { App } from "../../app.ts";
+import { version } from "../../package.json";
 import { testDatabase } from "../support/postgres.ts";
 import { SECRET, startApp, tempDir } from "../support/programs.ts";
 
@@ -52,7 +53,9 @@ test("probes and metrics are typed as well", async () => {
   const ready = await daybook.readyz.get();
   const lag: number | undefined = ready.data?.lagSeconds;
   expect([ready.data?.status, typeof lag]).toEqual(["ready", "number"]);
-  expect((await daybook.healthz.get()).data).toEqual({ status: "ok" });
+  expect((await daybook.healthz.get()).data).toEqual({ status: "ok", version });
+  const described = await (await fetch(`${server.url}/openapi/json`)).json();
+  expect(described.info.version).toBe(version);
   expect((await daybook.metrics.get()).data).toContain("daybook_events_accepted_total");
 });
 

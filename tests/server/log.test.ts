@@ -3,6 +3,7 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { join } from "node:path";
 
 import { event } from "../support/events.ts";
+import { version } from "../../package.json";
 import { openProxy } from "../support/network.ts";
 import { testDatabase } from "../support/postgres.ts";
 import { isInstalled, messages, spawn, startApp, tempDir, until } from "../support/programs.ts";
@@ -22,13 +23,14 @@ test("the log is JSON lines: the start with masked secrets, and the stop", async
   app.kill("SIGTERM");
   await app.exit();
   expect(messages(app.stderr.text())).toEqual([
+    `info: daybook ${version} on Bun ${Bun.version}`,
     `info: listening on ${app.url}`,
     `info: send events with: SERVER_URL=${app.url} bun run client.ts events.jsonl; see them at ${app.url}/`,
     "info: settings",
     "info: stopping",
     "info: stopped",
   ]);
-  const { settings, time } = JSON.parse(app.stderr.text().split("\n")[2]!);
+  const { settings, time } = JSON.parse(app.stderr.text().split("\n")[3]!);
   expect(settings).toMatchObject({ AUTH_SECRET: "(set)", DATABASE_URL: "(set)", PORT: 0 });
   expect(new Date(time).toISOString()).toBe(time);
   expect(app.stderr.text()).not.toContain(MARKER);
@@ -75,7 +77,7 @@ test.if(isInstalled("prlimit"))(
     for (let i = 0; i < 5; i++) expect(await send()).toBe(507);
     limit("1000000");
     expect(await send()).toBe(201);
-    expect(messages(app.stderr.text()).slice(3)).toEqual([
+    expect(messages(app.stderr.text()).slice(4)).toEqual([
       expect.stringMatching(/^error: cannot append to /),
       "info: journal: events are stored again",
     ]);
@@ -91,7 +93,8 @@ test("a processor that stands by says so, and says when it takes over", async ()
   await until(() => processor.stderr.text().includes("standing by"));
   app.kill("SIGKILL");
   await until(() => processor.stderr.text().includes("following"));
-  expect(messages(processor.stderr.text()).slice(0, 3)).toEqual([
+  expect(messages(processor.stderr.text()).slice(0, 4)).toEqual([
+    `info: daybook ${version} on Bun ${Bun.version}`,
     "info: started",
     "info: standing by: another processor follows this journal",
     `info: following ${dir.file("eventsPost.jsonl")}`,
@@ -129,12 +132,12 @@ test("each request has its sender's id or a new one, and a log line only at debu
     const balance = await fetch(`${url}/userEvents/${MARKER}?after=${MARKER}`);
     expect(balance.headers.get("x-request-id")).toMatch(/^[0-9a-f]{8}-[0-9a-z]+$/);
   }
-  await until(() => loud.stderr.text().trimEnd().split("\n").length === 9);
+  await until(() => loud.stderr.text().trimEnd().split("\n").length === 10);
   const requests = loud.stderr
     .text()
     .trimEnd()
     .split("\n")
-    .slice(3)
+    .slice(4)
     .map((line) => JSON.parse(line));
   expect(requests[0]).toMatchObject({
     id: "order-17:a",
@@ -144,7 +147,7 @@ test("each request has its sender's id or a new one, and a log line only at debu
   });
   expect(requests[4]).toMatchObject({ id: "b", route: "other", status: 404 });
   expect(requests[5]).toMatchObject({ route: "/userEvents/:userid", status: 422 });
-  expect(messages(quiet.stderr.text())).toHaveLength(3);
+  expect(messages(quiet.stderr.text())).toHaveLength(4);
   expect(loud.stderr.text() + quiet.stderr.text()).not.toContain(MARKER);
 });
 

@@ -238,7 +238,7 @@ test("a processor without a server serves its metrics and probes on METRICS_PORT
     const answer = await fetch(url + path, init);
     return { status: answer.status, ...((await answer.json()) as { detail?: string }) };
   };
-  expect(await ask("/healthz")).toMatchObject({ status: "ok" });
+  expect(await ask("/healthz")).toMatchObject({ status: "ok", version });
   expect(await ask("/readyz")).toMatchObject({ status: "ready" });
   expect(await ask("/userEvents/ann")).toMatchObject({ status: 404 });
   expect(await ask("/nowhere", { method: "POST" })).toMatchObject({ status: 404 });
