@@ -47,12 +47,15 @@ export interface Validated {
 
 let validate: (turn: Turn) => Validated;
 
-if (import.meta.main) {
+/** Validates what the server sends, until the server ends. */
+export function run(): void {
   process.on("disconnect", () => process.exit(0));
   process.on("message", (message: Setup | Turn) => {
     process.send?.("document" in message ? setUp(message) : validate(message));
   });
 }
+
+if (import.meta.main) run();
 
 function setUp({ document, progressPath }: Setup): Ready {
   try {
