@@ -1,15 +1,20 @@
 /**
- * Builds the one-file program: `bun run build [PLATFORM…]` writes `dist/daybook-PLATFORM` for each platform
- * (default: all), with what is released beside it. Exits with 1, and names the platforms, if some could not be
+ * Builds the one-file program: `bun run build [--outdir DIR] [PLATFORM…]` writes `dist/daybook-PLATFORM` for each
+ * platform (default: all), and what is released beside it. Exits with 1, and names the platforms, if some could not be
  * built: Bun downloads the runtime of other platforms.
  */
 import { copyFileSync, mkdirSync, writeFileSync } from "node:fs";
-import { join, relative } from "node:path";
+import { join, relative, resolve } from "node:path";
+import { parseArgs } from "node:util";
 
 import { bundlePage } from "../lib/server/page-files.ts";
 
 const root = join(import.meta.dir, "..");
-const dist = join(root, "dist");
+const { values, positionals: given } = parseArgs({
+  options: { outdir: { type: "string", default: join(root, "dist") } },
+  allowPositionals: true,
+});
+const dist = resolve(values.outdir);
 const PLATFORMS = ["linux-x64", "linux-arm64", "darwin-x64", "darwin-arm64"] as const;
 type Platform = (typeof PLATFORMS)[number];
 
@@ -61,7 +66,6 @@ async function build(platform: Platform): Promise<void> {
   });
 }
 
-const given = process.argv.slice(2);
 const unknown = given.filter((name) => !PLATFORMS.includes(name as Platform));
 if (unknown.length > 0) {
   console.error(`unknown platform: ${unknown.join(", ")}; known: ${PLATFORMS.join(", ")}`);
@@ -80,7 +84,7 @@ for (const platform of given.length > 0 ? (given as Platform[]) : PLATFORMS) {
   }
   const bytes = await Bun.file(join(dist, name)).bytes();
   sums.push(`${new Bun.CryptoHasher("sha256").update(bytes).digest("hex")}  ${name}`);
-  console.log(`dist/${name}  ${(bytes.length / 1e6).toFixed(1)} MB`);
+  console.log(`${join(dist, name)}  ${(bytes.length / 1e6).toFixed(1)} MB`);
 }
 copyFileSync(join(root, "schema.sql"), join(dist, "schema.sql"));
 writeFileSync(join(dist, "SHA256SUMS"), `${sums.join("\n")}\n`);

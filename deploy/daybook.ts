@@ -24,8 +24,10 @@ daybook COMMAND --help lists the options, settings and exit codes of each.
 const [command = "", ...args] = process.argv.slice(2);
 process.argv.splice(2, 1);
 const program = Object.hasOwn(COMMANDS, command) ? COMMANDS[command] : undefined;
-if (program) (await program()).run();
-else if (["--help", "-h", "help"].includes(command)) process.stdout.write(USAGE);
+if (program) {
+  const { run } = await program();
+  run();
+} else if (["--help", "-h", "help"].includes(command)) process.stdout.write(USAGE);
 else if (command === "--version") process.stdout.write(`daybook ${version}\n`);
 else {
   if (command)

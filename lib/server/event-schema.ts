@@ -161,6 +161,7 @@ function startValidator(ended: () => void) {
     kill,
     /** Sends a message and returns the answer, or the line at which it was `slow`. Throws if it ends. */
     async ask(message: Setup | Turn): Promise<unknown> {
+      if ("document" in message) await answer.promise; // it is ready
       answer = Promise.withResolvers();
       progress[0] = -1;
       child.send(message);

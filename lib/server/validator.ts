@@ -53,6 +53,7 @@ export function run(): void {
   process.on("message", (message: Setup | Turn) => {
     process.send?.("document" in message ? setUp(message) : validate(message));
   });
+  process.send?.("ready"); // in the one-file program, what is sent before is lost
 }
 
 if (import.meta.main) run();
