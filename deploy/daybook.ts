@@ -26,7 +26,7 @@ process.argv.splice(2, 1);
 const program = Object.hasOwn(COMMANDS, command) ? COMMANDS[command] : undefined;
 if (program) {
   const { run } = await program();
-  run();
+  await run(); // Bun waits for it even where nothing else keeps the process alive
 } else if (["--help", "-h", "help"].includes(command)) process.stdout.write(USAGE);
 else if (command === "--version") process.stdout.write(`daybook ${version}\n`);
 else {
