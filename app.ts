@@ -129,7 +129,8 @@ async function openSchema({ EVENT_TYPES, EVENT_SCHEMA: path }: AppSettings, log:
 
 /** The embedded Postgres; `null` if the start is stopped before it runs. */
 async function openEmbedded(settings: AppSettings, stop: AbortSignal, say: (line: string) => void) {
-  const opening = openCluster(join(settings.DATA_DIR, "postgres"), say);
+  const { DATA_DIR, DAYBOOK_POSTGRES: programs } = settings;
+  const opening = openCluster(join(DATA_DIR, "postgres"), say, { programs });
   const cluster = await Promise.race([opening, aborted(stop)]);
   return cluster && { [Symbol.asyncDispose]: () => cluster.close() };
 }
@@ -161,10 +162,13 @@ function aborted(signal: AbortSignal): Promise<null> {
   });
 }
 
-if (import.meta.main) {
+/** Runs the program, and ends the process with its exit code. */
+export async function run(): Promise<never> {
   process.exitCode = await main().catch((error) => {
     sayLines(explain(error));
     return error instanceof InvalidSetting || error instanceof LedgerRefused ? 2 : 1;
   });
   process.exit();
 }
+
+if (import.meta.main) await run();

@@ -161,10 +161,13 @@ function reject(message: string): number {
   return 2;
 }
 
-if (import.meta.main) {
+/** Runs the program, and ends the process with its exit code. */
+export async function run(): Promise<never> {
   process.exitCode = await main().catch((error) => {
     sayLines(explain(error));
     return 3;
   });
   process.exit();
 }
+
+if (import.meta.main) await run();

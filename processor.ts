@@ -40,7 +40,7 @@ async function main(): Promise<number> {
   if (!tool)
     for (const signal of ["SIGTERM", "SIGINT"] as const)
       process.on(signal, () => stop.abort(signal));
-  const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl } = settings;
+  const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl, DAYBOOK_POSTGRES: programs } = settings;
   const { note = null } = databaseUrl ? parseDatabaseUrl(databaseUrl) : {};
   if (!settings.JOURNAL_URL) mkdirSync(dataDir, { recursive: true });
   // A program that keeps running has a log; to a person who waits, it speaks plainly.
@@ -50,7 +50,9 @@ async function main(): Promise<number> {
   if (note) tell(note);
   if (isFollowing) process.on("SIGHUP", () => tell("SIGHUP: there is nothing to reload"));
   const needsCluster = !databaseUrl && tool !== "check";
-  const cluster = needsCluster ? await openCluster(join(dataDir, "postgres"), tell) : null;
+  const cluster = needsCluster
+    ? await openCluster(join(dataDir, "postgres"), tell, { programs })
+    : null;
   try {
     if (tool) {
       const { runTool } = await import("./lib/processor/tools.ts");
@@ -138,10 +140,13 @@ async function whyUnreadable(file: string, tool: ToolName | null): Promise<strin
     : `${visible(file)}: no such file`;
 }
 
-if (import.meta.main) {
+/** Runs the program, and ends the process with its exit code. */
+export async function run(): Promise<never> {
   process.exitCode = await main().catch((error) => {
     sayLines(explain(error));
     return error instanceof InvalidUse || error instanceof InvalidSetting ? 2 : 3;
   });
   process.exit();
 }
+
+if (import.meta.main) await run();

@@ -148,6 +148,12 @@ export const SETTINGS = {
     // lib/ledger/url.ts has the rest: it may name several hosts, and parameters.
     kind: secret(textLike(/^postgres(ql)?:\/\//, "postgres://USER:PASSWORD@HOST:PORT/DATABASE")),
   },
+  DAYBOOK_POSTGRES: {
+    programs: ["app", "processor"],
+    meaning:
+      "folder of the embedded Postgres; unset: the npm package, or `postgres/` beside the one-file program",
+    kind: textLike(ANY_TEXT, "the path of a folder"),
+  },
   JOURNAL_URL: {
     programs: ["app", "processor"],
     meaning:

@@ -12,15 +12,17 @@ import { dirname } from "node:path";
 import { dependencies, engines } from "../package.json";
 
 const root = dirname(import.meta.dir);
+/** The one-file program brings its packages, and Bun. */
+const isBuilt = Bun.isStandaloneExecutable;
 
-if (!Bun.semver.satisfies(Bun.version, engines.bun)) {
+if (!isBuilt && !Bun.semver.satisfies(Bun.version, engines.bun)) {
   process.stderr.write(
     `this is Bun ${Bun.version}, required is ${engines.bun}: run "bun upgrade"\n`,
   );
   process.exit(1);
 }
 
-if (!existsSync(`${root}/node_modules`)) {
+if (!isBuilt && !existsSync(`${root}/node_modules`)) {
   process.stderr.write("first run: installing packages\n");
   const install = Bun.spawnSync(
     [process.execPath, "install", "--frozen-lockfile", "--production", "--no-progress"],
@@ -44,7 +46,7 @@ if (!existsSync(`${root}/node_modules`)) {
 
 // An installation that was interrupted: an import would fail with a stack, and name only the first.
 const missing = Object.keys(dependencies).filter(
-  (name) => !existsSync(`${root}/node_modules/${name}/package.json`),
+  (name) => !isBuilt && !existsSync(`${root}/node_modules/${name}/package.json`),
 );
 if (missing.length > 0) {
   process.stderr.write(`packages are missing (${missing.join(", ")}): run "bun install"\n`);

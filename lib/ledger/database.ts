@@ -2,10 +2,9 @@
  * The way to Postgres: connections that are replaced when they are lost, the schema, and a bound on how
  * long anybody waits.
  */
-import { join } from "node:path";
-
 import postgres from "postgres";
 
+import SCHEMA from "../../schema.sql" with { type: "text" };
 import { type DriverOptions, parseDatabaseUrl, type Session } from "./url.ts";
 
 export type Sql = postgres.Sql;
@@ -13,8 +12,6 @@ export type Transaction = postgres.TransactionSql;
 export type PostgresError = postgres.PostgresError;
 /** Either of the two. */
 export type Statements = postgres.ISql;
-
-const SCHEMA = Bun.file(join(import.meta.dir, "..", "..", "schema.sql"));
 
 /** `this_version` of schema.sql. */
 export const LEDGER_VERSION = 2;
@@ -219,7 +216,7 @@ async function prepareFor(sql: Sql, session: Session): Promise<void> {
 async function applySchema(sql: Sql): Promise<void> {
   // Statements that are sent together are one transaction.
   const limit = `set local statement_timeout = ${SCHEMA_TIMEOUT_MS}`;
-  await sql.unsafe(`${limit};\n${await SCHEMA.text()}`).catch((error) => {
+  await sql.unsafe(`${limit};\n${SCHEMA}`).catch((error) => {
     if ((error as { code?: string }).code !== INSUFFICIENT_PRIVILEGE) throw error;
     const { message } = error as Error;
     throw new LedgerRefused(

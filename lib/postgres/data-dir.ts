@@ -27,11 +27,17 @@ export const ROLE = "daybook_ledger";
 
 export type DataDir = Awaited<ReturnType<typeof openDataDir>>;
 
+/** What differs from the usual: `programs` is DAYBOOK_POSTGRES, `settings` are added to those of postmaster.ts. */
+export interface ClusterOptions {
+  programs?: string | undefined;
+  settings?: readonly string[];
+}
+
 /**
  * Creates the folder `path` (absolute) unless it exists. `native` is the folder that contains
- * `bin/postgres`, `settings` are added to those of postmaster.ts. Throws an Error with the reason.
+ * `bin/postgres`. Throws an Error with the reason.
  */
-export async function openDataDir(path: string, settings: readonly string[] = []) {
+export async function openDataDir(path: string, { programs, settings = [] }: ClusterOptions = {}) {
   if (process.platform === "win32") throw new Error("Windows is not supported");
   fs.mkdirSync(path, { recursive: true, mode: 0o700 });
   const self = process.getuid?.();
@@ -41,7 +47,7 @@ export async function openDataDir(path: string, settings: readonly string[] = []
     throw new Error(`the folder belongs to uid ${uid}, but this process runs as uid ${self}`);
   if (self !== 0) fs.chmodSync(path, 0o700);
   const runAs: RunAs = { ...runAsSelf, ...(self === 0 ? serverUser(path) : {}) };
-  const native = await nativeFolder(runAs);
+  const native = await nativeFolder(runAs, programs);
   requireMajor(path, native);
   return { path, native, runAs, settings };
 }

@@ -30,6 +30,9 @@ const LOOK_MS = 20;
 const MAX_VALIDATOR_SECONDS = 600;
 const SLOW = `takes more than ${MAX_EVENT_MS} ms to validate against EVENT_SCHEMA; make it shorter`;
 
+/** How the one-file program starts a validator: a command that its usage does not list. */
+export const VALIDATE_COMMAND = "validate-events";
+
 export type EventSchema = Awaited<ReturnType<typeof openEventSchema>>;
 
 /** Validates the lines of one body, a batch at a time. `faults` are those of invalid lines, by their index. */
@@ -133,8 +136,10 @@ function startValidator(ended: () => void) {
     `ulimit -t ${MAX_VALIDATOR_SECONDS}; exec "$@"`,
     "daybook-validator",
   ];
-  const script = Bun.fileURLToPath(new URL("./validator.ts", import.meta.url));
-  const child = Bun.spawn([...limited, process.execPath, "run", script], {
+  const program = Bun.isStandaloneExecutable
+    ? [VALIDATE_COMMAND] // of deploy/daybook.ts: there is no script on the disk
+    : ["run", Bun.fileURLToPath(new URL("./validator.ts", import.meta.url))];
+  const child = Bun.spawn([...limited, process.execPath, ...program], {
     stdio: ["ignore", "ignore", "inherit"],
     serialization: "advanced",
     ipc: (message) => answer.resolve(message),
@@ -156,6 +161,7 @@ function startValidator(ended: () => void) {
     kill,
     /** Sends a message and returns the answer, or the line at which it was `slow`. Throws if it ends. */
     async ask(message: Setup | Turn): Promise<unknown> {
+      if ("document" in message) await answer.promise; // it is ready
       answer = Promise.withResolvers();
       progress[0] = -1;
       child.send(message);

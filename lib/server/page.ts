@@ -2,9 +2,7 @@
  * The page at `/` and the files it loads, from memory. They are bundled when the first one is asked for:
  * Bun's own HTML imports cannot carry headers, and so no Content-Security-Policy.
  */
-import { join } from "node:path";
-
-const FOLDER = join(import.meta.dir, "page");
+import { bundlePage } from "./page-files.ts";
 
 const HEADERS = {
   "cache-control": "no-cache", // asked for again, by its ETag
@@ -58,30 +56,13 @@ export function openPage() {
 }
 
 async function build(): Promise<Record<PagePath, File>> {
-  const { outputs } = await Bun.build({
-    entrypoints: [join(FOLDER, "main.ts"), join(FOLDER, "page.css")],
-    target: "browser",
-    minify: true,
-  });
-  const output = async (end: string) =>
-    new Uint8Array(await outputs.find(({ path }) => path.endsWith(end))!.arrayBuffer());
-  const file = (name: string) => Bun.file(join(FOLDER, name)).bytes();
-  const [html, js, css, svg] = await Promise.all([
-    file("index.html"),
-    output(".js"),
-    output(".css"),
-    file("page.svg"),
-  ]);
-  return {
-    "/": compress(html),
-    "/page.js": compress(js),
-    "/page.css": compress(css),
-    "/page.svg": compress(svg),
-  };
+  const texts = await bundlePage();
+  const files = PAGE_PATHS.map((path) => [path, compress(texts[path])] as const);
+  return Object.fromEntries(files) as Record<PagePath, File>;
 }
 
-function compress(bytes: Uint8Array): File {
-  const plain = Uint8Array.from(bytes);
+function compress(text: string): File {
+  const plain = new TextEncoder().encode(text);
   const etag = `W/"${Bun.hash(plain).toString(36)}"`; // the same for both encodings
   return { plain, gzip: Bun.gzipSync(plain), etag };
 }

@@ -47,12 +47,16 @@ export interface Validated {
 
 let validate: (turn: Turn) => Validated;
 
-if (import.meta.main) {
+/** Validates what the server sends, until the server ends. */
+export function run(): void {
   process.on("disconnect", () => process.exit(0));
   process.on("message", (message: Setup | Turn) => {
     process.send?.("document" in message ? setUp(message) : validate(message));
   });
+  process.send?.("ready"); // in the one-file program, what is sent before is lost
 }
+
+if (import.meta.main) run();
 
 function setUp({ document, progressPath }: Setup): Ready {
   try {

@@ -32,7 +32,9 @@ export async function openTestCluster(path: string) {
   lock?.release();
   const port = readFileSync(portFile, "utf8");
   const password = readFileSync(join(path, "password"), "utf8").trim();
-  const cluster = await openCluster(path, () => {}, ["listen_addresses=127.0.0.1", `port=${port}`]);
+  const cluster = await openCluster(path, () => {}, {
+    settings: ["listen_addresses=127.0.0.1", `port=${port}`],
+  });
   return {
     url: () => `postgres://${ROLE}:${password}@127.0.0.1:${port}/postgres`,
     close: () => cluster.close(),
