@@ -10,10 +10,20 @@ import { visible } from "./progress.ts";
 
 export type Log = pino.Logger;
 
-/** Opens the log. Its first line names the version, for reports of faults. */
+/**
+ * Opens the log. Its first line names the version, for reports of faults. It is written before the second, so that a
+ * start that fails says nothing else.
+ */
 export function openLog(level: string): Log {
   const { isTTY } = process.stderr;
-  const write = (line: string) => process.stderr.write(isTTY ? readable(line) : line);
+  let isBegun = false;
+  const write = (line: string) => {
+    if (!isBegun) {
+      isBegun = true;
+      log.info(`daybook ${version} on Bun ${Bun.version}`);
+    }
+    process.stderr.write(isTTY ? readable(line) : line);
+  };
   const options = {
     level,
     base: null,
@@ -21,7 +31,6 @@ export function openLog(level: string): Log {
     formatters: { level: (label: string) => ({ level: label }) },
   };
   const log = pino(options, { write });
-  log.info(`daybook ${version} on Bun ${Bun.version}`);
   return log;
 }
 
