@@ -520,15 +520,19 @@ function serve(databaseUrl: string, ...args: string[]) {
 function serveWith(more: Record<string, string>, databaseUrl: string, ...args: string[]) {
   const dataDir = mkdtempSync(join(folder, "data-"));
   const env = { PORT: "0", DATA_DIR: dataDir, DATABASE_URL: databaseUrl, ...more };
-  return startServer(["bun", "run", "app.ts", ...args], env);
+  return startServer(["bun", "run", "app.ts", ...args], dataDir, env);
 }
 
 function serveBare() {
-  return startServer(["bun", "bench/bare.ts", "serve", mkdtempSync(join(folder, "bare-"))]);
+  const directory = mkdtempSync(join(folder, "bare-"));
+  return startServer(["bun", "bench/bare.ts", "serve", directory], directory);
 }
 
-/** Starts a server and waits for its URL. Its log goes to a file, which is shown if it ends by itself. */
-async function startServer(command: string[], env: Record<string, string> = {}) {
+/**
+ * Starts a server and waits for its URL. Its log goes to a file, which is shown if it ends by itself. What it wrote
+ * into `directory` is removed at its end: 1 GB in each round of "bulk".
+ */
+async function startServer(command: string[], directory: string, env: Record<string, string> = {}) {
   const logPath = join(mkdtempSync(join(folder, "log-")), "stderr");
   const child = Bun.spawn(command, {
     cwd: root,
@@ -554,6 +558,7 @@ async function startServer(command: string[], env: Record<string, string> = {}) 
       if (child.exitCode !== null || child.signalCode !== null) throw await ended();
       child.kill();
       await child.exited;
+      rmSync(directory, { recursive: true });
     },
   };
 }
