@@ -240,6 +240,7 @@ test.if(hasNats)("without a quorum an event gets 503, and it resumes by itself",
   await using ledger = await openLedger({ JOURNAL_URL: own.url() });
   await using app = await ledger.start();
   await app.post(event("ann"));
+  await untilBalance(app, "ann", "1", PATIENCE_MS);
   const [, second, third] = own.nodes;
   await second!.kill();
   await third!.kill();
@@ -247,11 +248,35 @@ test.if(hasNats)("without a quorum an event gets 503, and it resumes by itself",
   expect(refused.status).toBe(503);
   expect(refused.headers.get("retry-after")).toBe("1");
   expect((await fetch(`${app.url}/readyz`)).status).toBe(503);
+  expect(await app.balance("ann")).toBe("1");
   second!.start();
   third!.start();
   await until(async () => (await app.post(event("ann"))).status === 201, PATIENCE_MS);
   await until(async () => (await app.balance("ann")) !== "1", PATIENCE_MS);
   expect((await fetch(`${app.url}/readyz`)).status).toBe(200);
+});
+
+test.if(hasNats)("a server that is cut off from its node finds another by itself", async () => {
+  const url = newStream();
+  await using proxy = await openTcpProxy(() => nats.nodes[0]!.port);
+  const through = `nats://127.0.0.1:${proxy.port}/${url.split("/").at(-1)}`;
+  await using ledger = await openLedger({ JOURNAL_URL: through });
+  await using app = await ledger.start();
+  const acknowledged: string[] = [];
+  const send = async (user: string) => {
+    const { status } = await app.post(event(user));
+    expect([201, 503]).toContain(status);
+    if (status === 201) acknowledged.push(user);
+    return status === 201;
+  };
+  expect(await send("before")).toBe(true);
+  // Server and processor have a connection each, through which they have learnt of the other nodes.
+  await untilBalance(app, "before", "1", PATIENCE_MS);
+  proxy.cut();
+  for (let sent = 0; acknowledged.length < 5; sent++) await send(`u${sent}`);
+  for (const user of acknowledged) await untilBalance(app, user, "1", PATIENCE_MS);
+  const balances = Object.values(await ledger.balances());
+  expect(balances.filter((revenue) => revenue !== "1")).toEqual([]);
 });
 
 test.if(hasNats)(
