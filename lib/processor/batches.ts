@@ -44,14 +44,8 @@ const POLL_MS = 10;
  * syncs the journal and is a transaction: 300 a second took almost half of the speed of `POST /liveEvent`.
  */
 const GATHERING_POLLS = 2;
-/**
- * A read that finds this much finds a backlog, or a file that is being sent. After any smaller one the next read waits: a
- * server may commit 1,000 small frames a second. After a larger one the next posting waits for these polls, too, but not
- * longer than about two postings take: a file of 100,000 users that arrived in 2 s changed each of them twice or three
- * times, while client and server waited for the processor.
- */
-const BULK_BYTES = 256 * 1024;
-const MAX_GATHERING_MS = 2_000;
+/** After a read that found less, the next one waits: a server may commit 1,000 small frames a second. */
+const BACKLOG_BYTES = 256 * 1024;
 const BLOCK_BYTES = 1024 * 1024;
 
 export interface BatchReader extends AsyncDisposable {
@@ -118,11 +112,7 @@ export async function openJournalBatches(
     bytes: await journal.end(),
     async next(posting) {
       let isPosting = true;
-      let gatherToMs = Infinity;
-      const settled = () => {
-        isPosting = false;
-        gatherToMs = performance.now() + MAX_GATHERING_MS;
-      };
+      const settled = () => (isPosting = false);
       const ready = posting.then(settled, settled);
       const fold = new Fold(limit.maxUsers, posted, refused, counted);
       const start = position;
@@ -139,12 +129,8 @@ export async function openJournalBatches(
           if (fold.isFull) break;
         }
         if (frames.length > 0) folded?.(position);
-        const isBulk = position - before >= BULK_BYTES;
-        if (isBulk && performance.now() < gatherToMs) {
-          isBusy = true;
-          polls = 0;
-        }
-        if (isBulk || (frames.length > 0 && !isPosting && !isBusy)) continue;
+        const isBacklog = position - before >= BACKLOG_BYTES;
+        if (isBacklog || (frames.length > 0 && !isPosting && !isBusy)) continue;
         if (position === start) break;
         // When idle, an event is posted at once: it arrived while nothing was being posted.
         if (!isPosting && (!isBusy || ++polls > GATHERING_POLLS)) break;

@@ -464,12 +464,6 @@ export const BREAKS: readonly Break[] = [
     "processor/ids",
   ),
   without(
-    "that the chunks of a file wait for each other",
-    "isBulk && performance.now() < gatherToMs",
-    "false",
-    "processor/pace",
-  ),
-  without(
     "the pace of postings",
     "(!isBusy || ++polls > GATHERING_POLLS)",
     "true",

@@ -12,17 +12,13 @@ setDefaultTimeout(30_000);
 
 const FRAME_BYTES = 100;
 
-function frameAt(from: number, frameBytes: number): Frame {
-  const to = from + frameBytes;
+function frameAt(from: number): Frame {
+  const to = from + FRAME_BYTES;
   return { from, to, header: "", payload: Buffer.from(line("ann", 1)), atMs: 0 };
 }
 
 /** The first batch of a journal; `read` says what is found by each of its reads. */
-async function firstBatch(
-  read: (count: number) => boolean,
-  posting: Promise<unknown>,
-  frameBytes = FRAME_BYTES,
-) {
+async function firstBatch(read: (count: number) => boolean, posting: Promise<unknown>) {
   await using database = await testDatabase();
   const opened = openDatabase(() => database.url, "test", 1);
   let end = 0;
@@ -32,8 +28,8 @@ async function firstBatch(
     start: 0,
     async read(position) {
       if (!read(++reads)) return [];
-      end = position + frameBytes;
-      return [frameAt(position, frameBytes)];
+      end = position + FRAME_BYTES;
+      return [frameAt(position)];
     },
     end: async () => end,
     async sync() {},
@@ -62,19 +58,6 @@ test("events that arrive during a posting wait until it has ended, and for what 
   }, posting);
   expect(events).toBe(3);
   expect(reads).toBeLessThan(12); // it does not wait for ever
-});
-
-test("the chunks of a file that is being sent wait for each other", async () => {
-  const { promise: posting, resolve } = Promise.withResolvers<void>();
-  const { events } = await firstBatch(
-    (count) => {
-      if (count === 3) resolve();
-      return count % 3 === 1 && count <= 28;
-    },
-    posting,
-    512 * 1024,
-  );
-  expect(events).toBe(10);
 });
 
 test("a batch ends although each read finds a few events more", async () => {
