@@ -11,6 +11,7 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 
+import packageJson from "../package.json";
 import { line } from "./support/events.ts";
 import { closedPort, root, tempDir, until } from "./support/programs.ts";
 
@@ -163,8 +164,11 @@ test("its usage and exit codes are those of the programs", async () => {
   expect(await run(["process", "--retry"])).toMatchObject({ code: 2 });
 });
 
-test("what is released beside it has checksums and the schema", async () => {
+test("what is released beside it is the schema, the licences and checksums", async () => {
   expect(readdirSync(folder.path)).toContain("schema.sql");
+  const licenses = await Bun.file(folder.file("LICENSES.txt")).text();
+  for (const name of [...Object.keys(packageJson.dependencies), "Bun"])
+    expect(licenses).toMatch(new RegExp(`^${name} [\\d.]+: \\S+`, "m"));
   const check = Bun.spawnSync(["sha256sum", "-c", "SHA256SUMS"], { cwd: folder.path });
   expect(check.stdout.toString()).toContain(`daybook-${platform}: OK`);
 });
