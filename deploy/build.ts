@@ -8,6 +8,7 @@ import { join, relative, resolve } from "node:path";
 import { parseArgs } from "node:util";
 
 import { bundlePage } from "../lib/server/page-files.ts";
+import { licenses } from "./licenses.ts";
 
 const root = join(import.meta.dir, "..");
 const { values, positionals: given } = parseArgs({
@@ -87,4 +88,5 @@ for (const platform of given.length > 0 ? (given as Platform[]) : PLATFORMS) {
   console.log(`${join(dist, name)}  ${(bytes.length / 1e6).toFixed(1)} MB`);
 }
 copyFileSync(join(root, "schema.sql"), join(dist, "schema.sql"));
+writeFileSync(join(dist, "LICENSES.txt"), licenses());
 writeFileSync(join(dist, "SHA256SUMS"), `${sums.join("\n")}\n`);

