@@ -2,11 +2,13 @@
  * What a command shows to the person who runs it: results on stdout and everything else on stderr. Long
  * work shows its progress: a bar on a terminal, otherwise a line every few seconds.
  */
+import { writeSync } from "node:fs";
 
 const REPORT_MS = 5_000;
 const REDRAW_MS = 100;
 const BAR_WIDTH = 20;
 const CLEAR_LINE = "\r\x1b[K";
+const FULL_PIPE_PAUSE_MS = 2;
 /** A bar needs a terminal that can clear a line. */
 const canDraw = process.stderr.isTTY === true && process.env["TERM"] !== "dumb";
 /**
@@ -44,7 +46,7 @@ export function visible(text: string): string {
 
 /** Writes a line to stderr, above the bar. */
 export function say(line: string): void {
-  process.stderr.write(`${draw ? CLEAR_LINE : ""}${visible(line)}\n`);
+  write(process.stderr.fd, `${draw ? CLEAR_LINE : ""}${visible(line)}\n`);
   draw?.();
 }
 
@@ -56,7 +58,21 @@ export function sayLines(message: string): void {
 /** Writes a line of the result to stdout. */
 export function print(line: string): void {
   if (draw) process.stderr.write(CLEAR_LINE);
-  process.stdout.write(`${visible(line)}\n`);
+  write(process.stdout.fd, `${visible(line)}\n`);
+}
+
+/**
+ * Returns once all of it is written, however slowly it is read: what `process.stdout` buffers for a pipe takes
+ * memory, and is lost when the process ends. Of 1.8 MB, 65 kB arrived. Nothing is said where nobody reads.
+ */
+function write(fd: number, text: string): void {
+  for (let bytes = Buffer.from(text); bytes.length > 0;)
+    try {
+      bytes = bytes.subarray(writeSync(fd, bytes));
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "EAGAIN") return;
+      Bun.sleepSync(FULL_PIPE_PAUSE_MS);
+    }
 }
 
 export type Progress = ReturnType<typeof showProgress>;

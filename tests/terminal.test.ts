@@ -1,11 +1,12 @@
 /** No text of a sender, a file's name or a server reaches a terminal as a control sequence. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync } from "node:fs";
+import { join } from "node:path";
 
 import { event, line } from "./support/events.ts";
 import { openLedger } from "./support/ledger.ts";
 import { onTerminal } from "./support/terminal.ts";
-import { run, tempDir, untilBalance } from "./support/programs.ts";
+import { root, run, tempDir, untilBalance } from "./support/programs.ts";
 
 setDefaultTimeout(60_000);
 
@@ -106,4 +107,21 @@ test("the log of a server on a terminal is escaped", async () => {
   expect(shown).toContain(SHOWN);
   expect(shown.replaceAll("\r\n", "")).not.toMatch(OBEYED);
   expect(readFileSync(dir.file("schema.json"), "utf8")).toContain("uniqueItems");
+});
+
+test("what a command prints arrives whole, however slowly it is read", async () => {
+  const program = `
+    import { print, say } from ${JSON.stringify(join(root, "lib/progress.ts"))};
+    for (let i = 0; i < 20_000; i++) print(\`\${i} \${"x".repeat(80)}\`);
+    for (let i = 0; i < 20_000; i++) say(\`\${i} \${"x".repeat(80)}\`);
+    process.exit();
+  `;
+  const child = Bun.spawn([
+    "sh",
+    "-c",
+    '"$0" -e "$1" 2>&1 | (sleep 1; wc -l)',
+    process.execPath,
+    program,
+  ]);
+  expect((await new Response(child.stdout).text()).trim()).toBe("40000");
 });
