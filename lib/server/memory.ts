@@ -24,7 +24,7 @@ interface Budget {
   garbageBytes: number;
 }
 
-/** What one request holds; `using` releases it. A class: with closures each small request took 2 % longer. */
+/** What one request holds; `using` releases it. A class, since each request makes one: no closures. */
 export class Reservation {
   private heldBytes = 0;
   private frameBytes = 0;
