@@ -42,8 +42,14 @@ export const BREAKS: readonly Break[] = [
   ),
   without(
     "the escapes of what is printed",
-    "process.stdout.write(`${visible(line)}\\n`);",
-    "process.stdout.write(`${line}\\n`);",
+    "write(process.stdout.fd, `${visible(line)}\\n`);",
+    "write(process.stdout.fd, `${line}\\n`);",
+    "terminal",
+  ),
+  without(
+    "the wait for a pipe that is full",
+    'if ((error as NodeJS.ErrnoException).code !== "EAGAIN") return;',
+    "return;",
     "terminal",
   ),
   without(
