@@ -128,6 +128,8 @@ test.if(hasNats)(
     await nats.ready();
     isOver = true;
     await Promise.all(senders);
+    for (const { child, stderr } of servers)
+      expect(child.exitCode, stderr.text().slice(-3_000)).toBeNull();
     const ends = servers.map(({ url }) =>
       run("client.ts", { args: [file], env: { SERVER_URL: url } }),
     );

@@ -1,5 +1,5 @@
 /** A NATS cluster of real servers, each with a store of its own, on free ports of loopback. */
-import { mkdirSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { connect, createServer, type Socket } from "node:net";
 
 import { connect as connectNats } from "@nats-io/transport-node";
@@ -72,6 +72,11 @@ async function openOnce({
     );
     let child: Bun.Subprocess | null = null;
     const log = folder.file(`node${n}.log`);
+    /** A signal is delivered a moment after it was sent; without /proc, that moment is not waited for. */
+    const isStopped = () => {
+      const stat = `/proc/${child?.pid}/stat`;
+      return !existsSync(stat) || /\) T /.test(readFileSync(stat, "utf8"));
+    };
     const node = {
       port: ports[n] as number,
       store,
@@ -84,6 +89,7 @@ async function openOnce({
       hasEnded: () => child !== null && (child.exitCode ?? child.signalCode) !== null,
       async kill(signal: NodeJS.Signals = "SIGKILL") {
         child?.kill(signal);
+        if (signal === "SIGSTOP") await until(isStopped);
         if (signal === "SIGSTOP" || signal === "SIGCONT") return;
         await child?.exited;
       },
