@@ -1,6 +1,6 @@
 /** The tables of a ledger as streams of COPY, whose text format every version of Postgres reads. */
 import { Readable } from "node:stream";
-import { pipeline } from "node:stream/promises";
+import { finished, pipeline } from "node:stream/promises";
 
 import type { Transaction } from "./database.ts";
 
@@ -47,9 +47,12 @@ export async function* copyOut(
   // A partitioned table can only be copied as a query.
   const query = tx.unsafe(`copy (select ${quote(columns)} from ${table}) to stdout`);
   copying.add(tx);
+  const rows = await query.readable();
   try {
-    for await (const bytes of await query.readable()) yield bytes as Uint8Array;
+    for await (const bytes of rows.iterator({ destroyOnReturn: false })) yield bytes as Uint8Array;
   } finally {
+    // Where the caller fails, the rest is read, or the transaction could not even be rolled back.
+    await finished(rows.resume()).catch(() => {}); // the loop has thrown it
     copying.delete(tx);
   }
 }

@@ -43,6 +43,22 @@ afterEach(async () => {
 // A failure mostly shows as a promise that never settles, so a test does not wait long.
 const limitMs = 1_500;
 
+test("a statement after a COPY whose rows were read late is answered", async () => {
+  const { sql } = client();
+  const copied = sql.begin(async (tx) => {
+    // What Postgres sends fills the stream, so that the driver stops reading the socket at its last row.
+    const rows =
+      await tx`copy (select repeat('n', 100) from generate_series(1, 1000)) to stdout`.readable();
+    await Bun.sleep(100);
+    let bytes = 0;
+    for await (const chunk of rows) bytes += (chunk as Buffer).length;
+    expect(bytes).toBe(101_000);
+    expect(await one(tx as unknown as postgres.Sql)).toBe(1);
+  });
+  const late = Bun.sleep(limitMs).then(() => Promise.reject(new Error("no answer")));
+  expect(await outcome(Promise.race([copied, late]))).toBe("ok");
+});
+
 test("a statement that fails after its first rows leaves the next one all of its own", async () => {
   const { sql } = client();
   const failing = sql`select n, 1 / (500 - n) from generate_series(1, 1000) as n`;

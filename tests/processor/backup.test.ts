@@ -16,7 +16,15 @@ import { event, line } from "../support/events.ts";
 import { readLines, segmentNames } from "../support/journal.ts";
 import { openLedger } from "../support/ledger.ts";
 import { connectTest } from "../support/postgres.ts";
-import { root, run, startApp, tempDir, until, untilBalance } from "../support/programs.ts";
+import {
+  isInstalled,
+  root,
+  run,
+  startApp,
+  tempDir,
+  until,
+  untilBalance,
+} from "../support/programs.ts";
 
 setDefaultTimeout(90_000);
 
@@ -335,6 +343,32 @@ test("a damaged backup is refused, by the name of the file, and restores nothing
     "has 0 bytes",
   );
 });
+
+test.if(isInstalled("prlimit"))(
+  "a backup that finds no room says so and ends, also in the midst of a large table; with room the next one is whole",
+  async () => {
+    await using ledger = await openLedger();
+    await ledger.tool(["--verify"]);
+    await ledger.select(
+      "insert into users_revenue select 'user-' || i, 0.5 from generate_series(1, 200000) as i",
+    );
+    const folder = ledger.file("full");
+    const script = `prlimit --pid $$ --fsize=1000000; exec ${process.execPath} run ${root}/processor.ts --backup ${folder}`;
+    const child = Bun.spawn(["bash", "-c", script], {
+      env: { ...process.env, ...ledger.env },
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    expect([await new Response(child.stderr).text(), await child.exited]).toEqual([
+      expect.stringMatching(/EFBIG/),
+      3,
+    ]);
+    expect(existsSync(manifestOf(folder))).toBe(false);
+    const made = await ledger.tool(["--backup", ledger.file("whole")]);
+    expect(made, made.stderr).toMatchObject({ code: 0 });
+    const lines = readFileSync(join(ledger.file("whole"), "ledger/users_revenue"), "utf8");
+    expect(lines.match(/\n/g)).toHaveLength(200_000);
+  },
+);
 
 test("a journal that lacks what the ledger needs is not backed up as if it were whole", async () => {
   const { ledger } = await makeBackup();
