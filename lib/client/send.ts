@@ -262,7 +262,7 @@ async function sendOpened(
 ): Promise<Rejected | "rotated" | "changed"> {
   const { path, follow, stop, watch, isOwner, total } = options;
   const { size, mtimeMs } = await file.stat();
-  const input = await openInput(readHandle(file), size);
+  const input = await openInput(readHandle(file));
   const { read, readAll } = input;
   const { source, state } = await findSource(options, input);
   const { chunks, end: start } = await lastChunks(readAll, state?.offset ?? 0);
@@ -431,7 +431,7 @@ async function endsWith({ read, tail }: Upload, { offset }: Place): Promise<bool
 async function checkRewritten({ input, total }: Upload, end: Place, path: string): Promise<void> {
   if (!input || input.compression) return;
   const sent = { offset: end.offset, digest: digestAt(end) };
-  if ((await matchGenerations(input.readAll, Infinity, [sent])).length > 0) return;
+  if ((await matchGenerations(input.readAll, [sent])).length > 0) return;
   total.hasLeftOver = true;
   say(`${path} ${REWRITTEN}`);
 }
@@ -462,7 +462,7 @@ async function findSource(options: FileOptions, input: Input) {
     source = `${name}#${generation}`;
     if (!isText(source, MAX_SOURCE_BYTES)) break; // a name this long cannot exist
   }
-  const matches = await matchGenerations(input.readAll, input.bytes, known);
+  const matches = await matchGenerations(input.readAll, known);
   const matching = new Set(matches.map(({ generation }) => generation));
   const last = known.findLast((each) => matching.has(each));
   if (!again && !last && !isRotated) sayOther(path, known, source);

@@ -30,12 +30,12 @@ export const REWRITTEN =
   "and have its writer write a new file and rename it";
 
 /**
- * Returns those of `generations` that the file of `size` bytes begins with, shortest first, each with
- * the hash of its bytes. Reads the file once, however many generations there are.
+ * Returns those of `generations` that the file begins with, shortest first, each with the hash of its bytes.
+ * Reads the file once, however many generations there are. It may have grown since it was opened, and others
+ * may have sent or posted what it has grown by: so its end is where nothing more is read.
  */
 export async function matchGenerations<G extends Generation>(
   read: Read,
-  size: number,
   generations: readonly G[],
 ): Promise<{ generation: G; hash: Bun.CryptoHasher }[]> {
   const hash = new Bun.CryptoHasher("sha256");
@@ -43,10 +43,9 @@ export async function matchGenerations<G extends Generation>(
   let hashedTo = 0;
   for (const generation of generations.toSorted((a, b) => a.offset - b.offset)) {
     const { offset, digest } = generation;
-    if (offset > size) break;
     while (hashedTo < offset) {
       const bytes = await read(hashedTo, Math.min(hashedTo + BLOCK_BYTES, offset));
-      if (bytes.length === 0) return matches; // the size of a compressed file is not known before
+      if (bytes.length === 0) return matches;
       hash.update(bytes);
       hashedTo += bytes.length;
     }

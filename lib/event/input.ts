@@ -23,8 +23,6 @@ export interface Input {
   read: Read;
   /** Reads them too: an earlier version has stored those of some files. */
   readAll: Read;
-  /** How many bytes there are; infinity for a compressed file, which tells it at its end. */
-  bytes: number;
   /** About how many bytes of the file, as it is on the disk, hold the events up to `offset`. */
   fileOffset(offset: number): number;
   /** How many NULs are at the end of the file, which ends at `to`, after `from`. */
@@ -34,12 +32,12 @@ export interface Input {
 /** A compressed file is damaged: what follows cannot be read. */
 export class DamagedInput extends Error {}
 
-/** The events in a file of `bytes` bytes. */
-export async function openInput(raw: Read, bytes: number): Promise<Input> {
+/** The events in a file. */
+export async function openInput(raw: Read): Promise<Input> {
   const compression = compressionOf(await raw(0, 4));
   if (!compression)
     return {
-      ...{ compression, bytes, read: withoutNulTail(raw), readAll: raw },
+      ...{ compression, read: withoutNulTail(raw), readAll: raw },
       fileOffset: (offset) => offset,
       countNuls: (from, to) => countNuls(raw, from, to),
     };
@@ -60,8 +58,7 @@ export async function openInput(raw: Read, bytes: number): Promise<Input> {
     return bytes;
   };
   const fileOffset = (offset: number) => Math.floor((readTo * offset) / decompressedTo);
-  const none = { bytes: Infinity, countNuls: async () => 0 };
-  return { compression, read, readAll: read, fileOffset, ...none };
+  return { compression, read, readAll: read, fileOffset, countNuls: async () => 0 };
 }
 
 /** The events in a stream, and its first bytes. */
@@ -88,7 +85,7 @@ export async function inspectFile(path: string): Promise<{
   head: Buffer;
 }> {
   await using handle = await open(path);
-  const { compression, read } = await openInput(readHandle(handle), (await handle.stat()).size);
+  const { compression, read } = await openInput(readHandle(handle));
   // What is damaged is reported when it is read to its end.
   const head = await read(0, HEAD_BYTES).catch(() => new Uint8Array());
   const foreign = foreignFormat(head);

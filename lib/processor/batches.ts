@@ -240,7 +240,7 @@ export async function openFileBatches(
   await using opening = new AsyncDisposableStack();
   const handle = opening.use(await open(path));
   const { size, mtimeMs } = await handle.stat();
-  const input = await openInput(readHandle(handle), size);
+  const input = await openInput(readHandle(handle));
   const name = sourceName(path, input.compression);
   const { key, from, hash, other } = await findGeneration(database, input, name).catch(named);
   if (other) note(`${path} ${other}`);
@@ -290,8 +290,7 @@ export async function openFileBatches(
     if (count > 0) leftOver(` ${explainNuls(path, count)}`);
     if (input.compression || now.mtimeMs === mtimeMs) return;
     const posted = { offset, digest: hash.copy().digest("hex") };
-    if ((await matchGenerations(input.readAll, Infinity, [posted])).length === 0)
-      leftOver(` ${REWRITTEN}`);
+    if ((await matchGenerations(input.readAll, [posted])).length === 0) leftOver(` ${REWRITTEN}`);
   }
 
   function named(error: unknown): never {
@@ -324,7 +323,7 @@ async function findGeneration(
 ): Promise<{ key: string; from: number; hash: Bun.CryptoHasher; other?: string | undefined }> {
   const known = await listFileCheckpoints(database, name);
   const generations = known.map((each) => ({ ...each, offset: each.position }));
-  const match = (await matchGenerations(input.readAll, input.bytes, generations)).at(-1);
+  const match = (await matchGenerations(input.readAll, generations)).at(-1);
   if (match) return { key: match.generation.key, from: match.generation.offset, hash: match.hash };
 
   const key = fileKey(name, Math.max(0, ...known.map(({ generation }) => generation)) + 1);

@@ -193,13 +193,13 @@ export function describeMissing({ key, position }: Checkpoint): string {
 async function matchFile(path: string, checkpoints: Recountable[]): Promise<Source[]> {
   const file = Bun.file(path);
   if (!(await file.exists())) return [];
-  const { compression, readAll, bytes } = await openInput(readFile(file), file.size);
+  const { compression, readAll } = await openInput(readFile(file));
   const generations = checkpoints.flatMap((checkpoint) => {
     const { name, generation } = parseKey(checkpoint.key);
     const isNamed = generation !== null && name === sourceName(path, compression);
     return isNamed ? [{ checkpoint, offset: checkpoint.position, digest: checkpoint.digest }] : [];
   });
-  const matches = await matchGenerations(readAll, bytes, generations);
+  const matches = await matchGenerations(readAll, generations);
   return matches.map(({ generation: { checkpoint } }) => ({ checkpoint, file: readAll }));
 }
 

@@ -733,6 +733,30 @@ test("two clients that send copies of a file at once both end with 0, and every 
   expect(server.journal().join("") === lines.join("")).toBe(true);
 });
 
+test("a file that another client has sent further, while it grew and this one asked, counts once", async () => {
+  await using server = await openServer();
+  const file = server.write("grows.jsonl", line("ann", 1));
+  let hasGrown = false;
+  await using between = Bun.serve({
+    ...{ port: 0, hostname: "127.0.0.1" },
+    async fetch(request) {
+      const { pathname, search } = new URL(request.url);
+      if (!hasGrown) {
+        hasGrown = true;
+        appendFileSync(file, line("ben", 2));
+        expect(await server.send(file)).toMatchObject({ code: 0 });
+      }
+      return fetch(server.url + pathname + search, request);
+    },
+  });
+  const sent = await run("client.ts", {
+    args: [file],
+    env: { SERVER_URL: `http://127.0.0.1:${between.port}` },
+  });
+  expect(sent).toMatchObject({ code: 0, stderr: "" });
+  expect(server.journal()).toEqual([line("ann", 1), line("ben", 2)]);
+});
+
 test("two clients that send different files of one name at once send each of them whole", async () => {
   await using server = await openServer();
   const files = ["one", "two"].map((folder) =>

@@ -90,7 +90,7 @@ test.each([
 ] as const)("%s is read whole, also in several parts and back again", async (name, compress) => {
   const [one, two] = cut(text, 3).map((part) => compress(part));
   for (const bytes of [compress(text), Buffer.concat([one!, two!])]) {
-    const { compression, read } = await openInput(reader(bytes), bytes.length);
+    const { compression, read } = await openInput(reader(bytes));
     expect(compression).toBe(name);
     expect(text.equals(await read(0, text.length + 1))).toBe(true);
     expect(await read(1_000_000, 1_000_010)).toEqual(text.subarray(1_000_000, 1_000_010));
@@ -118,7 +118,7 @@ test.each([
       altered,
     ];
     for (const bytes of damaged) {
-      const { read } = await openInput(reader(bytes), bytes.length);
+      const { read } = await openInput(reader(bytes));
       await expect(read(0, text.length + 1)).rejects.toThrow(DamagedInput);
     }
   },
@@ -152,7 +152,7 @@ test.each([
 ] as [string, Buffer<ArrayBuffer>][])(
   "what follows a frame and is none is damage, wherever it is in a block: %s",
   async (_, bytes) => {
-    const { read } = await openInput(slowReader(bytes), bytes.length);
+    const { read } = await openInput(slowReader(bytes));
     await expect(read(0, 1_000_000)).rejects.toThrow(DamagedInput);
     const stream = await openStreamInput(new Blob([bytes]).stream());
     await expect(stream.read(0, 1_000_000)).rejects.toThrow(DamagedInput);
@@ -162,7 +162,7 @@ test.each([
 test("a frame that begins at any place of a block is read", async () => {
   for (let before = 0; before < 9; before++) {
     const bytes = nearBlockEnd(before, manyLines);
-    const { read } = await openInput(reader(bytes), bytes.length);
+    const { read } = await openInput(reader(bytes));
     expect((await read(0, 1_000_000)).length).toBe(501 * line("ann", 1).length);
   }
 });
@@ -171,10 +171,10 @@ test("NULs after gzip are ignored, but a member behind them is not lost without 
   const member = gzipSync(line("ann", 1));
   for (const nuls of [1, 10, BLOCK_BYTES - member.length, 3 * BLOCK_BYTES]) {
     const padded = Buffer.concat([member, Buffer.alloc(nuls)]);
-    const { read } = await openInput(reader(padded), padded.length);
+    const { read } = await openInput(reader(padded));
     expect((await read(0, 1_000_000)).length).toBe(line("ann", 1).length);
     const hole = Buffer.concat([padded, member]);
-    const { read: readHole } = await openInput(reader(hole), hole.length);
+    const { read: readHole } = await openInput(reader(hole));
     await expect(readHole(0, 1_000_000)).rejects.toThrow(DamagedInput);
   }
 });
@@ -183,12 +183,12 @@ test("NULs at the end of a file are not read; those within are", async () => {
   const event = Buffer.from(line("ann", 1));
   for (const nuls of [1, 300, 3_000_000]) {
     const tail = Buffer.concat([event, Buffer.alloc(nuls)]);
-    const { read, countNuls } = await openInput(reader(tail), tail.length);
+    const { read, countNuls } = await openInput(reader(tail));
     expect((await read(0, 1_000_000)).toString()).toBe(event.toString());
     expect((await read(event.length, 1_000_000)).length).toBe(0);
     expect(await countNuls(event.length, tail.length)).toBe(nuls);
     const hole = Buffer.concat([tail, event]);
-    const within = await openInput(reader(hole), hole.length);
+    const within = await openInput(reader(hole));
     expect((await within.read(0, 1_000_000)).length).toBe(Math.min(1_000_000, hole.length));
     expect(await within.countNuls(0, hole.length)).toBe(0);
   }
