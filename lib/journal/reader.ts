@@ -51,8 +51,12 @@ export interface JournalReader {
    * Throws JournalDamage, or an Error when the file was replaced.
    */
   read(position: number): Promise<Frame[]>;
-  /** The position after the last byte that is there now, whole frame or not. */
-  end(): Promise<number>;
+  /**
+   * The position after the last byte that is there now, whole frame or not. In a stream, one before `expected`
+   * only if it stays so: a leader that was cut off from the other nodes answers for some seconds, and does not
+   * know what they have.
+   */
+  end(expected?: number): Promise<number>;
   /** Returns once everything that could be read so far is on the disk. */
   sync(): Promise<void>;
 }

@@ -10,6 +10,8 @@ import { parseMessage, type StoredMessage, type Stream } from "./stream.ts";
 
 /** A wake-up may be lost. */
 const LOOK_MS = 200;
+/** A leader that hears of no other node steps down after 10 s. */
+const STALE_MS = 20_000;
 const ADVICE =
   "compare the nodes of the stream, and restore the files of the damaged one (deploy/README.md)";
 
@@ -56,9 +58,12 @@ export async function openStreamReader(
     id,
     start,
     sync: async () => {}, // what can be read is stored on most of the replicas
-    async end() {
-      const last = await stream.last(id);
-      return last ? (await whole(stream, last)).to : 0;
+    async end(expected = 0) {
+      for (const startedMs = performance.now(); ; await Bun.sleep(LOOK_MS)) {
+        const last = await stream.last(id);
+        const end = last ? (await whole(stream, last)).to : 0;
+        if (end >= expected || performance.now() - startedMs > STALE_MS) return end;
+      }
     },
     async read(position) {
       if (position === endedAt && !hasNews()) return [];

@@ -173,7 +173,7 @@ export async function openJournalBatches(
   async function syncUpTo(position: number): Promise<void> {
     await journal.sync();
     // A frame whose sync failed is truncated by the writer, although ours may have succeeded.
-    if ((await journal.end()) < position)
+    if ((await journal.end(position)) < position)
       throw new Error(`${path}: its writer has truncated a frame that it could not sync`);
   }
 }
@@ -207,7 +207,7 @@ async function checkCheckpoint(
     database,
   }: Required<Pick<BatchSource, "database" | "reopen">> & { journal: JournalReader },
 ): Promise<void> {
-  const end = await journal.end();
+  const end = await journal.end(position);
   const posted = `the ledger has posted it up to position ${position}`;
   if (position > end) throw new JournalBehind(path, `${posted}, but it ends at ${end}`);
   if (position < journal.start) {

@@ -167,8 +167,9 @@ export function watchPosted(journal: Journal, database: Database) {
    * checkpoint: what is posted was in the file before.
    */
   async function compare(posted: number) {
-    const reader = isShared ? journal : await journals.open(journal.id);
-    const end = (await reader?.end()) ?? 0;
+    if (isShared && posted <= journal.end()) return;
+    const reader = await journals.open(journal.id);
+    const end = (await reader?.end(posted)) ?? 0;
     if (posted <= end) return;
     const what = `it ends at position ${end}, but the ledger has posted it up to ${posted}`;
     throw new JournalBehind(journals.name, what);

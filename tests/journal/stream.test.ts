@@ -286,6 +286,27 @@ test.if(hasNats)("a purge keeps what is behind a position, and always the last f
   expect(next.id).toBe(journal.id);
 });
 
+test.if(hasNats)(
+  "where a leader does not know the end of a journal yet, it is asked again",
+  async () => {
+    await using world = await openWorld();
+    const journal = await world.open();
+    const before = await journal.append(lines("a"));
+    const old = await world.stream.last(journal.id);
+    const after = await journal.append(lines("b"));
+    let asked = 0;
+    const stale = {
+      ...world.stream,
+      last: (id: string) => (++asked < 4 ? Promise.resolve(old) : world.stream.last(id)),
+    };
+    const reader = await openStreamReader(stale, journal.id);
+    expect(await reader?.end(before)).toBe(before);
+    expect(asked).toBe(1);
+    expect(await reader?.end(after)).toBe(after);
+    expect(asked).toBe(4);
+  },
+);
+
 test.if(hasNats)("a reader stops at a gap, and names it", async () => {
   await using world = await openWorld();
   const journal = await world.open();
