@@ -7,7 +7,7 @@ import { event, line } from "../support/events.ts";
 import { openLedger } from "../support/ledger.ts";
 import { canMount, mount } from "../support/mount.ts";
 import { hasNats, openNats } from "../support/nats.ts";
-import { until } from "../support/programs.ts";
+import { until, untilBalance } from "../support/programs.ts";
 
 setDefaultTimeout(240_000);
 
@@ -67,6 +67,7 @@ test.if(hasNats && canMount("tests of nodes of a stream whose disks are full"))(
       return (await Promise.all(all)).every((status) => status === 201);
     };
     for (let n = 0; n < 20; n++) expect(await send()).toBe(true);
+    await untilBalance(app, "s0", "1", PATIENCE_MS);
 
     // JetStream stops on that node. The others continue, after an election.
     const first = await nats.leader("daybook");
