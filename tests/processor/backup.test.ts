@@ -453,6 +453,10 @@ test("--backup and --restore name what they need, and what they do not read", as
   expect(await refusal(["--backup", "a", "--restore", "b"])).toContain("use only one of");
   expect(await refusal(["--backup", "a", "--yes"])).toContain("--yes requires");
   expect(await refusal(["--restore", root])).toContain("holds no backup.json");
+  for (const name of ["--backup", "--restore"])
+    expect(await refusal([name, "a"], { JOURNAL_URL: "nats://127.0.0.1:1/daybook" })).toContain(
+      "a stream has its own backup",
+    );
   const newer = ledger.write("newer/backup.json", '{"format":2,"ledger":9,"daybook":"7.0.0"}');
   expect(await refusal(["--restore", join(newer, "..")])).toContain("was made by Daybook 7.0.0");
 });

@@ -124,16 +124,24 @@ async function openOnce({
   if (hasJetStream && count > 1) await ready(started);
   interface Answer {
     config?: object;
+    state?: object;
     cluster?: { leader?: string };
+    deliver_subject?: string;
   }
-  const ask = async (subject: string, request: object): Promise<Answer> => {
-    const nc = await connectNats({ servers: ports.map((port) => `127.0.0.1:${port}`) });
+  const connectAny = () => connectNats({ servers: ports.map((port) => `127.0.0.1:${port}`) });
+  type Connection = Awaited<ReturnType<typeof connectAny>>;
+  const call = async (nc: Connection, subject: string, request: object): Promise<Answer> => {
     const body = JSON.stringify(request);
     const answer = await nc.request(`$JS.API.STREAM.${subject}`, body, { timeout: 5_000 });
-    await nc.close();
     const found = answer.json<Answer & { error?: { description: string } }>();
     if (found.error) throw new Error(found.error.description);
     return found;
+  };
+  const ask = async (subject: string, request: object): Promise<Answer> => {
+    const nc = await connectAny();
+    const answer = await call(nc, subject, request);
+    await nc.close();
+    return answer;
   };
   return {
     nodes,
@@ -152,6 +160,30 @@ async function openOnce({
       const { cluster } = await ask(`INFO.${stream}`, {});
       return numbers.findIndex((n) => cluster?.leader === `node${n}`);
     },
+    /** What `nats stream backup` writes: the stream's configuration, and its messages as one archive. */
+    async backUp(stream: string): Promise<StreamBackup> {
+      const nc = await connectAny();
+      const archive: Uint8Array[] = [];
+      const inbox = `backup.${crypto.randomUUID()}`;
+      const chunks = nc.subscribe(inbox);
+      const request = { deliver_subject: inbox, no_consumers: true, chunk_size: 65_536 };
+      const { config, state } = await call(nc, `SNAPSHOT.${stream}`, request);
+      for await (const chunk of chunks) {
+        if (chunk.data.length === 0) break;
+        archive.push(chunk.data.slice());
+        chunk.respond();
+      }
+      await nc.close();
+      return { config, state, archive };
+    },
+    /** What `nats stream restore` does, where the stream does not exist. */
+    async restore(stream: string, { config, state, archive }: StreamBackup): Promise<void> {
+      const nc = await connectAny();
+      const { deliver_subject: to } = await call(nc, `RESTORE.${stream}`, { config, state });
+      for (const chunk of [...archive, new Uint8Array()])
+        await nc.request(to as string, chunk, { timeout: 30_000 });
+      await nc.close();
+    },
     /** Removes all messages of a journal. */
     purge: (stream: string, id: string) => ask(`PURGE.${stream}`, { filter: `${stream}.${id}` }),
     async [Symbol.asyncDispose]() {
@@ -159,6 +191,12 @@ async function openOnce({
       folder[Symbol.dispose]();
     },
   };
+}
+
+export interface StreamBackup {
+  config: object | undefined;
+  state: object | undefined;
+  archive: Uint8Array[];
 }
 
 export type Nats = Awaited<ReturnType<typeof openNats>>;
