@@ -257,19 +257,24 @@ test.if(hasNats).each(["before the publish", "after the publish and before its a
   async (name) => {
     await using nats = await openNats();
     await using ledger = await openLedger({ JOURNAL_URL: nats.url() });
+    // At the event with this id: a busy cluster has some publishes repeated.
+    const stop = `if (!globalThis.isStopped && Buffer.from(${name === "before the publish" ? "message" : "data"}).includes('"id1"')) {
+      globalThis.isStopped = true; process.kill(process.pid, "SIGSTOP"); }`;
     const point = POINTS[name] as Alteration;
-    const stop = DIE.replace("SIGKILL", "SIGSTOP");
     using copy = alteredCopy([{ ...point, put: point.put.replace(DIE, stop) }]);
     const options = { home: copy.path, dataDir: ledger.dataDir, databaseUrl: ledger.url };
-    await using first = await startApp({ ...options, env: { ...ledger.env, FAULT_PASS: "3" } });
-    let bulks = 0;
+    await using first = await startApp({ ...options, env: ledger.env });
+    let others = 0;
     const journalOf = async (server: Server) => {
-      bulks++;
-      const bulk = await server.postLines(line("bulk"));
-      return ((await bulk.json()) as { position: string }).position.split(":")[0];
+      const body = event("other", 1, { id: `other${others++}` });
+      const answer = await until(async () => {
+        const answer = await tryPost(server, body);
+        return answer?.status === 201 && answer;
+      }, 60_000);
+      return ((await answer.json()) as { position: string }).position.split(":")[0];
     };
     const journal = await journalOf(first);
-    expect(await send(first, 0)).toBe(201);
+    await until(async () => (await send(first, 0)) === 201, 30_000);
     const sending = send(first, 1);
     await until(() => /\) T /.test(readFileSync(`/proc/${first.pid}/stat`, "utf8")));
     // A server that starts in a busy moment may begin a journal of its own.
@@ -285,7 +290,7 @@ test.if(hasNats).each(["before the publish", "after the publish and before its a
     // Whether or not it was answered: it counts once.
     await until(async () => (await send(first, 1)) === 201, 30_000);
     expect(await journalOf(first)).not.toBe(journal);
-    const wanted = { bulk: `${bulks}`, user0: "1", user1: "1" };
+    const wanted = { other: `${others}`, user0: "1", user1: "1" };
     const isPosted = async () => Bun.deepEquals(await ledger.balances(), wanted);
     await until(isPosted, 30_000).catch(() => {});
     expect(await ledger.balances()).toEqual(wanted);
@@ -328,13 +333,15 @@ test.if(hasNats)("a publish that is answered after it was given up is stored onc
 
 /** Sends an event with an id of its own. */
 async function send(server: Server, n: number): Promise<number> {
+  return (await tryPost(server, event(`user${n}`, 1, { id: `id${n}` })))?.status ?? 0;
+}
+
+/** The answer; `null` without one. */
+function tryPost(server: Server, body: string): Promise<Response | null> {
   const signal = AbortSignal.timeout(12_000);
   const headers = { authorization: "secret", "content-type": "application/json" };
-  const body = event(`user${n}`, 1, { id: `id${n}` });
-  const sending = fetch(`${server.url}/liveEvent`, { method: "POST", headers, body, signal });
-  return sending.then(
-    ({ status }) => status,
-    () => 0,
+  return fetch(`${server.url}/liveEvent`, { method: "POST", headers, body, signal }).catch(
+    () => null,
   );
 }
 
