@@ -181,12 +181,15 @@ export function transact<T>(
   }) as Promise<T>;
 }
 
-/** Also overrides what is set on the role. `transaction_timeout` exists in Postgres 17 or later. */
+/**
+ * Also overrides what is set on the role. `transaction_timeout` exists in Postgres 17 or later. Compiling the
+ * statement that posts takes 2 s each time, two thirds of a batch of 100,000 claims.
+ */
 export async function setLimits(tx: Transaction, statementMs: number, idleMs: number) {
   await tx.unsafe(`
     select set_config('statement_timeout', '${statementMs}', true),
       set_config('idle_in_transaction_session_timeout', '${idleMs}', true),
-      set_config('lock_timeout', '0', true),
+      set_config('lock_timeout', '0', true), set_config('jit', 'off', true),
       case when current_setting('transaction_timeout', true) is not null
         then set_config('transaction_timeout', '0', true) end`);
 }

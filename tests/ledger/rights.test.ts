@@ -120,6 +120,24 @@ test("time limits and a strict isolation that are set on the role do not stop a 
   expect(stdout, stderr).toBe("60001 balances match their sources\n");
 });
 
+test("Postgres does not compile the statement that posts, which took two seconds of each large batch", async () => {
+  await using ledger = await openLedger();
+  await ledger.tool([ledger.write("a.jsonl", line("ann"))]);
+  await ledger.select("create table seen (jit text)");
+  await ledger.select(`create function see() returns trigger language plpgsql as $$
+    begin insert into seen select current_setting('jit'); return new; end $$`);
+  await ledger.select(
+    "create trigger see after insert on users_revenue for each row execute function see()",
+  );
+  const path = ledger.write("b.jsonl", line("ben"));
+  await using role = await createRole(ledger);
+  await role.grant(ALL);
+  await role.grant("insert on seen");
+  await ledger.select(`alter role ${role.name} set jit = on`);
+  expect(await ledger.tool([path], role.env)).toMatchObject({ code: 0 });
+  expect(await ledger.select<{ jit: string }>("select jit from seen")).toEqual([{ jit: "off" }]);
+});
+
 test("a database that is down at the start: events are accepted, and posted once it is there", async () => {
   await using ledger = await openLedger();
   await using proxy = await openProxy(ledger.url);
