@@ -68,17 +68,19 @@ export function holdsLock(pid: number): boolean {
 }
 
 /**
- * The memory of Postgres: of all its processes together, in which what they share counts once (PSS). Also
- * how many processes these are, and their descriptors.
+ * The memory of Postgres: of all its processes together, in which what they share counts once (PSS), but without
+ * its shared memory, whose size is fixed at the start and whose pages are touched one after the other. Also how
+ * many processes these are, and their descriptors.
  */
 export function readPostgres(postmaster: number) {
   const children = readFileSync(`/proc/${postmaster}/task/${postmaster}/children`, "utf8");
   let [kib, processes, descriptors] = [0, 0, 0];
   for (const pid of [postmaster, ...children.split(" ").filter(Boolean)])
     try {
-      kib += Number(
-        /^Pss:\s+(\d+)/m.exec(readFileSync(`/proc/${pid}/smaps_rollup`, "utf8"))?.[1] ?? 0,
-      );
+      const rollup = readFileSync(`/proc/${pid}/smaps_rollup`, "utf8");
+      const field = (name: string) =>
+        Number(new RegExp(`^${name}:\\s+(\\d+)`, "m").exec(rollup)?.[1] ?? 0);
+      kib += field("Pss") - field("Pss_Shmem");
       descriptors += countFiles(`/proc/${pid}/fd`);
       processes++;
     } catch {

@@ -46,8 +46,6 @@ const FAKETIME = `/usr/lib/${process.arch === "x64" ? "x86_64" : "aarch64"}-linu
 /** Processes that are killed are compared while they are this old: they live for ten seconds or so. */
 const LIKE_AGE_S = { from: 5, to: 10 };
 const STEPS_S = [0, 70, -70, 3_700, -3_700, 90_000, -90_000, 8_640_000, -8_640_000];
-/** Small, so that they are full before the second quarter. */
-const SHARED_BUFFERS = "16MB";
 const ID_DAYS = "2";
 
 type Program = ReturnType<typeof spawn>;
@@ -73,7 +71,7 @@ export async function soak(hours: number, out: string): Promise<number> {
   using dir = tempDir();
   const live = new Set<Program>();
   process.on("exit", () => live.forEach((program) => program.kill("SIGKILL")));
-  const cluster = await openSmallCluster(dir.file("postgres"));
+  const cluster = await openTestCluster(dir.file("postgres"));
   const sql = postgres(cluster.url(), { max: 2, fetch_types: false, onnotice: () => {} });
   await using proxy = await openProxy(cluster.url());
   const clock = await openClocks(cluster.url(), sql, dir.file("clock"));
@@ -366,16 +364,6 @@ export async function soak(hours: number, out: string): Promise<number> {
 }
 
 const around = (ms: number) => [ms * 0.9, ms * 1.1] as const;
-
-/** A Postgres with few shared buffers. */
-async function openSmallCluster(path: string) {
-  const first = await openTestCluster(path);
-  const sql = postgres(first.url(), { max: 1, fetch_types: false });
-  await sql.unsafe(`alter system set shared_buffers = '${SHARED_BUFFERS}'`);
-  await sql.end({ timeout: 1 });
-  await first.close();
-  return openTestCluster(path);
-}
 
 /**
  * The clocks that step: that of the database, whose `now()` is replaced by a function of a schema that comes
