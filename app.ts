@@ -31,9 +31,9 @@ export type { App } from "./lib/server/api.ts";
 
 /**
  * Before anything is stored on top of the journal, a start waits this long for the ledger to say how far
- * it is posted. That takes some 50 ms, if the database answers at all.
+ * it is posted. That takes some 50 ms. A database that cannot be reached is not waited for.
  */
-const COMPARE_MS = 500;
+const COMPARE_MS = 3_000;
 /** Before that, a start waits this long for the ledger to say whether it can be used. */
 const REQUIRE_MS = 3_000;
 
@@ -63,6 +63,7 @@ async function main(): Promise<number> {
   stack.defer(() => posted.close());
   posted.compared.catch(() => stop.abort());
   await Promise.race([posted.asked, Bun.sleep(COMPARE_MS)]);
+  if (stop.signal.aborted) return (posted.close(), await posted.compared, 0);
   const metrics = openMetrics({ journal, database, posted, settings });
   const live = openLive({ journal, database, posted, metrics });
   const parts = { journal, database, access, schema, log, posted, metrics, live, isHttps };

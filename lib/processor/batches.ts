@@ -225,7 +225,13 @@ async function checkCheckpoint(
   if (last.position < ((await reopen())?.start ?? 0)) return;
   if (found instanceof Error) throw found;
   const what = `the ledger has posted another frame at position ${last.position}: ${last.header}`;
-  throw new JournalBehind(path, what);
+  // Nobody knows where the copy ended: what follows cannot be told from what was posted.
+  throw new JournalBehind(
+    path,
+    what,
+    `stop the server, move this journal's files to another folder, run bun run processor.ts --retire ${journalKey(journal.id)} --yes, ` +
+      "and start again; the events that were accepted since are only in these files then: send them again",
+  );
 }
 
 /**

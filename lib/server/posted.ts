@@ -26,8 +26,9 @@ export function watchPosted(journal: Journal, database: Database) {
   const { journals, isShared } = journal;
   const all = isShared ? watchAll(journal) : null;
   const comparison = Promise.withResolvers<void>();
+  const startEnd = journal.end();
   // Until the ledger has answered, all that was in the journal counts as posted.
-  let posted = journal.end();
+  let posted = startEnd;
   /** The oldest frame that is not posted, or one near it: it is read again at most once a second. */
   let oldest: { position: number; atMs: number } | null = null;
   let readMs = Number.NEGATIVE_INFINITY;
@@ -51,7 +52,7 @@ export function watchPosted(journal: Journal, database: Database) {
   });
 
   return {
-    /** Settles once the database has been asked for the first time, whether or not it answered. */
+    /** Settles once the database has been asked for the first time: it has not answered, or `compared` is settled. */
     asked,
     /**
      * Settles once the database has answered, or after `close`. Rejects with JournalBehind when the
@@ -156,8 +157,9 @@ export function watchPosted(journal: Journal, database: Database) {
     } finally {
       next = nextAnswer();
     }
-    if (!hasAnswered) compare(posted).then(comparison.resolve, comparison.reject);
+    const isFirst = !hasAnswered;
     hasAnswered = true;
+    if (isFirst) await compare(posted).then(comparison.resolve, comparison.reject);
     await findOldest();
     return lag();
   }
@@ -172,7 +174,11 @@ export function watchPosted(journal: Journal, database: Database) {
     const end = (await reader?.end(posted)) ?? 0;
     if (posted <= end) return;
     const what = `it ends at position ${end}, but the ledger has posted it up to ${posted}`;
-    throw new JournalBehind(journals.name, what);
+    const accepted =
+      end > startEnd
+        ? `; the events after position ${startEnd} were accepted since this start and are not posted: copy them from the file, and send them again later`
+        : "";
+    throw new JournalBehind(journals.name, what + accepted);
   }
 
   async function findOldest() {

@@ -4,6 +4,7 @@ import {
   existsSync,
   readdirSync,
   readFileSync,
+  renameSync,
   rmSync,
   statSync,
   truncateSync,
@@ -228,6 +229,7 @@ test("a server does not start if frames that were posted are damaged, and postin
     await using stopped = spawn("app.ts", { env: ledger.env });
     expect(await stopped.exit()).toBe(1);
     expect(stopped.stderr.text()).toContain("but the ledger has posted it up to");
+    expect(stopped.stdout.text()).toBe(""); // it never listened
   }
   const repaired = await ledger.tool(["--check", "--repair"]);
   expect(repaired.stdout).toContain("they had been posted: the balances include their events");
@@ -265,10 +267,14 @@ test("a server that starts on an older copy during a database outage exits with 
   await using server = await ledger.start({ DATABASE_URL: proxy.url }, ["--no-processor"]);
   await until(() => proxy.refused() > 1);
   expect(server.child.exitCode).toBeNull();
+  expect((await server.post(event("new"))).status).toBe(201);
   proxy.mend();
   await until(() => server.child.exitCode !== null);
   expect(await server.exit()).toBe(1);
   expect(server.stderr.text()).toContain("but the ledger has posted it up to");
+  expect(server.stderr.text()).toMatch(
+    /the events after position \d+ were accepted since this start/,
+  );
 });
 
 test("nothing of an older copy that has grown since it was restored is posted, and the error says so", async () => {
@@ -279,6 +285,14 @@ test("nothing of an older copy that has grown since it was restored is posted, a
   expect(refused.stderr).toContain("the ledger has posted another frame at position");
   expect(refused.code).toBe(3);
   expect(await ledger.balances()).toEqual({ u: "20" });
+  // As it says.
+  const [, key = ""] = /--retire (journal:\S+) --yes/.exec(refused.stderr) ?? [];
+  renameSync(ledger.journal, ledger.file("moved.jsonl"));
+  expect(await ledger.tool(["--retire", key, "--yes"])).toMatchObject({ code: 0 });
+  await using server = await ledger.start();
+  await server.post(event("u"));
+  await untilBalance(server, "u", "21");
+  expect(await ledger.tool(["--verify"])).toMatchObject({ code: 0 });
 });
 
 test("while a server writes, --check works and --repair is refused", async () => {
