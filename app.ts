@@ -52,7 +52,9 @@ async function main(): Promise<number> {
   const { stop, onReload } = handleSignals(log);
 
   await using stack = new AsyncDisposableStack(); // closes in reverse order
-  const journal = await openServerJournal(settings, logLine);
+  const opening = openServerJournal(settings, logLine); // a stream that does not answer is waited for
+  const journal = await Promise.race([opening, aborted(stop.signal)]);
+  if (!journal) return 0;
   stack.defer(() => journal.close());
   if (!databaseUrl) stack.use(await openEmbedded(settings, stop.signal, logLine));
   if (stop.signal.aborted) return 0;
@@ -61,9 +63,11 @@ async function main(): Promise<number> {
   await Promise.race([requireLedger(database, REQUIRE_MS), aborted(stop.signal)]);
   const posted = watchPosted(journal, database);
   stack.defer(() => posted.close());
-  posted.compared.catch(() => stop.abort());
-  await Promise.race([posted.asked, Bun.sleep(COMPARE_MS)]);
-  if (stop.signal.aborted) return (posted.close(), await posted.compared, 0);
+  let code = 0;
+  const fail = (error: Error) => (log.fatal(error.message), (code = 1), stop.abort());
+  posted.compared.catch(fail);
+  await Promise.race([posted.asked, Bun.sleep(COMPARE_MS), aborted(stop.signal)]);
+  if (stop.signal.aborted) return code;
   const metrics = openMetrics({ journal, database, posted, settings });
   const live = openLive({ journal, database, posted, metrics });
   const parts = { journal, database, access, schema, log, posted, metrics, live, isHttps };
@@ -72,21 +76,16 @@ async function main(): Promise<number> {
   if (isHttps) onReload(() => server.renewCertificate(log));
   announce(server.origin, settings, log);
   const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, parts);
-  run?.catch(() => stop.abort());
+  run?.catch(fail);
   await aborted(stop.signal);
   log.info("stopping");
   live.close();
   await server.finish();
   posted.close();
-  try {
-    await Promise.all([run, posted.compared]);
-  } catch (error) {
-    log.fatal((error as Error).message);
-    return 1;
-  }
+  await run?.catch(() => {}); // `fail` has said it
   await stack.disposeAsync();
-  log.info("stopped");
-  return 0;
+  if (code === 0) log.info("stopped");
+  return code;
 }
 
 const COMMAND = {

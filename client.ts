@@ -6,7 +6,14 @@ import "./lib/install.ts";
 
 import { openApi, UploadFailed } from "./lib/client/api.ts";
 import { type GivenInput, inspect } from "./lib/client/inputs.ts";
-import { ForeignInput, sendFile, type SendOptions, sendStream, Total } from "./lib/client/send.ts";
+import {
+  explainRest,
+  ForeignInput,
+  sendFile,
+  type SendOptions,
+  sendStream,
+  Total,
+} from "./lib/client/send.ts";
 import { parseDuration, readCommand } from "./lib/config.ts";
 import { explain } from "./lib/errors.ts";
 import { isText, MAX_SOURCE_BYTES, setEventTypes } from "./lib/event/event.ts";
@@ -47,7 +54,14 @@ async function main(): Promise<number> {
   const again = options["again"] === true;
   return send(
     inputs.map((input, index) => ({ ...input, name: names[index] as string })),
-    { api, again, follow, stop: stop.signal, wait: options["wait"] === true },
+    {
+      api,
+      again,
+      follow,
+      stop: stop.signal,
+      wait: options["wait"] === true,
+      isNamed: options["source"] !== undefined,
+    },
   );
 }
 
@@ -79,12 +93,13 @@ const COMMAND = {
 
 /** After a signal, the chunk under way has this long to be answered. */
 const GRACE_MS = 3_000;
-const CANNOT_RESUME = "it cannot be resumed: what the summary counts is stored, the rest is not";
+
+type Options = Omit<SendOptions, "name" | "total">;
 
 /** Sends the inputs one after the other, prints the summary, and returns the exit code. */
 async function send(
   inputs: GivenInput[],
-  { wait, ...options }: Omit<SendOptions, "name" | "total"> & { wait: boolean },
+  { wait, isNamed, ...options }: Options & { wait: boolean; isNamed: boolean },
 ): Promise<number> {
   const startedMs = performance.now();
   const all = new Total();
@@ -101,7 +116,7 @@ async function send(
     const sendOptions = { ...options, name, total };
     try {
       const rejected = await (isStream
-        ? sendStream(path === "-" ? null : path, sendOptions)
+        ? sendStream(path === "-" ? null : path, { ...sendOptions, isNamed })
         : sendFile(path, sendOptions));
       const lines = rejected.count();
       if (lines > 0)
@@ -117,7 +132,7 @@ async function send(
       if (stop.aborted && !follow) return endStopped();
       say(error.message);
       if (isStream && error instanceof UploadFailed)
-        say(`${path === "-" ? "stdin" : path}: ${CANNOT_RESUME}`);
+        say(`${path === "-" ? "stdin" : path}: ${explainRest(isNamed)}`);
       code = error instanceof ForeignInput || error.isDenied ? 2 : 3;
     }
     all.join(total);
@@ -130,30 +145,18 @@ async function send(
   function summary(): string {
     const [{ path }] = inputs as [GivenInput];
     const from = inputs.length > 1 ? `${inputs.length} files` : path === "-" ? "stdin" : path;
-    return summarize(from, all, performance.now() - startedMs);
+    return all.summarize(from, performance.now() - startedMs);
   }
 
   function endStopped(): number {
     const { path, isStream } = current;
     const shown = path === "-" ? "stdin" : path;
-    if (isStream) say(`${shown}: stopped; ${CANNOT_RESUME}`);
+    if (isStream) say(`${shown}: stopped; ${explainRest(isNamed)}`);
     else say(`${shown}: stopped at ${total.percent} %; run it again to continue`);
     all.join(total);
     print(`stopped: ${summary()}`);
     return STOPPED[stop.reason as keyof typeof STOPPED];
   }
-}
-
-function summarize(from: string, total: Total, ms: number): string {
-  const { accepted, rejected, bytes, knownBytes, knownLines } = total;
-  const known = knownBytes
-    ? `; already there: ${counted(knownBytes, "byte")} (${counted(knownLines, "line")})`
-    : "";
-  return (
-    `sent ${counted(accepted, "event")} (${rejected} rejected) from ${from}: ` +
-    `${counted(bytes, "byte")} in ${(ms / 1000).toFixed(1)} s, ` +
-    `${Math.round((1000 * accepted) / ms)} events/s${known}`
-  );
 }
 
 function reject(message: string): number {

@@ -33,7 +33,7 @@ import {
 } from "../event/input.ts";
 import { type Read, readAhead, readHandle } from "../event/lines.ts";
 import { type Lock, tryLock } from "../lock.ts";
-import { percent, type Progress, say, showProgress } from "../progress.ts";
+import { counted, percent, type Progress, say, showProgress } from "../progress.ts";
 import { type DirectoryWatch, watchDirectory } from "../watch.ts";
 import { type Api, type SourceState, type Stored, UploadFailed } from "./api.ts";
 import {
@@ -126,6 +126,19 @@ export class Total {
     this.knownLines += countLines(from, to);
   }
 
+  /** The summary of what was sent `from` a file in so many milliseconds. */
+  summarize(from: string, ms: number): string {
+    const { accepted, rejected, bytes, knownBytes, knownLines } = this;
+    const known = knownBytes
+      ? `; already there: ${counted(knownBytes, "byte")} (${counted(knownLines, "line")})`
+      : "";
+    return (
+      `sent ${counted(accepted, "event")} (${rejected} rejected) from ${from}: ` +
+      `${counted(bytes, "byte")} in ${(ms / 1000).toFixed(1)} s, ` +
+      `${Math.round((1000 * accepted) / ms)} events/s${known}`
+    );
+  }
+
   #count(source: string, to: Place): void {
     if (source !== this.#source || to.offset > this.#counted.offset) this.#counted = to;
     this.#source = source;
@@ -160,14 +173,30 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
   }
 }
 
-/** What a stream holds is not lines of events. */
+/** What a stream holds is not lines of events, or not what is stored under its name. */
 export class ForeignInput extends Error {}
 
-/** Sends a pipe, `null` for standard input: a source of its own, which nobody can resume later. */
-export async function sendStream(path: string | null, options: SendOptions): Promise<Rejected> {
-  const { name, total } = options;
+/** What becomes of a pipe that was not sent to its end. */
+export function explainRest(isNamed: boolean): string {
+  return isNamed
+    ? "send the same bytes again, and it continues after those that are stored"
+    : "it cannot be resumed: what the summary counts is stored, the rest is not";
+}
+
+/**
+ * Sends a pipe, `null` for standard input. Unless it was given a name, it is a source of its own, which nobody
+ * can resume later.
+ */
+export async function sendStream(
+  path: string | null,
+  { isNamed, ...options }: SendOptions & { isNamed: boolean },
+): Promise<Rejected> {
+  const { name, total, api } = options;
   const shown = path ?? "stdin";
-  say(`${shown} cannot be resumed after a crash: there is no record of how much was sent`);
+  if (!isNamed)
+    say(
+      `${shown} cannot be resumed after a crash: there is no record of how much was sent; --source NAME keeps one`,
+    );
   const stream = path === null ? Bun.stdin.stream() : createReadStream(path);
   const opened = untilStopped(openStreamInput(stream as AsyncIterable<Uint8Array>), options.stop);
   const { compression, read: readOn } = (await opened) ?? NOTHING;
@@ -176,14 +205,25 @@ export async function sendStream(path: string | null, options: SendOptions): Pro
   const foreign = foreignFormat(await read(0, HEAD_BYTES).catch(unreadable(shown)));
   if (foreign)
     throw new ForeignInput(`${shown}: ${explainForeign(foreign, { path: null, compression })}`);
+  const state = isNamed ? await api.state(name) : null;
+  const { chunks, end: start } = await lastChunks(read, state?.offset ?? 0).catch(
+    unreadable(shown),
+  );
+  if (state && digestAt(start) !== state.digest)
+    throw new ForeignInput(
+      `${shown} does not begin with the ${state.offset} bytes that are stored as ${name}: name another --source`,
+    );
   const rejectedPath = `${path === null ? "stdin" : basename(path)}.rejected.jsonl`;
-  const rejected = await openRejected(rejectedPath, { offset: 0, isOwner: true, say });
+  const rejected = await openRejected(rejectedPath, { offset: start.offset, isOwner: true, say });
   const upload = { ...options, source: name, read, rejected, progress: null, ...startOfUpload() };
   const leftOver = (line: number) => {
     total.hasLeftOver = true;
     say(`${shown}: line ${line} has no newline and is not a complete event: not sent`);
   };
-  const sending = sendChunks(upload, startOfSource(), { isFinal: true, leftOver });
+  for (const chunk of chunks) await recoverRejected(upload, chunk);
+  total.skip(name, start);
+  total.position = state?.position ?? "";
+  const sending = sendChunks(upload, start, { isFinal: true, leftOver });
   const { conflict } = await sending.catch(unreadable(shown));
   if (conflict) throw new UploadFailed(`another client sends the source ${name}`);
   total.isStopped = options.stop.aborted;

@@ -69,15 +69,12 @@ export class JournalUnavailable extends Error {}
  * accepted now would never be posted, because the checkpoint is ahead of them.
  */
 export class JournalBehind extends Error {
-  constructor(path: string, what: string, remedy = MARK_LOST) {
+  constructor(path: string, what: string, remedy: string) {
     super(
       `${path} is behind the ledger: ${what}. An older copy of the journal was restored: restore the newest one, or ${remedy}`,
     );
   }
 }
-
-const MARK_LOST =
-  "stop the server and run bun run processor.ts --check --repair, which marks what is missing as lost";
 
 export function encodeJournalHeader(id: string, base: number): Buffer {
   return Buffer.from(`{"journal":"${id}","base":${base},"version":1}\n`);

@@ -59,6 +59,11 @@ export interface JournalReader {
   end(expected?: number): Promise<number>;
   /** Returns once everything that could be read so far is on the disk. */
   sync(): Promise<void>;
+  /**
+   * What a person can do, without a newer copy, where the ledger has posted more than the journal holds, or
+   * something else, since an older copy was restored and `hasGrown`.
+   */
+  remedy(hasGrown: boolean): string;
 }
 
 /** Where journals are: the files of a folder, which hold one, or a stream, which holds those of all servers. */
@@ -97,6 +102,12 @@ export async function openJournalReader(
     id,
     start,
     sync: () => disk.syncFile(path),
+    // Nobody knows where a copy that has grown ended: what follows cannot be told from what was posted.
+    remedy: (hasGrown) =>
+      hasGrown
+        ? "stop the server, move this journal's files to another folder, run bun run processor.ts --retire " +
+          `journal:${id} --yes, and start again; the events that were accepted since are only in these files then: send them again`
+        : "stop the server and run bun run processor.ts --check --repair, which marks what is missing as lost",
     async end() {
       for (;;) {
         const end = await withActive((file, { base }) => base + file.bytes);

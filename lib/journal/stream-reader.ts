@@ -58,6 +58,9 @@ export async function openStreamReader(
     id,
     start,
     sync: async () => {}, // what can be read is stored on most of the replicas
+    remedy: () =>
+      `leave this journal: nats stream purge ${stream.name.replace(/^stream /, "")} --subject=${stream.subject(id)}, ` +
+      `then bun run processor.ts --retire journal:${id} --yes; events that were accepted since are only in the stream until then`,
     async end(expected = 0) {
       for (const startedMs = performance.now(); ; await Bun.sleep(LOOK_MS)) {
         const last = await stream.last(id);

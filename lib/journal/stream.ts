@@ -131,6 +131,8 @@ export async function openStream(journalUrl: string, say: (line: string) => void
   return {
     /** For messages. */
     name: `stream ${name}`,
+    /** The subject of a journal. */
+    subject: (id: string) => `${name}.${id}`,
     /** The longest payload of a frame. */
     maxFrameBytes: await frameBytesOf(nc, name),
     isConnected: () => isConnected,
@@ -368,7 +370,10 @@ async function open(url: JournalUrl, say: (line: string) => void): Promise<NatsC
           ? new InvalidSetting(why)
           : new JournalUnavailable(`${why}; start again once it answers`);
       }
-      if (waits === 0) say(`waiting for stream ${url.stream}: ${explain(error, url)}`);
+      if (waits === 0)
+        say(
+          `waiting for stream ${url.stream} at ${url.servers.join(", ")}: ${explain(error, url)}`,
+        );
       await Bun.sleep(START_PAUSE_MS);
     }
   }
@@ -475,8 +480,7 @@ function compare(
       differs(key, is, Array.isArray(must) ? must.join() : must);
   }
   const has = Number(found["num_replicas"]);
-  const least = Math.min(replicas, 3);
-  if (has < least) differs("num_replicas", has, least);
+  if (has < replicas) differs("num_replicas", has, replicas);
   const size = Number(found["max_msg_size"] ?? -1);
   if (size !== -1 && size < MIN_MESSAGE_BYTES) differs("max_msg_size", size, MIN_MESSAGE_BYTES);
   for (const key of ["mirror", "sources", "subject_transform", "republish"])

@@ -141,7 +141,11 @@ async function requireMatch(
     }
     const end = await copied.end();
     if (end < position)
-      throw new JournalBehind(journal, `it ends at ${end}, but is posted up to ${position}`);
+      throw new JournalBehind(
+        journal,
+        `it ends at ${end}, but is posted up to ${position}`,
+        copied.remedy(false),
+      );
     if (copied.start > removedTo)
       throw new CannotProceed(
         `${journal} begins at position ${copied.start}, but the ledger needs it from ${removedTo}: restore its older segments`,

@@ -209,7 +209,8 @@ async function checkCheckpoint(
 ): Promise<void> {
   const end = await journal.end(position);
   const posted = `the ledger has posted it up to position ${position}`;
-  if (position > end) throw new JournalBehind(path, `${posted}, but it ends at ${end}`);
+  if (position > end)
+    throw new JournalBehind(path, `${posted}, but it ends at ${end}`, journal.remedy(false));
   if (position < journal.start) {
     const key = journalKey(journal.id);
     const snapshotTo = await database.use((sql) => readSnapshotEnd(sql, key));
@@ -223,15 +224,13 @@ async function checkCheckpoint(
   if (frame?.header === last.header && frame.to === position) return;
   // Asked only now: what is posted may be deleted at any moment.
   if (last.position < ((await reopen())?.start ?? 0)) return;
-  if (found instanceof Error) throw found;
+  if (found instanceof JournalUnavailable) throw found;
+  if (found instanceof Error) {
+    found.message += `. Where nothing is damaged, an older copy was restored and has grown since: ${journal.remedy(true)}`;
+    throw found;
+  }
   const what = `the ledger has posted another frame at position ${last.position}: ${last.header}`;
-  // Nobody knows where the copy ended: what follows cannot be told from what was posted.
-  throw new JournalBehind(
-    path,
-    what,
-    `stop the server, move this journal's files to another folder, run bun run processor.ts --retire ${journalKey(journal.id)} --yes, ` +
-      "and start again; the events that were accepted since are only in these files then: send them again",
-  );
+  throw new JournalBehind(path, what, journal.remedy(true));
 }
 
 /**

@@ -166,19 +166,21 @@ export function watchPosted(journal: Journal, database: Database) {
 
   /**
    * What a journal accepts that is behind its ledger would never be posted. Its end is read after the
-   * checkpoint: what is posted was in the file before.
+   * checkpoint: what is posted was in the file before. Of a stream, a server knows the end without asking, until
+   * it has published something of which it does not know whether it is stored.
    */
   async function compare(posted: number) {
     if (isShared && posted <= journal.end()) return;
     const reader = await journals.open(journal.id);
-    const end = (await reader?.end(posted)) ?? 0;
+    const isUntouched = isShared && journal.end() === startEnd;
+    const end = isUntouched ? startEnd : ((await reader?.end(posted)) ?? 0);
     if (posted <= end) return;
     const what = `it ends at position ${end}, but the ledger has posted it up to ${posted}`;
     const accepted =
       end > startEnd
         ? `; the events after position ${startEnd} were accepted since this start and are not posted: copy them from the file, and send them again later`
         : "";
-    throw new JournalBehind(journals.name, what + accepted);
+    throw new JournalBehind(journals.name, what + accepted, reader?.remedy(false) ?? "another one");
   }
 
   async function findOldest() {

@@ -541,6 +541,34 @@ test("with -, stdin is sent, its bad lines are kept, and a message says that it 
   ]);
 });
 
+test("stdin with a --source continues after what is stored, and other bytes are refused", async () => {
+  await using server = await openServer();
+  const pipe = (stdin: string) =>
+    run("client.ts", {
+      args: ["-", "--source", "feed"],
+      cwd: server.folder,
+      env: { SERVER_URL: server.url },
+      stdin,
+    });
+  const first = `${line("ann", 1).repeat(40_000)}bad\n`;
+  expect(await pipe(first)).toMatchObject({
+    code: 1,
+    stderr: expect.not.stringContaining("resumed"),
+  });
+  const again = await pipe(first + line("ben", 2));
+  expect(again.stdout).toStartWith("sent 1 event (0 rejected) from stdin: ");
+  expect(again.stdout).toContain(`already there: ${first.length} bytes (40001 lines)`);
+  expect(server.journal()).toHaveLength(40_001);
+  const [rejected] = readRejected(join(server.folder, "stdin"));
+  expect(rejected).toMatchObject({ line: 40_001, text: "bad" });
+  for (const other of [line("cid", 3), line("cid", 3).repeat(60_000)]) {
+    const refused = await pipe(other);
+    expect(refused.code).toBe(2);
+    expect(refused.stderr).toContain("are stored as feed: name another --source");
+  }
+  expect(server.journal()).toHaveLength(40_001);
+});
+
 test("an empty file ends with exit code 0", async () => {
   await using server = await openServer();
   const sent = await server.send(server.write("a.jsonl", ""));

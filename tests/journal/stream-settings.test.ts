@@ -75,7 +75,7 @@ test.if(hasNats)("a start waits for the nodes of a cluster that is starting", as
   }, 30_000);
   const said: string[] = [];
   const opening = openStream(nats.url(), (line) => said.push(line));
-  await until(() => said.some((line) => line.startsWith("waiting for stream daybook: ")), 30_000);
+  await until(() => said.some((line) => line.startsWith("waiting for stream daybook at ")), 30_000);
   third!.start();
   await (await opening).close();
 });

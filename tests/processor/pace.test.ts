@@ -33,6 +33,7 @@ async function firstBatch(read: (count: number) => boolean, posting: Promise<unk
     },
     end: async () => end,
     async sync() {},
+    remedy: () => "",
   };
   const batches = await openJournalBatches(
     { database: opened, path: "journal", limit: new BatchLimit(), ahead: new Map() },
