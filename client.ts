@@ -121,7 +121,8 @@ async function send(
       const lines = rejected.count();
       if (lines > 0)
         say(
-          `${counted(lines, "line")} ${lines === 1 ? "was" : "were"} rejected: see ${rejected.path}`,
+          `${counted(lines, "line")} ${lines === 1 ? "was" : "were"} rejected` +
+            (rejected.isKept() ? `: see ${rejected.path}` : ", and not written to a file"),
         );
       if (lines > 0 || total.rejected > 0 || total.hasLeftOver) code = 1;
       if (total.isStopped && !follow) return endStopped();

@@ -38,8 +38,10 @@ export async function openRejected(
 
   return {
     path,
-    /** How many lines are in the file. */
+    /** How many lines are in the file, or would be. */
     count: () => records.count,
+    /** Whether this client writes the file, and can. */
+    isKept: () => isKept,
     /** Adds the lines of a chunk that the server rejected. */
     add({ bytes, start, tooLong }: Chunk, errors: LineCounts["errors"]): void {
       if (tooLong === "further part" || errors.length === 0) return;

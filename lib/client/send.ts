@@ -148,24 +148,27 @@ export class Total {
 /** Sends what of the file at `path` is not stored yet; with `follow`, also what it grows by. */
 export async function sendFile(path: string, options: SendOptions): Promise<Rejected> {
   const lockPath = lockPathOf(path);
-  const lock = lockOrNull(lockPath);
+  let lock = lockOrNull(lockPath);
   if (!lock) say(`${path}: another client sends it too, and keeps the rejected lines`);
+  const becomeOwner = () => lock === null && (lock = lockOrNull(lockPath)) !== null;
   const { follow, stop } = options;
   const watch = follow ? watchDirectory(dirname(path)) : null;
   stop.addEventListener("abort", () => watch?.close());
   try {
-    let isRotated = false;
+    let rotated: Rejected | null = null;
     for (let { again } = options; ; again = false) {
       // A rotation leaves no file of this name for a moment.
       while (watch && !stop.aborted && !existsSync(path)) await watch.next();
+      if (rotated && stop.aborted && !existsSync(path)) return rotated;
       await using file = await open(path).catch((error: Error) => {
         throw new UploadFailed(explain(error));
       });
-      const isOwner = lock !== null;
-      const fileOptions: FileOptions = { ...options, path, again, watch, isOwner, isRotated };
+      const mine = { isOwner: lock !== null, becomeOwner, isRotated: rotated !== null };
+      const fileOptions: FileOptions = { ...options, path, again, watch, ...mine };
       const sent = await sendOpened(file, fileOptions).catch(unreadable(path));
-      if (typeof sent === "object") return sent;
-      isRotated = sent === "rotated";
+      if (sent === "changed") rotated = null;
+      else if ("rotated" in sent) ({ rotated } = sent);
+      else return sent;
     }
   } finally {
     if (lock) rmSync(lockPath, { force: true });
@@ -259,6 +262,8 @@ interface FileOptions extends SendOptions {
   watch: DirectoryWatch | null;
   /** Whether this client writes the rejected lines. */
   isOwner: boolean;
+  /** Whether it does from now on, because the client that did has ended. */
+  becomeOwner(): boolean;
   /** Whether this file has just taken the name of one that was sent to its end. */
   isRotated: boolean;
 }
@@ -299,7 +304,7 @@ interface EarlyChunk {
 async function sendOpened(
   file: FileHandle,
   options: FileOptions,
-): Promise<Rejected | "rotated" | "changed"> {
+): Promise<Rejected | { rotated: Rejected } | "changed"> {
   const { path, follow, stop, watch, isOwner, total } = options;
   const { size, mtimeMs } = await file.stat();
   const input = await openInput(readHandle(file));
@@ -345,10 +350,11 @@ async function sendOpened(
       if (!follow || stop.aborted) return rejected;
       if (isReplaced) {
         if (rejected.count() > 0 && isOwner) setAside(rejectedPath);
-        return "rotated";
+        return { rotated: rejected };
       } else {
         place = end;
         await watch?.next();
+        if (options.becomeOwner()) return "changed"; // it keeps the rejected lines from now on
       }
     }
   } finally {

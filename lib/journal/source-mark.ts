@@ -26,14 +26,9 @@ export function encodeSourceMark(mark: SourceMark): Buffer {
   return Buffer.from(`${JSON.stringify({ source: mark })}\n`);
 }
 
-/** Whether lines begin with a mark. */
-export function isMarked(lines: Uint8Array): boolean {
-  return lines.length >= BEGIN.length && BEGIN.compare(lines, 0, BEGIN.length) === 0;
-}
-
 /** The mark in `line`, or `null` when it is not a mark. */
 export function parseSourceMark(line: Uint8Array): SourceMark | null {
-  if (!isMarked(line)) return null;
+  if (line.length < BEGIN.length || BEGIN.compare(line, 0, BEGIN.length) !== 0) return null;
   try {
     const parsed = JSON.parse(Buffer.from(line).toString()) as Record<string, unknown>;
     return Object.keys(parsed).length === 1 ? (parsed["source"] as SourceMark) : null;

@@ -19,7 +19,7 @@
  * precede it, and these would then count as posted.
  */
 import { newJournalId, toFrameTime } from "./format.ts";
-import { isMarked } from "./source-mark.ts";
+import { parseSourceMark } from "./source-mark.ts";
 import { journalName, streamJournals } from "./stream-reader.ts";
 import {
   encodeMessage,
@@ -179,7 +179,8 @@ export async function openStreamJournal(
           });
         if (found.state === "other") continue; // an earlier frame of ours was there; this one follows it
         if (found.state === "lost") missingMs ??= sentMs;
-        const isLost = missingMs !== null && performance.now() - missingMs > LOST_MS;
+        const isLost =
+          found.state === "lost" && performance.now() - (missingMs ?? sentMs) > LOST_MS;
         if (found.state === "adopted" || found.state === "purged" || isLost) {
           const name = journalName(stream, id);
           if (isLost)
@@ -290,7 +291,8 @@ export async function openStreamJournal(
     endLive();
     ({ opened: place, endLive } = next);
     say(`${journalName(stream, id)}: ${why}; continuing in journal ${place.id}`);
-    const isSource = ({ lines }: Part) => isMarked(lines);
+    const isSource = ({ lines }: Part) =>
+      parseSourceMark(lines.subarray(0, lines.indexOf(LF))) !== null;
     const moved = [...group, ...waiting].filter(isSource);
     reject(moved, new JournalMoved(`${stream.name}: a source does not move to another journal`));
     for (let i = waiting.length; i-- > 0;) if (waiting[i]?.append.isRejected) waiting.splice(i, 1);

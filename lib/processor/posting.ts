@@ -92,6 +92,8 @@ interface Posting extends Context {
   blocked: Batch | null;
   /** A batch that was sent to the ledger, and of which it is not known whether it was posted. */
   sent: Batch | null;
+  /** The same of the attempt before, whose COMMIT may still be under way. */
+  sentBefore: Batch | null;
   /** Opens the batches at the checkpoint; `null` if there is nothing to post yet. */
   open(counted?: BatchSource["counted"]): Promise<BatchReader | null>;
   opened?(batches: BatchReader): void;
@@ -301,6 +303,7 @@ function startOfPosting() {
     searches: 0,
     blocked: null,
     sent: null,
+    sentBefore: null,
   };
 }
 
@@ -319,9 +322,11 @@ async function attempt(posting: Posting): Promise<Attempt> {
       posting.posted(reportOf(sent, { ...sent, conflicts }, 0));
     }
     posting.sent = null;
+    posting.sentBefore = sent?.from === batches.from ? sent : null;
     posting.opened?.(batches);
     const ended = await postBatches(batches, posting);
-    posting.sent = null; // it was posted, or refused because another processor had posted it
+    // It was posted, or refused because another processor had posted it: perhaps this one, in the attempt before.
+    posting.sent = ended.state === "elsewhere" ? posting.sentBefore : null;
     posting.ahead = ended.state === "ahead" ? ended.posted : new Map();
     if (ended.state === "refused") await searchRefused(ended, posting);
     return ended;
@@ -387,7 +392,7 @@ async function postBatch(batch: Batch, posting: Posting): Promise<Outcome> {
     const outcome = await post(database, batch, limit.timeoutMs);
     if (outcome.state === "posted") {
       limit.succeeded();
-      posting.sent = null;
+      posting.sent = posting.sentBefore = null;
       posting.searches = 0;
       for (const position of posting.refused.keys())
         if (position < batch.to) posting.refused.delete(position);

@@ -19,6 +19,8 @@ const FIRST_POLL_MS = 500;
 const MAX_WAITERS = 10_000;
 /** Of the ends of a journal that are seen within this time, the first one's is kept. */
 const SEEN_EVERY_MS = 50;
+/** While nothing is posted, every second one is forgotten each time there are so many. */
+const MAX_SEEN = 1_000;
 
 export type PostedWatch = ReturnType<typeof watchPosted>;
 
@@ -250,5 +252,6 @@ function watchAll(journal: Journal) {
     const now = performance.now();
     if (now - (one.seen.at(-1)?.ms ?? 0) > SEEN_EVERY_MS) one.seen.push({ end, ms: now });
     else one.seen.at(-1)!.end = end;
+    if (one.seen.length > MAX_SEEN) one.seen = one.seen.filter((_, i) => i % 2 === 0);
   }
 }
