@@ -20,7 +20,7 @@ import { announce } from "./lib/server/announce.ts";
 import { createApi, type Parts } from "./lib/server/api.ts";
 import { readAccess } from "./lib/server/auth.ts";
 import { watchDescriptors } from "./lib/server/descriptors.ts";
-import { openServerJournal } from "./lib/server/journal.ts";
+import { checkDataDir, openServerJournal } from "./lib/server/journal.ts";
 import { listen, readCertificate } from "./lib/server/listener.ts";
 import { openLive } from "./lib/server/live.ts";
 import { openMetrics } from "./lib/server/metrics.ts";
@@ -37,10 +37,12 @@ const COMPARE_MS = 3_000;
 /** Before that, a start waits this long for the ledger to say whether it can be used. */
 const REQUIRE_MS = 3_000;
 
+const TOKEN_OPTIONS = ["token", "scope", "expires", "sub"];
+
 async function main(): Promise<number> {
   process.umask(0o077); // what is in DATA_DIR is for its owner
   const { settings, options } = readCommand(COMMAND);
-  if (options["token"]) return printToken(settings, options);
+  if (TOKEN_OPTIONS.some((name) => options[name])) return printToken(settings, options);
   const { DATABASE_URL: databaseUrl } = settings;
   const log = openLog(settings.LOG_LEVEL);
   const logLine = (line: string) => log.info(line);
@@ -101,7 +103,7 @@ const COMMAND = {
     expires: { type: "string", meaning: "with --token: how long it is valid, like 12h or 30d" },
     sub: { type: "string", meaning: "with --token: the user whose own balance it may read" },
   },
-  checks: [checkDatabaseUrl, checkJournalUrl],
+  checks: [checkDatabaseUrl, checkJournalUrl, checkDataDir],
   maxFiles: 0,
   exits: {
     0: "stopped by SIGTERM or SIGINT; everything acknowledged is on disk",

@@ -67,7 +67,8 @@ async function main(): Promise<number> {
 
 const COMMAND = {
   program: "client",
-  usage: "bun run client.ts [--again] [--follow] [--wait] [FILE…]",
+  usage:
+    "bun run client.ts [--again] [--follow] [--wait] [--source NAME] [--token TOKEN] [--retry-for TIME] [FILE…]",
   about:
     "Sends the events of each FILE (default: events.jsonl; -: standard input), one a line, plain or\n" +
     "compressed with gzip or zstd, to the server. Run again, it resumes where the server has it: every\n" +

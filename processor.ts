@@ -114,8 +114,8 @@ const COMMAND = {
   checks: [checkDatabaseUrl, checkJournalUrl],
   maxFiles: Number.POSITIVE_INFINITY,
   exits: {
-    0: "done, or stopped; nothing differs, is damaged or is in quarantine",
-    1: "balances differ, the journal is damaged, lines are in quarantine, or the end of a FILE is not a whole event yet",
+    0: "done, or stopped; nothing differs, is damaged or was quarantined",
+    1: "balances differ, the journal is damaged, lines were quarantined (with --quarantine: some are), or the end of a FILE is not a whole event yet",
     2: "invalid use or setting, no such file, one that is not lines of events, a source that --verify needs is missing, a ledger that cannot be used as it is, or something in the way of --backup or --restore",
     3: "gave up: the database is unavailable or refuses, a file is damaged, or METRICS_PORT is in use",
     130: "stopped by SIGINT before the end of the FILEs; run again, it continues",

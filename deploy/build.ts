@@ -11,12 +11,9 @@ import { bundlePage } from "../lib/server/page-files.ts";
 import { licenses } from "./licenses.ts";
 
 const root = join(import.meta.dir, "..");
-const { values, positionals: given } = parseArgs({
-  options: { outdir: { type: "string", default: join(root, "dist") } },
-  allowPositionals: true,
-});
-const dist = resolve(values.outdir);
 const PLATFORMS = ["linux-x64", "linux-arm64", "darwin-x64", "darwin-arm64"] as const;
+const { values, positionals: given } = readArguments();
+const dist = resolve(values.outdir);
 type Platform = (typeof PLATFORMS)[number];
 
 /** A Worker starts with a file of its own. If it is not on this list, the program ends silently with code 0. */
@@ -47,6 +44,16 @@ const sources: Bun.BunPlugin = {
     });
   },
 };
+
+function readArguments() {
+  const options = { outdir: { type: "string", default: join(root, "dist") } } as const;
+  try {
+    return parseArgs({ options, allowPositionals: true });
+  } catch {
+    console.error(`usage: bun run build [--outdir DIR] [PLATFORM…], of ${PLATFORMS.join(", ")}`);
+    return process.exit(2);
+  }
+}
 
 /** Builds `dist/daybook-PLATFORM`. Throws if that fails. */
 async function build(platform: Platform): Promise<void> {

@@ -459,7 +459,7 @@ function readArguments({ options, maxFiles }: Command<Program>) {
       throw new Error(`too many arguments: found ${files.length}, at most ${maxFiles} allowed`);
     return { options: values as Options, files, misuse: "" };
   } catch (error) {
-    const [misuse = ""] = (error as Error).message.split(". ");
+    const [misuse = ""] = (error as Error).message.split(/\.\s/);
     return { options: {} as Options, files: [], misuse };
   }
 }

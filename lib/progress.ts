@@ -61,18 +61,29 @@ export function print(line: string): void {
   write(process.stdout.fd, `${visible(line)}\n`);
 }
 
+/** The same, while other work goes on: a pager may keep a line waiting for hours. */
+export async function printPatiently(line: string): Promise<void> {
+  let bytes: Uint8Array = Buffer.from(`${visible(line)}\n`);
+  while ((bytes = writeSome(process.stdout.fd, bytes)).length > 0)
+    await Bun.sleep(FULL_PIPE_PAUSE_MS);
+}
+
 /**
  * Returns once all of it is written, however slowly it is read: what `process.stdout` buffers for a pipe takes
  * memory, and is lost when the process ends. Of 1.8 MB, 65 kB arrived. Nothing is said where nobody reads.
  */
 function write(fd: number, text: string): void {
-  for (let bytes = Buffer.from(text); bytes.length > 0;)
-    try {
-      bytes = bytes.subarray(writeSync(fd, bytes));
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== "EAGAIN") return;
-      Bun.sleepSync(FULL_PIPE_PAUSE_MS);
-    }
+  let bytes: Uint8Array = Buffer.from(text);
+  while ((bytes = writeSome(fd, bytes)).length > 0) Bun.sleepSync(FULL_PIPE_PAUSE_MS);
+}
+
+/** What could not be written yet, because nobody has read what was written before. */
+function writeSome(fd: number, bytes: Uint8Array): Uint8Array {
+  try {
+    return bytes.subarray(writeSync(fd, bytes));
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === "EAGAIN" ? bytes : new Uint8Array();
+  }
 }
 
 export type Progress = ReturnType<typeof showProgress>;

@@ -193,7 +193,7 @@ test("a start with a file as DATA_DIR fails with one line that names it", async 
   using dir = tempDir();
   writeFileSync(dir.file("data"), "");
   const found = await run("app.ts", { env: { ...env, DATA_DIR: dir.file("data") } });
-  expectFailedStart(found, dir.file("data"));
+  expectFailedStart(found, `DATA_DIR is "${dir.file("data")}"`, 2);
 });
 
 test("a start with a file that is not a journal fails with one line, and leaves the file unchanged", async () => {
@@ -319,9 +319,13 @@ test("README's table of settings has the same words as --help", () => {
   expect(readme).toContain(`\n${FILES_NOTE}\n`);
 });
 
-function expectFailedStart(found: Awaited<ReturnType<typeof run>>, name: string): void {
+function expectFailedStart(
+  found: Awaited<ReturnType<typeof run>>,
+  name: string,
+  exitCode = 1,
+): void {
   const { code, stdout, stderr } = found;
-  expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
+  expect({ code, stdout }).toEqual({ code: exitCode, stdout: "" });
   expect(stderr).toContain(name);
   expect(stderr).toMatch(/^[^\n]+\n$/);
   expect(stderr).not.toContain(SECRET);

@@ -153,7 +153,11 @@ export function openApi(options: ApiOptions) {
   /** Returns once the ledger has posted `position`. */
   async function waitUntilPosted(position: string): Promise<void> {
     // Any user will do, even an unknown one: the server answers only after the position is posted.
-    const answer = await request(`/userEvents/-?after=${encodeURIComponent(position)}`, {});
+    const path = `/userEvents/-?after=${encodeURIComponent(position)}`;
+    const answer = await request(path, {}).catch(({ message }: Error) => {
+      const what = "everything is on the server's disk, but it was not seen that it is posted";
+      throw new UploadFailed(`${what}: ${message}; see whether a processor runs`);
+    });
     if (answer.status !== 200 && answer.status !== 404) throw failure(answer);
   }
 
@@ -170,13 +174,14 @@ export function openApi(options: ApiOptions) {
       if (canShrink && (isLate || performance.now() - startedMs > SLOW_MS)) return "slow";
       // Half of the pause is random, so that many clients do not return at the same moment.
       const waitMs = retryAfterMs + Math.min(pauseMs, MAX_PAUSE_MS) * (0.5 + Math.random() / 2);
-      if (stop.aborted || performance.now() + waitMs > deadlineMs) throw new UploadFailed(reason);
-      if (!isNoted && pauseMs > NOTED_PAUSE_MS) {
+      const leftMs = deadlineMs - performance.now();
+      if (stop.aborted || leftMs <= retryAfterMs) throw new UploadFailed(reason);
+      if (!isNoted && pauseMs > NOTED_PAUSE_MS && waitMs < leftMs) {
         say(`${reason}; retrying for ${Math.round(retryMs / 1000)} s`);
         isNoted = true;
       }
       // When stopped, one last attempt.
-      await sleep(waitMs, stop);
+      await sleep(Math.min(waitMs, leftMs), stop);
     }
   }
 

@@ -23,6 +23,7 @@ import {
 } from "../ledger/checkpoints.ts";
 import { eachLine, readBlocks, readFile } from "../event/lines.ts";
 import { tryLock } from "../lock.ts";
+import { counted } from "../progress.ts";
 
 const BLOCK_BYTES = 1024 * 1024;
 
@@ -37,10 +38,10 @@ export async function check(path: string, print: Print): Promise<number> {
   const frames = files.reduce((sum, file) => sum + file.frames, 0);
   const bytes = damage.reduce((sum, { from, to }) => sum + to - from, 0);
   print(
-    `journal ${id ?? "(unknown)"}: ${frames} whole frames in ${files.length} files; ` +
+    `journal ${id ?? "(unknown)"}: ${counted(frames, "whole frame")} in ${counted(files.length, "file")}; ` +
       (damage.length === 0
         ? "nothing is damaged"
-        : `damaged: ${damage.length} ranges, ${bytes} bytes. Restore them from a copy, or stop the server and ` +
+        : `damaged: ${counted(damage.length, "range")}, ${counted(bytes, "byte")}. Restore them from a copy, or stop the server and ` +
           "run bun run processor.ts --check --repair, which moves them aside and keeps the rest"),
   );
   return damage.length;

@@ -66,18 +66,20 @@ export async function history(run: Reconciliation & { asked: Asked }): Promise<n
     if (asked.fromMs > 0) {
       for await (const entry of entries(tx, recountable, ordered, asked.user))
         if (isBefore(entry)) balance += entry.amount;
-      print(shown({ at: new Date(asked.fromMs).toISOString(), balance: formatAmount(balance) }));
+      await print(
+        shown({ at: new Date(asked.fromMs).toISOString(), balance: formatAmount(balance) }),
+      );
     }
     let after = 0n;
     for await (const entry of entries(tx, recountable, ordered, asked.user)) {
       if (isBefore(entry)) continue;
       if (isAfter(entry)) after += entry.amount;
-      else print(shown(describe(entry, (balance += entry.amount))));
+      else await print(shown(describe(entry, (balance += entry.amount))));
     }
     const sum = formatAmount(balance + after);
     const [row] = await selectBalance(tx, asked.user);
     const found = row?.revenue ?? null;
-    print(shown({ sum, balance: found }));
+    await print(shown({ sum, balance: found }));
     if (sum !== (found ?? "0"))
       say(`the sum of what is here, ${sum}, is not the balance, ${found ?? "none"}`);
     return missing.length > 0 || sum !== (found ?? "0") ? 1 : 0;

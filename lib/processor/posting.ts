@@ -219,6 +219,7 @@ export async function postFile(path: string, context: Context): Promise<boolean>
   let offset = 0;
   let fileOffset = (offset: number) => offset;
   let hasLeftOver = false;
+  let saidWhy = "";
   const posting: Posting = {
     ...context,
     ...startOfPosting(),
@@ -256,7 +257,10 @@ export async function postFile(path: string, context: Context): Promise<boolean>
     if (attempted.state === "failed") {
       const { error, isTransient } = attempted;
       if (!isTransient || performance.now() > deadlineMs) throw error;
-      if (pauseMs > 1_000) report({ type: "say", line: `${path}: waiting; ${error.message}` });
+      if (pauseMs > 1_000 && error.message !== saidWhy) {
+        saidWhy = error.message;
+        report({ type: "say", line: `${path}: waiting; ${saidWhy}` });
+      }
     }
     if (attempted.state === "ahead" || attempted.state === "refused") continue;
     await Bun.sleep(pauseMs);

@@ -1,7 +1,8 @@
 /** `processor.ts --restore DIR [FILE…]`: reads a backup (backup.ts describes it). */
-import { existsSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 
+import { explain } from "../errors.ts";
 import { checkJournal } from "../journal/check.ts";
 import { OtherJournal, placeJournal } from "../journal/copy.ts";
 import { disk } from "../journal/disk.ts";
@@ -58,12 +59,19 @@ export async function restore(run: BackupRun & { yes: boolean }): Promise<number
   return differing;
 }
 
+function readIn(folder: string): string {
+  try {
+    return readFileSync(join(folder, MANIFEST), "utf8");
+  } catch (error) {
+    if (["ENOENT", "ENOTDIR"].includes((error as NodeJS.ErrnoException).code ?? ""))
+      refuse(`${folder} holds no ${MANIFEST}: it is no backup, or one that was interrupted`);
+    return refuse(explain(error));
+  }
+}
+
 /** Throws CannotProceed for a folder that is no whole backup, or that of another version. */
 function readManifest(folder: string): Manifest {
-  const path = join(folder, MANIFEST);
-  if (!existsSync(path))
-    refuse(`${folder} holds no ${MANIFEST}: it is no backup, or one that was interrupted`);
-  const manifest = JSON.parse(readFileSync(path, "utf8")) as Manifest;
+  const manifest = JSON.parse(readIn(folder)) as Manifest;
   const { format, ledger, daybook } = manifest;
   if (format !== FORMAT || ledger !== LEDGER_VERSION)
     refuse(

@@ -432,7 +432,10 @@ export function createApi(parts: Parts) {
   }
 
   async function readSource(source: string): Promise<Record<string, string>> {
-    const state = await queried(sources.state(requireSourceName(source)));
+    // Where memory is enough, the answer does not say whether the database works.
+    const state = await sources
+      .state(requireSourceName(source))
+      .catch((error: unknown) => queried<never>(Promise.reject(error)));
     if (!state) throw new Problem(404, "nothing of this source is stored");
     return { ...sourceHeaders(state), "journal-position": formatPosition(journal.end()) };
   }
@@ -490,8 +493,8 @@ export function createApi(parts: Parts) {
   }
 
   async function readReadiness(mustRead: boolean) {
-    if (journal.trouble())
-      throw unavailable("the journal cannot store events now; see the server log");
+    const trouble = journal.trouble();
+    if (trouble) throw unavailable(`the journal cannot store events now: ${trouble}`);
     const reading = queried(checkLedger(database).then(posted.refresh)).then(() => true);
     const canRead = mustRead
       ? await reading

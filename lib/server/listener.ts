@@ -115,13 +115,23 @@ export function listen(app: AnyElysia, address: Address) {
       });
       return app.server as Bun.Server<unknown>;
     } catch (error) {
-      const { code, message } = error as Error & { code?: string };
-      const reason = code === "EADDRINUSE" ? "the port is in use" : message.split("\n")[0];
       throw new Error(
-        `cannot listen on ${hostname}:${port}: ${reason}; stop the program that uses it, or set HOST or PORT`,
+        `cannot listen on ${hostname}:${port}: ${whyNotListening(error as Error, hostname)}`,
       );
     }
   }
+}
+
+/** Bun calls any address that it cannot use, and any name that it cannot find, a port in use. */
+function whyNotListening({ code, message }: Error & { code?: string }, hostname: string): string {
+  if (code === "EACCES") return "permission denied; set PORT to 1024 or more";
+  try {
+    Bun.listen({ hostname, port: 0, socket: { data() {} } }).stop(true);
+  } catch {
+    return "that is not an address of this machine; set HOST";
+  }
+  const reason = code === "EADDRINUSE" ? "the port is in use" : message.split("\n")[0];
+  return `${reason}; stop the program that uses it, or set PORT`;
 }
 
 /** Reads the certificate and its key, if they are set. Throws InvalidSetting when they cannot be used. */

@@ -387,8 +387,12 @@ function isDigest(
 
 /** The name of a source as it stands in the path, decoded. Throws the 422. */
 export function requireSourceName(name: string): string {
-  if (isText(name, MAX_SOURCE_BYTES)) return name;
-  throw new Problem(422, `the name of a source must have 1 to ${MAX_SOURCE_BYTES} UTF-8 bytes`);
+  // The router puts U+FFFD for what is not UTF-8: two names could become one.
+  if (isText(name, MAX_SOURCE_BYTES) && !name.includes("\ufffd")) return name;
+  throw new Problem(
+    422,
+    `the name of a source must have 1 to ${MAX_SOURCE_BYTES} bytes of valid UTF-8 without NUL`,
+  );
 }
 
 /** `Upload-Offset` and `Source-Digest` of a request. Throws the 422. */

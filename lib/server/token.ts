@@ -97,10 +97,16 @@ export function openTokens(
  */
 export async function printToken(
   { JWT_SECRET, JWT_ISSUER, JWT_AUDIENCE }: TokenSettings,
-  { scope = "", expires = "", sub }: { scope?: string; expires?: string; sub?: string },
+  {
+    token: isAsked,
+    scope = "",
+    expires = "",
+    sub,
+  }: { token?: boolean; scope?: string; expires?: string; sub?: string },
 ): Promise<number> {
   const expiresMs = parseDuration(expires);
   const invalid = [];
+  if (!isAsked) invalid.push("--scope, --expires and --sub require --token");
   if (!JWT_SECRET) invalid.push("JWT_SECRET is not set: use the one of the server");
   if (!scope.split(" ").every((each) => SCOPES.includes(each)))
     invalid.push(`--scope is "${scope}": use ${SCOPES.join(" or ")}, or both in quotes`);
