@@ -10,6 +10,11 @@ import { parseMessage, type StoredMessage, type Stream } from "./stream.ts";
 
 /** A wake-up may be lost. */
 const LOOK_MS = 200;
+/**
+ * So often every journal is looked at. A leader that is cut off may have answered, to a reader that a wake-up had
+ * called, that there is nothing.
+ */
+const LOOK_AT_ALL_MS = 60_000;
 /** A leader that hears of no other node steps down after 10 s. */
 const STALE_MS = 20_000;
 const ADVICE =
@@ -102,6 +107,7 @@ export function watchStream(stream: Stream) {
   let counts = new Map<string, number>();
   let lastSeq = -1;
   let lookMs = Number.NEGATIVE_INFINITY;
+  let allMs = performance.now();
   let wake = () => {};
   const ignoreWakes = stream.onWake((id) => {
     changed.add(id);
@@ -132,6 +138,10 @@ export function watchStream(stream: Stream) {
   async function look(): Promise<void> {
     lookMs = performance.now();
     const found = await stream.list();
+    if (lookMs - allMs >= LOOK_AT_ALL_MS) {
+      for (const id of found.counts.keys()) changed.add(id);
+      allMs = lookMs;
+    }
     if (found.lastSeq === lastSeq) return;
     let added = 0;
     for (const [id, count] of found.counts) {
