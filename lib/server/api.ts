@@ -180,6 +180,7 @@ export function createApi(parts: Parts) {
         response: { 201: Counts },
         detail: {
           summary: "Store many events, one a line; the good lines together, the bad ones listed",
+          description: "Each line has an id of its own, if any: an `Idempotency-Key` is not used.",
           requestBody: describeBody("application/x-ndjson"),
         },
       },
