@@ -20,7 +20,7 @@ import { announce } from "./lib/server/announce.ts";
 import { createApi, type Parts } from "./lib/server/api.ts";
 import { readAccess } from "./lib/server/auth.ts";
 import { watchDescriptors } from "./lib/server/descriptors.ts";
-import { checkDataDir, openServerJournal } from "./lib/server/journal.ts";
+import { openServerJournal } from "./lib/server/journal.ts";
 import { listen, readCertificate } from "./lib/server/listener.ts";
 import { openLive } from "./lib/server/live.ts";
 import { openMetrics } from "./lib/server/metrics.ts";
@@ -36,7 +36,7 @@ export type { App } from "./lib/server/api.ts";
 const COMPARE_MS = 3_000;
 /** Before that, a start waits this long for the ledger to say whether it can be used. */
 const REQUIRE_MS = 3_000;
-
+/** What asks for a token instead of a server. */
 const TOKEN_OPTIONS = ["token", "scope", "expires", "sub"];
 
 async function main(): Promise<number> {
@@ -65,11 +65,9 @@ async function main(): Promise<number> {
   await Promise.race([requireLedger(database, REQUIRE_MS), aborted(stop.signal)]);
   const posted = watchPosted(journal, database);
   stack.defer(() => posted.close());
-  let code = 0;
-  const fail = (error: Error) => (log.fatal(error.message), (code = 1), stop.abort());
-  posted.compared.catch(fail);
+  posted.compared.catch((error) => stop.abort(error));
   await Promise.race([posted.asked, Bun.sleep(COMPARE_MS), aborted(stop.signal)]);
-  if (stop.signal.aborted) return code;
+  if (stop.signal.aborted) return exitCode(stop.signal, log);
   const metrics = openMetrics({ journal, database, posted, settings });
   const live = openLive({ journal, database, posted, metrics });
   const parts = { journal, database, access, schema, log, posted, metrics, live, isHttps };
@@ -78,16 +76,15 @@ async function main(): Promise<number> {
   if (isHttps) onReload(() => server.renewCertificate(log));
   announce(server.origin, settings, log);
   const run = options["no-processor"] ? null : runProcessor(settings, stop.signal, parts);
-  run?.catch(fail);
+  run?.catch((error) => stop.abort(error));
   await aborted(stop.signal);
   log.info("stopping");
   live.close();
   await server.finish();
   posted.close();
-  await run?.catch(() => {}); // `fail` has said it
+  await run?.catch(() => {}); // it is the reason of `stop`
   await stack.disposeAsync();
-  if (code === 0) log.info("stopped");
-  return code;
+  return exitCode(stop.signal, log);
 }
 
 const COMMAND = {
@@ -103,7 +100,7 @@ const COMMAND = {
     expires: { type: "string", meaning: "with --token: how long it is valid, like 12h or 30d" },
     sub: { type: "string", meaning: "with --token: the user whose own balance it may read" },
   },
-  checks: [checkDatabaseUrl, checkJournalUrl, checkDataDir],
+  checks: [checkDatabaseUrl, checkJournalUrl],
   maxFiles: 0,
   exits: {
     0: "stopped by SIGTERM or SIGINT; everything acknowledged is on disk",
@@ -117,10 +114,17 @@ type AppSettings = SettingsOf<"app">;
 /** SIGTERM and SIGINT abort `stop`. SIGHUP reloads, once there is something to reload. */
 function handleSignals(log: Log) {
   const stop = new AbortController();
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort());
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stop.abort(signal));
   let reload = () => log.info("SIGHUP: there is nothing to reload");
   process.on("SIGHUP", () => reload()); // without a handler it ends the process
   return { stop, onReload: (work: () => void) => (reload = work) };
+}
+
+/** 0 after a signal; 1 after a failure, which is logged. */
+function exitCode({ reason }: AbortSignal, log: Log): number {
+  if (reason instanceof Error) log.fatal(reason.message);
+  else log.info("stopped");
+  return reason instanceof Error ? 1 : 0;
 }
 
 /** Sets the event types. Starts what validates events only where a schema is set. */

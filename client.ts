@@ -26,7 +26,8 @@ async function main(): Promise<number> {
   if (retryMs === undefined) return reject("--retry-for requires a duration like 90s, 5m or 2h");
   for (const option of ["source", "follow"])
     if (options[option] && paths.length > 1) return reject(`--${option} requires a single FILE`);
-  const inputs = await Promise.all(paths.map(inspect));
+  const source = options["source"] as string | undefined;
+  const inputs = await Promise.all(paths.map((path) => inspect(path, source)));
   const problems = inputs.flatMap(({ path, problem }) =>
     problem ? `${visible(path)}: ${problem}` : [],
   );
@@ -37,9 +38,8 @@ async function main(): Promise<number> {
     return reject(
       `${compressed.path}: a compressed file cannot be followed: send it without --follow`,
     );
-  const names = inputs.map(({ name }) => String(options["source"] ?? name));
   // A URL drops path segments of one or two dots.
-  if (names.some((name) => !isText(name, MAX_SOURCE_BYTES) || /^\.\.?$/.test(name)))
+  if (inputs.some(({ name }) => !isText(name, MAX_SOURCE_BYTES) || /^\.\.?$/.test(name)))
     return reject(`--source requires a name of 1 to ${MAX_SOURCE_BYTES} bytes, not "." or ".."`);
 
   setEventTypes(settings.EVENT_TYPES); // decides whether a last line without newline is an event
@@ -52,17 +52,8 @@ async function main(): Promise<number> {
   const { SERVER_URL: serverUrl } = settings;
   const api = openApi({ serverUrl, credential, retryMs, say, stop: stop.signal });
   const again = options["again"] === true;
-  return send(
-    inputs.map((input, index) => ({ ...input, name: names[index] as string })),
-    {
-      api,
-      again,
-      follow,
-      stop: stop.signal,
-      wait: options["wait"] === true,
-      isNamed: options["source"] !== undefined,
-    },
-  );
+  const wait = options["wait"] === true;
+  return send(inputs, { api, again, follow, stop: stop.signal, wait });
 }
 
 const COMMAND = {
@@ -95,12 +86,10 @@ const COMMAND = {
 /** After a signal, the chunk under way has this long to be answered. */
 const GRACE_MS = 3_000;
 
-type Options = Omit<SendOptions, "name" | "total">;
-
 /** Sends the inputs one after the other, prints the summary, and returns the exit code. */
 async function send(
   inputs: GivenInput[],
-  { wait, isNamed, ...options }: Options & { wait: boolean; isNamed: boolean },
+  { wait, ...options }: Omit<SendOptions, "name" | "total"> & { wait: boolean },
 ): Promise<number> {
   const startedMs = performance.now();
   const all = new Total();
@@ -112,18 +101,18 @@ async function send(
   if (!follow)
     stop.addEventListener("abort", () => setTimeout(() => process.exit(endStopped()), GRACE_MS));
   for (current of inputs) {
-    const { path, name, isStream } = current;
+    const { path, name, isStream, canResume } = current;
     total = new Total();
     const sendOptions = { ...options, name, total };
     try {
       const rejected = await (isStream
-        ? sendStream(path === "-" ? null : path, { ...sendOptions, isNamed })
+        ? sendStream(path === "-" ? null : path, { ...sendOptions, canResume })
         : sendFile(path, sendOptions));
       const lines = rejected.count();
       if (lines > 0)
         say(
           `${counted(lines, "line")} ${lines === 1 ? "was" : "were"} rejected` +
-            (rejected.isKept() ? `: see ${rejected.path}` : ", and not written to a file"),
+            (rejected.isKept() ? `: see ${rejected.path}` : "; this client did not save them"),
         );
       if (lines > 0 || total.rejected > 0 || total.hasLeftOver) code = 1;
       if (total.isStopped && !follow) return endStopped();
@@ -134,7 +123,7 @@ async function send(
       if (stop.aborted && !follow) return endStopped();
       say(error.message);
       if (isStream && error instanceof UploadFailed)
-        say(`${path === "-" ? "stdin" : path}: ${explainRest(isNamed)}`);
+        say(`${path === "-" ? "stdin" : path}: ${explainRest(canResume)}`);
       code = error instanceof ForeignInput || error.isDenied ? 2 : 3;
     }
     all.join(total);
@@ -151,9 +140,9 @@ async function send(
   }
 
   function endStopped(): number {
-    const { path, isStream } = current;
+    const { path, isStream, canResume } = current;
     const shown = path === "-" ? "stdin" : path;
-    if (isStream) say(`${shown}: stopped; ${explainRest(isNamed)}`);
+    if (isStream) say(`${shown}: stopped; ${explainRest(canResume)}`);
     else say(`${shown}: stopped at ${total.percent} %; run it again to continue`);
     all.join(total);
     print(`stopped: ${summary()}`);

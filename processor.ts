@@ -11,7 +11,7 @@ import "./lib/install.ts";
 import { mkdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 
-import { InvalidSetting, maskSettings, readCommand } from "./lib/config.ts";
+import { InvalidSetting, maskSettings, readCommand, requireDataDir } from "./lib/config.ts";
 import { explain } from "./lib/errors.ts";
 import { inspectFile } from "./lib/event/input.ts";
 import { disk } from "./lib/journal/disk.ts";
@@ -42,7 +42,10 @@ async function main(): Promise<number> {
       process.on(signal, () => stop.abort(signal));
   const { DATA_DIR: dataDir, DATABASE_URL: databaseUrl, DAYBOOK_POSTGRES: programs } = settings;
   const { note = null } = databaseUrl ? parseDatabaseUrl(databaseUrl) : {};
-  if (!settings.JOURNAL_URL) mkdirSync(dataDir, { recursive: true });
+  if (!settings.JOURNAL_URL) {
+    requireDataDir(dataDir, "read");
+    mkdirSync(dataDir, { recursive: true });
+  }
   // A program that keeps running has a log; to a person who waits, it speaks plainly.
   const isFollowing = !tool && files.length === 0;
   const log = isFollowing ? (await import("./lib/log.ts")).openLog(settings.LOG_LEVEL) : null;
@@ -115,7 +118,7 @@ const COMMAND = {
   maxFiles: Number.POSITIVE_INFINITY,
   exits: {
     0: "done, or stopped; nothing differs, is damaged or was quarantined",
-    1: "balances differ, the journal is damaged, lines were quarantined (with --quarantine: some are), or the end of a FILE is not a whole event yet",
+    1: "balances differ, the journal is damaged, lines were quarantined (with --quarantine: there are some), or the end of a FILE is not a whole event yet",
     2: "invalid use or setting, no such file, one that is not lines of events, a source that --verify needs is missing, a ledger that cannot be used as it is, or something in the way of --backup or --restore",
     3: "gave up: the database is unavailable or refuses, a file is damaged, or METRICS_PORT is in use",
     130: "stopped by SIGINT before the end of the FILEs; run again, it continues",

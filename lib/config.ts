@@ -2,12 +2,21 @@
  * The table of settings, and the only reader of the environment and the command line. Settings are
  * checked once, when a program starts, and never change.
  */
-import { closeSync, constants, openSync, readSync } from "node:fs";
+import {
+  accessSync,
+  closeSync,
+  constants,
+  existsSync,
+  openSync,
+  readSync,
+  statSync,
+} from "node:fs";
 import { isIPv4 } from "node:net";
-import { resolve } from "node:path";
+import { dirname, resolve } from "node:path";
 import { parseArgs } from "node:util";
 
 import { version } from "../package.json";
+import { reasonOf } from "./errors.ts";
 import { say } from "./progress.ts";
 
 type Program = "app" | "processor" | "client";
@@ -411,6 +420,31 @@ export function readCommand<P extends Program>(command: Command<P>) {
     process.exit(2);
   }
   return { settings: settings as SettingsOf<P>, options, files };
+}
+
+/**
+ * Requires that DATA_DIR is a folder or can be created; with "write", also that files can be created in it. Throws
+ * InvalidSetting.
+ */
+export function requireDataDir(dataDir: string, access: "read" | "write"): void {
+  const path = resolve(dataDir);
+  let nearest = path;
+  while (!existsSync(nearest)) nearest = dirname(nearest);
+  const why = whyUnusable(nearest, access === "write" || nearest !== path);
+  if (why)
+    throw new InvalidSetting(
+      `DATA_DIR is "${dataDir}": use a folder that this user can write to; ${nearest}: ${why}`,
+    );
+}
+
+function whyUnusable(folder: string, isWritten: boolean): string | null {
+  try {
+    if (!statSync(folder).isDirectory()) return "not a folder";
+    if (isWritten) accessSync(folder, constants.W_OK | constants.X_OK);
+    return null;
+  } catch (error) {
+    return reasonOf(error);
+  }
 }
 
 /**

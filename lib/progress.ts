@@ -61,7 +61,7 @@ export function print(line: string): void {
   write(process.stdout.fd, `${visible(line)}\n`);
 }
 
-/** The same, while other work goes on: a pager may keep a line waiting for hours. */
+/** Like `print`, but does not block while a slow reader, such as a pager, lets the pipe fill up. */
 export async function printPatiently(line: string): Promise<void> {
   let bytes: Uint8Array = Buffer.from(`${visible(line)}\n`);
   while ((bytes = writeSome(process.stdout.fd, bytes)).length > 0)

@@ -158,9 +158,11 @@ test("a start on a port in use fails with one line that names the port", async (
 
 test("a start on another machine's address fails with one line that names the address", async () => {
   using dir = tempDir();
-  const HOST = "192.0.2.1";
-  const own = { ...env, DATA_DIR: dir.path, HOST, AUTH_SECRET: SECRET };
-  expectFailedStart(await run("app.ts", { env: own }), HOST);
+  for (const HOST of ["192.0.2.1", "nowhere.invalid"]) {
+    const own = { ...env, DATA_DIR: dir.path, HOST, AUTH_SECRET: SECRET };
+    const reason = "this machine has no such address; set HOST";
+    expectFailedStart(await run("app.ts", { env: own }), `cannot listen on ${HOST}:0: ${reason}`);
+  }
 });
 
 test("a second server on the port or the DATA_DIR of the first fails to start and changes nothing; once the first is killed, the next one starts", async () => {
@@ -189,11 +191,21 @@ test("a second server on the port or the DATA_DIR of the first fails to start an
   expect((await fetch(`${next.url}/healthz`)).status).toBe(200);
 });
 
-test("a start with a file as DATA_DIR fails with one line that names it", async () => {
+test("a file as DATA_DIR is an invalid setting, except for a token", async () => {
   using dir = tempDir();
   writeFileSync(dir.file("data"), "");
-  const found = await run("app.ts", { env: { ...env, DATA_DIR: dir.file("data") } });
-  expectFailedStart(found, `DATA_DIR is "${dir.file("data")}"`, 2);
+  const own = { ...env, DATA_DIR: dir.file("data") };
+  for (const program of ["app.ts", "processor.ts"]) {
+    const found = await run(program, { env: own });
+    expectFailedStart(found, `DATA_DIR is "${own.DATA_DIR}"`, 2);
+  }
+  const args = ["--token", "--scope", "events:write", "--expires", "1h"];
+  expect(
+    await run("app.ts", { args, env: { ...own, JWT_SECRET: SECRET.repeat(3) } }),
+  ).toMatchObject({
+    code: 0,
+    stderr: "",
+  });
 });
 
 test("a start with a file that is not a journal fails with one line, and leaves the file unchanged", async () => {

@@ -155,8 +155,8 @@ export function openApi(options: ApiOptions) {
     // Any user will do, even an unknown one: the server answers only after the position is posted.
     const path = `/userEvents/-?after=${encodeURIComponent(position)}`;
     const answer = await request(path, {}).catch(({ message }: Error) => {
-      const what = "everything is on the server's disk, but it was not seen that it is posted";
-      throw new UploadFailed(`${what}: ${message}; see whether a processor runs`);
+      const what = "all events are on the server's disk, but they were not confirmed as posted";
+      throw new UploadFailed(`${what}: ${message}; check that a processor is running`);
     });
     if (answer.status !== 200 && answer.status !== 404) throw failure(answer);
   }

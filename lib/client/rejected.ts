@@ -38,7 +38,7 @@ export async function openRejected(
 
   return {
     path,
-    /** How many lines are in the file, or would be. */
+    /** How many lines were rejected, whether or not this client writes them to the file. */
     count: () => records.count,
     /** Whether this client writes the file, and can. */
     isKept: () => isKept,

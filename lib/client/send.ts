@@ -126,7 +126,7 @@ export class Total {
     this.knownLines += countLines(from, to);
   }
 
-  /** The summary of what was sent `from` a file in so many milliseconds. */
+  /** The summary line. `from` names the input, and `ms` is how long sending took. */
   summarize(from: string, ms: number): string {
     const { accepted, rejected, bytes, knownBytes, knownLines } = this;
     const known = knownBytes
@@ -150,25 +150,33 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
   const lockPath = lockPathOf(path);
   let lock = lockOrNull(lockPath);
   if (!lock) say(`${path}: another client sends it too, and keeps the rejected lines`);
-  const becomeOwner = () => lock === null && (lock = lockOrNull(lockPath)) !== null;
+  const tryToOwn = (): boolean => lock === null && (lock = lockOrNull(lockPath)) !== null;
   const { follow, stop } = options;
   const watch = follow ? watchDirectory(dirname(path)) : null;
   stop.addEventListener("abort", () => watch?.close());
   try {
-    let rotated: Rejected | null = null;
+    let isRotated = false;
     for (let { again } = options; ; again = false) {
       // A rotation leaves no file of this name for a moment.
       while (watch && !stop.aborted && !existsSync(path)) await watch.next();
-      if (rotated && stop.aborted && !existsSync(path)) return rotated;
+      const isOwner = lock !== null;
+      if (stop.aborted && !existsSync(path))
+        return openRejected(rejectedPathOf(path), { offset: Infinity, isOwner, say });
       await using file = await open(path).catch((error: Error) => {
         throw new UploadFailed(explain(error));
       });
-      const mine = { isOwner: lock !== null, becomeOwner, isRotated: rotated !== null };
-      const fileOptions: FileOptions = { ...options, path, again, watch, ...mine };
+      const fileOptions: FileOptions = {
+        ...options,
+        path,
+        again,
+        watch,
+        isOwner,
+        tryToOwn,
+        isRotated,
+      };
       const sent = await sendOpened(file, fileOptions).catch(unreadable(path));
-      if (sent === "changed") rotated = null;
-      else if ("rotated" in sent) ({ rotated } = sent);
-      else return sent;
+      if (typeof sent === "object") return sent;
+      isRotated = sent === "rotated";
     }
   } finally {
     if (lock) rmSync(lockPath, { force: true });
@@ -179,66 +187,78 @@ export async function sendFile(path: string, options: SendOptions): Promise<Reje
 /** What a stream holds is not lines of events, or not what is stored under its name. */
 export class ForeignInput extends Error {}
 
-/** What becomes of a pipe that was not sent to its end. */
-export function explainRest(isNamed: boolean): string {
-  return isNamed
-    ? "send the same bytes again, and it continues after those that are stored"
+/** What to do about a pipe that was not sent to its end. */
+export function explainRest(canResume: boolean): string {
+  return canResume
+    ? "send the same input again to continue after the bytes that are stored"
     : "it cannot be resumed: what the summary counts is stored, the rest is not";
 }
 
 /**
- * Sends a pipe, `null` for standard input. Unless it was given a name, it is a source of its own, which nobody
- * can resume later.
+ * Sends a pipe, `null` for standard input. If it `canResume`, sending continues after what is stored under its name;
+ * otherwise it is a source of its own.
  */
 export async function sendStream(
   path: string | null,
-  { isNamed, ...options }: SendOptions & { isNamed: boolean },
+  { canResume, ...options }: SendOptions & { canResume: boolean },
 ): Promise<Rejected> {
-  const { name, total, api } = options;
+  const { name, total, stop } = options;
   const shown = path ?? "stdin";
-  if (!isNamed)
+  if (!canResume)
     say(
-      `${shown} cannot be resumed after a crash: there is no record of how much was sent; --source NAME keeps one`,
+      `${shown} cannot be resumed if this client stops, because nothing records how much was sent; use --source NAME if it must be`,
     );
   const stream = path === null ? Bun.stdin.stream() : createReadStream(path);
-  const opened = untilStopped(openStreamInput(stream as AsyncIterable<Uint8Array>), options.stop);
+  const opened = untilStopped(openStreamInput(stream as AsyncIterable<Uint8Array>), stop);
   const { compression, read: readOn } = (await opened) ?? NOTHING;
   const read: Read = async (from, to) =>
-    (await untilStopped(readOn(from, to), options.stop)) ?? new Uint8Array();
+    (await untilStopped(readOn(from, to), stop)) ?? new Uint8Array();
   const foreign = foreignFormat(await read(0, HEAD_BYTES).catch(unreadable(shown)));
   if (foreign)
     throw new ForeignInput(`${shown}: ${explainForeign(foreign, { path: null, compression })}`);
-  const state = isNamed ? await api.state(name) : null;
-  const { chunks, end: start } = await lastChunks(read, state?.offset ?? 0).catch(
-    unreadable(shown),
-  );
-  if (state && digestAt(start) !== state.digest)
-    throw new ForeignInput(
-      `${shown} does not begin with the ${state.offset} bytes that are stored as ${name}: name another --source`,
-    );
-  const rejectedPath = `${path === null ? "stdin" : basename(path)}.rejected.jsonl`;
-  const rejected = await openRejected(rejectedPath, { offset: start.offset, isOwner: true, say });
+  const {
+    chunks,
+    end: start,
+    position,
+  } = canResume
+    ? await skipStoredStream(shown, read, options)
+    : { chunks: [], end: startOfSource(), position: "" };
+  // Each name has a file of its own: the records of another source would count as this one's.
+  const file = canResume ? encodeURIComponent(name) : path === null ? "stdin" : basename(path);
+  const record = { offset: start.offset, isOwner: true, say };
+  const rejected = await openRejected(rejectedPathOf(file), record);
   const upload = { ...options, source: name, read, rejected, progress: null, ...startOfUpload() };
+  for (const chunk of chunks) await recoverRejected(upload, chunk);
+  total.skip(name, start);
+  total.position = position;
   const leftOver = (line: number) => {
     total.hasLeftOver = true;
     say(`${shown}: line ${line} has no newline and is not a complete event: not sent`);
   };
-  for (const chunk of chunks) await recoverRejected(upload, chunk);
-  total.skip(name, start);
-  total.position = state?.position ?? "";
   const sending = sendChunks(upload, start, { isFinal: true, leftOver });
   const { conflict } = await sending.catch(unreadable(shown));
   if (conflict) throw new UploadFailed(`another client sends the source ${name}`);
-  total.isStopped = options.stop.aborted;
+  total.isStopped = stop.aborted;
   return rejected;
 }
+
+/** Reads over the bytes of a stream that are stored. Throws ForeignInput if it begins with others. */
+async function skipStoredStream(shown: string, read: Read, { api, name }: SendOptions) {
+  const state = await api.state(name);
+  const stored = await lastChunks(read, state?.offset ?? 0).catch(unreadable(shown));
+  if (state && digestAt(stored.end) !== state.digest)
+    throw new ForeignInput(
+      `${shown} does not begin with the ${state.offset} bytes that are already stored as ${name}; use another --source`,
+    );
+  return { ...stored, position: state?.position ?? "" };
+}
+
+const NOTHING = { compression: null, read: async () => new Uint8Array() };
 
 function startOfUpload() {
   const tail = new Uint8Array();
   return { maxBytes: CHUNK_BYTES, isQuick: false, mayHurry: true, tail, early: null };
 }
-
-const NOTHING = { compression: null, read: async () => new Uint8Array() };
 
 /** What `promise` settles to; `undefined` if it is stopped before: a pipe may be silent for ever. */
 function untilStopped<T>(promise: Promise<T>, stop: AbortSignal): Promise<T | undefined> {
@@ -262,8 +282,8 @@ interface FileOptions extends SendOptions {
   watch: DirectoryWatch | null;
   /** Whether this client writes the rejected lines. */
   isOwner: boolean;
-  /** Whether it does from now on, because the client that did has ended. */
-  becomeOwner(): boolean;
+  /** Takes over the rejected lines if the client that wrote them has ended; returns whether it did. */
+  tryToOwn(): boolean;
   /** Whether this file has just taken the name of one that was sent to its end. */
   isRotated: boolean;
 }
@@ -304,7 +324,7 @@ interface EarlyChunk {
 async function sendOpened(
   file: FileHandle,
   options: FileOptions,
-): Promise<Rejected | { rotated: Rejected } | "changed"> {
+): Promise<Rejected | "rotated" | "changed"> {
   const { path, follow, stop, watch, isOwner, total } = options;
   const { size, mtimeMs } = await file.stat();
   const input = await openInput(readHandle(file));
@@ -312,7 +332,7 @@ async function sendOpened(
   const { source, state } = await findSource(options, input);
   const { chunks, end: start } = await lastChunks(readAll, state?.offset ?? 0);
   if (state && start.offset < state.offset) return "changed";
-  const rejectedPath = `${path}.rejected.jsonl`;
+  const rejectedPath = rejectedPathOf(path);
   const rejected = await openRejected(rejectedPath, { offset: start.offset, isOwner, say });
   const progress = showProgress(basename(path), size, input.fileOffset(start.offset));
   const upload = { ...options, source, read, rejected, progress, input, size, ...startOfUpload() };
@@ -350,11 +370,11 @@ async function sendOpened(
       if (!follow || stop.aborted) return rejected;
       if (isReplaced) {
         if (rejected.count() > 0 && isOwner) setAside(rejectedPath);
-        return { rotated: rejected };
+        return "rotated";
       } else {
         place = end;
         await watch?.next();
-        if (options.becomeOwner()) return "changed"; // it keeps the rejected lines from now on
+        if (options.tryToOwn()) return "changed"; // reopens the file as its owner
       }
     }
   } finally {
@@ -593,6 +613,10 @@ async function hasOtherFile(path: string, file: FileHandle): Promise<boolean> {
   const named = statSync(path, { throwIfNoEntry: false });
   const { ino, dev } = await file.stat();
   return named !== undefined && (named.ino !== ino || named.dev !== dev);
+}
+
+function rejectedPathOf(path: string): string {
+  return `${path}.rejected.jsonl`;
 }
 
 /** Keeps the rejected lines of a file that was rotated away, beside those of the file that has its name now. */

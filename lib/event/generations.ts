@@ -32,7 +32,7 @@ export const REWRITTEN =
 /**
  * Returns those of `generations` that the file begins with, shortest first, each with the hash of its bytes.
  * Reads the file once, however many generations there are. It may have grown since it was opened, and others
- * may have sent or posted what it has grown by: so its end is where nothing more is read.
+ * may have sent or posted what it has grown by: so it ends where a read returns nothing.
  */
 export async function matchGenerations<G extends Generation>(
   read: Read,

@@ -60,8 +60,8 @@ export interface JournalReader {
   /** Returns once everything that could be read so far is on the disk. */
   sync(): Promise<void>;
   /**
-   * What a person can do, without a newer copy, where the ledger has posted more than the journal holds, or
-   * something else, since an older copy was restored and `hasGrown`.
+   * What an operator without a newer copy can do after an older one was restored. If it `hasGrown` since, it holds
+   * new events at positions that the ledger has already posted.
    */
   remedy(hasGrown: boolean): string;
 }
@@ -102,11 +102,11 @@ export async function openJournalReader(
     id,
     start,
     sync: () => disk.syncFile(path),
-    // Nobody knows where a copy that has grown ended: what follows cannot be told from what was posted.
+    // Where the copy ended is unknown, so its new events cannot be told apart from those that were posted.
     remedy: (hasGrown) =>
       hasGrown
         ? "stop the server, move this journal's files to another folder, run bun run processor.ts --retire " +
-          `journal:${id} --yes, and start again; the events that were accepted since are only in these files then: send them again`
+          `journal:${id} --yes, and start again; the events accepted since the restore are then only in those files, so send them again`
         : "stop the server and run bun run processor.ts --check --repair, which marks what is missing as lost",
     async end() {
       for (;;) {

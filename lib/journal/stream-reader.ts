@@ -10,11 +10,8 @@ import { parseMessage, type StoredMessage, type Stream } from "./stream.ts";
 
 /** A wake-up may be lost. */
 const LOOK_MS = 200;
-/**
- * So often every journal is looked at. A leader that is cut off may have answered, to a reader that a wake-up had
- * called, that there is nothing.
- */
-const LOOK_AT_ALL_MS = 60_000;
+/** How often all journals are read again: a stale leader may have told a reader that nothing was new. */
+const READ_ALL_MS = 60_000;
 /** A leader that hears of no other node steps down after 10 s. */
 const STALE_MS = 20_000;
 const ADVICE =
@@ -64,8 +61,8 @@ export async function openStreamReader(
     start,
     sync: async () => {}, // what can be read is stored on most of the replicas
     remedy: () =>
-      `leave this journal: nats stream purge ${stream.name.replace(/^stream /, "")} --subject=${stream.subject(id)}, ` +
-      `then bun run processor.ts --retire journal:${id} --yes; events that were accepted since are only in the stream until then`,
+      `abandon this journal: run ${stream.purgeCommand(id)}, then bun run processor.ts --retire journal:${id} --yes; ` +
+      "first copy the events accepted since the restore, which are only in the stream",
     async end(expected = 0) {
       for (const startedMs = performance.now(); ; await Bun.sleep(LOOK_MS)) {
         const last = await stream.last(id);
@@ -138,7 +135,7 @@ export function watchStream(stream: Stream) {
   async function look(): Promise<void> {
     lookMs = performance.now();
     const found = await stream.list();
-    if (lookMs - allMs >= LOOK_AT_ALL_MS) {
+    if (lookMs - allMs >= READ_ALL_MS) {
       for (const id of found.counts.keys()) changed.add(id);
       allMs = lookMs;
     }

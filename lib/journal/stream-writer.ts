@@ -178,9 +178,8 @@ export async function openStreamJournal(
             syncMs: performance.now() - sentMs,
           });
         if (found.state === "other") continue; // an earlier frame of ours was there; this one follows it
-        if (found.state === "lost") missingMs ??= sentMs;
         const isLost =
-          found.state === "lost" && performance.now() - (missingMs ?? sentMs) > LOST_MS;
+          found.state === "lost" && performance.now() - (missingMs ??= sentMs) > LOST_MS;
         if (found.state === "adopted" || found.state === "purged" || isLost) {
           const name = journalName(stream, id);
           if (isLost)

@@ -131,8 +131,8 @@ export async function openStream(journalUrl: string, say: (line: string) => void
   return {
     /** For messages. */
     name: `stream ${name}`,
-    /** The subject of a journal. */
-    subject: (id: string) => `${name}.${id}`,
+    /** The command with which an operator removes a journal. */
+    purgeCommand: (id: string) => `nats stream purge ${name} --subject=${name}.${id}`,
     /** The longest payload of a frame. */
     maxFrameBytes: await frameBytesOf(nc, name),
     isConnected: () => isConnected,

@@ -225,10 +225,10 @@ async function checkCheckpoint(
   // Asked only now: what is posted may be deleted at any moment.
   if (last.position < ((await reopen())?.start ?? 0)) return;
   if (found instanceof JournalUnavailable) throw found;
-  if (found instanceof Error) {
-    found.message += `. Where nothing is damaged, an older copy was restored and has grown since: ${journal.remedy(true)}`;
-    throw found;
-  }
+  if (found instanceof Error)
+    throw new Error(
+      `${found.message}. If --check finds no damage, an older copy was restored and has grown since: ${journal.remedy(true)}`,
+    );
   const what = `the ledger has posted another frame at position ${last.position}: ${last.header}`;
   throw new JournalBehind(path, what, journal.remedy(true));
 }

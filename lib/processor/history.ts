@@ -23,7 +23,7 @@ import {
   type Recountable,
   withRecountLock,
 } from "../ledger/reconcile.ts";
-import { visible } from "../progress.ts";
+import { printPatiently, visible } from "../progress.ts";
 import {
   describeMissing,
   locateSources,
@@ -52,9 +52,12 @@ interface Entry {
   why: string | null;
 }
 
-/** Prints the history. Returns 1 if it does not add up to the balance, or a source is not here; else 0. */
+/**
+ * Prints the history. Returns 1 if it does not add up to the balance, or a source is not here; else 0. Printing must
+ * not block, because Postgres ends a transaction that is idle for too long.
+ */
 export async function history(run: Reconciliation & { asked: Asked }): Promise<number> {
-  const { database, paths, print, say, asked } = run;
+  const { database, paths, say, asked } = run;
   return withRecountLock(database, say, async (tx) => {
     const recountable = await listRecountable(tx);
     const { sources, missing } = await locateSources(recountable, paths);
@@ -66,7 +69,7 @@ export async function history(run: Reconciliation & { asked: Asked }): Promise<n
     if (asked.fromMs > 0) {
       for await (const entry of entries(tx, recountable, ordered, asked.user))
         if (isBefore(entry)) balance += entry.amount;
-      await print(
+      await printPatiently(
         shown({ at: new Date(asked.fromMs).toISOString(), balance: formatAmount(balance) }),
       );
     }
@@ -74,12 +77,12 @@ export async function history(run: Reconciliation & { asked: Asked }): Promise<n
     for await (const entry of entries(tx, recountable, ordered, asked.user)) {
       if (isBefore(entry)) continue;
       if (isAfter(entry)) after += entry.amount;
-      else await print(shown(describe(entry, (balance += entry.amount))));
+      else await printPatiently(shown(describe(entry, (balance += entry.amount))));
     }
     const sum = formatAmount(balance + after);
     const [row] = await selectBalance(tx, asked.user);
     const found = row?.revenue ?? null;
-    await print(shown({ sum, balance: found }));
+    await printPatiently(shown({ sum, balance: found }));
     if (sum !== (found ?? "0"))
       say(`the sum of what is here, ${sum}, is not the balance, ${found ?? "none"}`);
     return missing.length > 0 || sum !== (found ?? "0") ? 1 : 0;

@@ -92,7 +92,7 @@ interface Posting extends Context {
   blocked: Batch | null;
   /** A batch that was sent to the ledger, and of which it is not known whether it was posted. */
   sent: Batch | null;
-  /** The same of the attempt before, whose COMMIT may still be under way. */
+  /** The batch that the attempt before had sent, whose COMMIT may still be in progress. */
   sentBefore: Batch | null;
   /** Opens the batches at the checkpoint; `null` if there is nothing to post yet. */
   open(counted?: BatchSource["counted"]): Promise<BatchReader | null>;
@@ -329,7 +329,7 @@ async function attempt(posting: Posting): Promise<Attempt> {
     posting.sentBefore = sent?.from === batches.from ? sent : null;
     posting.opened?.(batches);
     const ended = await postBatches(batches, posting);
-    // It was posted, or refused because another processor had posted it: perhaps this one, in the attempt before.
+    // Another processor has posted it, or the attempt before is still committing it.
     posting.sent = ended.state === "elsewhere" ? posting.sentBefore : null;
     posting.ahead = ended.state === "ahead" ? ended.posted : new Map();
     if (ended.state === "refused") await searchRefused(ended, posting);

@@ -47,8 +47,7 @@ export interface Reconciliation {
   database: Database;
   /** Journals (their active files, or readers of those of a stream) and event files. */
   paths: (string | JournalReader)[];
-  /** What it returns is awaited in a transaction: it must not end because a reader takes its time. */
-  print(line: string): void | Promise<void>;
+  print(line: string): void;
   say(line: string): void;
 }
 

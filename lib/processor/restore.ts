@@ -59,19 +59,9 @@ export async function restore(run: BackupRun & { yes: boolean }): Promise<number
   return differing;
 }
 
-function readIn(folder: string): string {
-  try {
-    return readFileSync(join(folder, MANIFEST), "utf8");
-  } catch (error) {
-    if (["ENOENT", "ENOTDIR"].includes((error as NodeJS.ErrnoException).code ?? ""))
-      refuse(`${folder} holds no ${MANIFEST}: it is no backup, or one that was interrupted`);
-    return refuse(explain(error));
-  }
-}
-
 /** Throws CannotProceed for a folder that is no whole backup, or that of another version. */
 function readManifest(folder: string): Manifest {
-  const manifest = JSON.parse(readIn(folder)) as Manifest;
+  const manifest = JSON.parse(readManifestFile(folder)) as Manifest;
   const { format, ledger, daybook } = manifest;
   if (format !== FORMAT || ledger !== LEDGER_VERSION)
     refuse(
@@ -79,6 +69,19 @@ function readManifest(folder: string): Manifest {
         `format ${FORMAT}, ledger ${LEDGER_VERSION}: restore it with the version that made it, and upgrade then`,
     );
   return manifest;
+}
+
+function readManifestFile(folder: string): string {
+  const path = join(folder, MANIFEST);
+  try {
+    return readFileSync(path, "utf8");
+  } catch (error) {
+    const { code = "" } = error as NodeJS.ErrnoException;
+    if (!["ENOENT", "ENOTDIR"].includes(code)) return refuse(explain(error));
+    return refuse(
+      `${folder} has no ${MANIFEST}: it is not a backup, or the backup was interrupted`,
+    );
+  }
 }
 
 /** Reads the whole journal of the backup. Throws JournalDamage. */

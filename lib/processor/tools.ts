@@ -11,7 +11,7 @@ import type { JournalReader } from "../journal/reader.ts";
 import { JOURNAL_FILE } from "../journal/writer.ts";
 import { CannotProceed, LedgerRefused, openDatabase } from "../ledger/database.ts";
 import { ledgerUrl } from "../postgres/cluster.ts";
-import { print, printPatiently, say, sayLines } from "../progress.ts";
+import { print, say, sayLines } from "../progress.ts";
 import { backup } from "./backup.ts";
 import { check, checkStreamed, repair } from "./check.ts";
 import { dismissQuarantine, listQuarantine, retryQuarantine } from "./quarantine.ts";
@@ -118,7 +118,7 @@ export async function runTool(
       journal,
       journals,
       ...options,
-      print: name === "history" ? printPatiently : print,
+      print,
       say,
     })) > 0
       ? 1

@@ -180,7 +180,7 @@ export function createApi(parts: Parts) {
         response: { 201: Counts },
         detail: {
           summary: "Store many events, one a line; the good lines together, the bad ones listed",
-          description: "Each line has an id of its own, if any: an `Idempotency-Key` is not used.",
+          description: "Ids are read from the lines; an `Idempotency-Key` header is ignored.",
           requestBody: describeBody("application/x-ndjson"),
         },
       },
@@ -433,7 +433,7 @@ export function createApi(parts: Parts) {
   }
 
   async function readSource(source: string): Promise<Record<string, string>> {
-    // Where memory is enough, the answer does not say whether the database works.
+    // This may be answered from memory, which says nothing about the database.
     const state = await sources
       .state(requireSourceName(source))
       .catch((error: unknown) => queried<never>(Promise.reject(error)));

@@ -82,7 +82,7 @@ export function openAuth(access: Access, log: Log) {
     { caller, scope, user }: Asked,
   ): Promise<void> {
     const claims = await tokens(credential).catch((error) => {
-      if (error instanceof InvalidToken) return deny(caller, { fault: error.fault });
+      if (error instanceof InvalidToken) return denyToken(caller, error.fault);
       if (error instanceof KeysUnavailable)
         throw unavailable("tokens cannot be verified now: the issuer's keys are unavailable");
       throw error;
@@ -100,24 +100,26 @@ export function openAuth(access: Access, log: Log) {
           "set a secret of your own",
       );
     isRefusalLogged = true;
-    return deny(caller, {
-      detail:
-        "the default secret is refused through a proxy and under another Host: set AUTH_SECRET",
-    });
+    return deny(
+      caller,
+      "the default secret is valid only for direct requests to this machine; set AUTH_SECRET",
+    );
+  }
+
+  function denyToken(caller: Caller, fault: string): Promise<never> {
+    const parameters = `error="invalid_token", error_description="${fault}"`;
+    return deny(caller, `invalid token: ${fault}`, parameters);
   }
 
   async function deny(
     { request, server }: Caller,
-    { fault, detail }: { fault?: string; detail?: string } = {},
+    detail = "the Authorization header must present a secret of this server",
+    parameters = "",
   ): Promise<never> {
     const address = server?.requestIP(request)?.address ?? "";
     if (!(await throttle.failed(address)))
       throw new Problem(429, "too many invalid credentials", { headers: { "retry-after": "5" } });
-    const why = fault
-      ? `invalid token: ${fault}`
-      : (detail ?? "the Authorization header must present a secret of this server");
-    const headers = challenge(fault && `error="invalid_token", error_description="${fault}"`);
-    throw new Problem(401, why, { headers });
+    throw new Problem(401, detail, { headers: challenge(parameters) });
   }
 }
 

@@ -122,13 +122,13 @@ export function listen(app: AnyElysia, address: Address) {
   }
 }
 
-/** Bun calls any address that it cannot use, and any name that it cannot find, a port in use. */
+/** Bun reports an unusable address or an unknown host name as a port in use. */
 function whyNotListening({ code, message }: Error & { code?: string }, hostname: string): string {
   if (code === "EACCES") return "permission denied; set PORT to 1024 or more";
   try {
     Bun.listen({ hostname, port: 0, socket: { data() {} } }).stop(true);
   } catch {
-    return "that is not an address of this machine; set HOST";
+    return "this machine has no such address; set HOST";
   }
   const reason = code === "EADDRINUSE" ? "the port is in use" : message.split("\n")[0];
   return `${reason}; stop the program that uses it, or set PORT`;

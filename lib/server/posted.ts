@@ -19,7 +19,7 @@ const FIRST_POLL_MS = 500;
 const MAX_WAITERS = 10_000;
 /** Of the ends of a journal that are seen within this time, the first one's is kept. */
 const SEEN_EVERY_MS = 50;
-/** While nothing is posted, every second one is forgotten each time there are so many. */
+/** As long as nothing is posted, the list of ends grows. At this length, every second one is dropped. */
 const MAX_SEEN = 1_000;
 
 export type PostedWatch = ReturnType<typeof watchPosted>;
@@ -174,15 +174,16 @@ export function watchPosted(journal: Journal, database: Database) {
   async function compare(posted: number) {
     if (isShared && posted <= journal.end()) return;
     const reader = await journals.open(journal.id);
+    if (!reader) return; // nothing was ever stored in it
     const isUntouched = isShared && journal.end() === startEnd;
-    const end = isUntouched ? startEnd : ((await reader?.end(posted)) ?? 0);
+    const end = isUntouched ? startEnd : await reader.end(posted);
     if (posted <= end) return;
-    const what = `it ends at position ${end}, but the ledger has posted it up to ${posted}`;
     const accepted =
       end > startEnd
-        ? `; the events after position ${startEnd} were accepted since this start and are not posted: copy them from the file, and send them again later`
+        ? `; events after position ${startEnd} were accepted since this server started and will not be posted: copy them now, and send them again later`
         : "";
-    throw new JournalBehind(journals.name, what + accepted, reader?.remedy(false) ?? "another one");
+    const what = `it ends at position ${end}, but the ledger has posted it up to ${posted}${accepted}`;
+    throw new JournalBehind(journals.name, what, reader.remedy(false));
   }
 
   async function findOldest() {

@@ -4,7 +4,7 @@
  */
 import { invalidQuery } from "./problem.ts";
 
-/** The parameters of a route. A whole number has a minimum and a maximum, a word is one of some. */
+/** The parameters of a route. A whole number has a minimum and a maximum; a word is one of a fixed set. */
 export interface QuerySchema {
   properties: Record<string, Parameter>;
 }

@@ -387,7 +387,7 @@ function isDigest(
 
 /** The name of a source as it stands in the path, decoded. Throws the 422. */
 export function requireSourceName(name: string): string {
-  // The router puts U+FFFD for what is not UTF-8: two names could become one.
+  // The router replaces invalid UTF-8 with U+FFFD, which could make two names one.
   if (isText(name, MAX_SOURCE_BYTES) && !name.includes("\ufffd")) return name;
   throw new Problem(
     422,

@@ -97,16 +97,15 @@ export function openTokens(
  */
 export async function printToken(
   { JWT_SECRET, JWT_ISSUER, JWT_AUDIENCE }: TokenSettings,
-  {
-    token: isAsked,
-    scope = "",
-    expires = "",
-    sub,
-  }: { token?: boolean; scope?: string; expires?: string; sub?: string },
+  options: { token?: boolean; scope?: string; expires?: string; sub?: string },
 ): Promise<number> {
+  const { scope = "", expires = "", sub } = options;
+  if (!options.token) {
+    say("--scope, --expires and --sub require --token");
+    return 2;
+  }
   const expiresMs = parseDuration(expires);
   const invalid = [];
-  if (!isAsked) invalid.push("--scope, --expires and --sub require --token");
   if (!JWT_SECRET) invalid.push("JWT_SECRET is not set: use the one of the server");
   if (!scope.split(" ").every((each) => SCOPES.includes(each)))
     invalid.push(`--scope is "${scope}": use ${SCOPES.join(" or ")}, or both in quotes`);

@@ -52,6 +52,13 @@ test("the client fails when the next attempt would be later than it may retry", 
   expect(recorded.waits).toEqual([]);
 });
 
+test("the last pause is as long as the time that is left", async () => {
+  await using recorded = openRecorded([unavailable(), unknown()], 40);
+  expect(await recorded.api.state("a")).toBeNull();
+  expect(recorded.waits).toHaveLength(1);
+  expect(recorded.waits[0]).toBeWithin(0, 40);
+});
+
 test("a stopped client makes no further attempt", async () => {
   const stop = new AbortController();
   await using recorded = openRecorded([unavailable(), unknown()], 60_000, stop);

@@ -543,9 +543,9 @@ test("with -, stdin is sent, its bad lines are kept, and a message says that it 
 
 test("stdin with a --source continues after what is stored, and other bytes are refused", async () => {
   await using server = await openServer();
-  const pipe = (stdin: string) =>
+  const pipe = (stdin: string, args = ["-", "--source", "feed"]) =>
     run("client.ts", {
-      args: ["-", "--source", "feed"],
+      args,
       cwd: server.folder,
       env: { SERVER_URL: server.url },
       stdin,
@@ -555,16 +555,19 @@ test("stdin with a --source continues after what is stored, and other bytes are 
     code: 1,
     stderr: expect.not.stringContaining("resumed"),
   });
+  // The rejected lines of another pipe are not this one's.
+  expect((await pipe("worse\n", ["-"])).code).toBe(1);
   const again = await pipe(first + line("ben", 2));
+  expect(again.stderr).toContain("1 line was rejected: see feed.rejected.jsonl");
   expect(again.stdout).toStartWith("sent 1 event (0 rejected) from stdin: ");
   expect(again.stdout).toContain(`already there: ${first.length} bytes (40001 lines)`);
   expect(server.journal()).toHaveLength(40_001);
-  const [rejected] = readRejected(join(server.folder, "stdin"));
+  const [rejected] = readRejected(join(server.folder, "feed"));
   expect(rejected).toMatchObject({ line: 40_001, text: "bad" });
   for (const other of [line("cid", 3), line("cid", 3).repeat(60_000)]) {
     const refused = await pipe(other);
     expect(refused.code).toBe(2);
-    expect(refused.stderr).toContain("are stored as feed: name another --source");
+    expect(refused.stderr).toContain("are already stored as feed; use another --source");
   }
   expect(server.journal()).toHaveLength(40_001);
 });

@@ -4,6 +4,8 @@ import {
   appendFileSync,
   existsSync,
   readFileSync,
+  readdirSync,
+  readlinkSync,
   renameSync,
   rmSync,
   writeFileSync,
@@ -18,6 +20,19 @@ setDefaultTimeout(60_000);
 
 const follow = (file: string, url: string) =>
   spawn("client.ts", { args: [file, "--follow"], env: { SERVER_URL: url } });
+
+/** The files that a process has open; none where there is no /proc. */
+function openFiles(pid: number): string[] {
+  const folder = `/proc/${pid}/fd`;
+  if (!existsSync(folder)) return [];
+  return readdirSync(folder).flatMap((fd) => {
+    try {
+      return readlinkSync(`${folder}/${fd}`);
+    } catch {
+      return []; // closed meanwhile
+    }
+  });
+}
 
 test("a client that follows a file keeps its rejected lines once the client that did has ended", async () => {
   await using ledger = await openLedger();
@@ -59,6 +74,7 @@ test("SIGTERM ends a client with 0 while the file that it follows is away", asyn
   await until(() => patches === 2);
   rmSync(file);
   await until(() => journal().includes('"ben"'));
+  await until(() => !openFiles(client.pid).includes(`${file}.1`)); // it waits for the next file
   client.kill("SIGTERM");
   expect(await client.exit()).toBe(0);
   expect(journal()).not.toContain('"cid"');

@@ -100,6 +100,9 @@ test.if(hasNats)(
     expect(await tryStream(nats.url())).toContain("stream daybook: an answer 201 relies on");
     await nats.edit("daybook", { max_bytes: 10 ** 9, description: "ours", compression: "s2" });
     expect(await tryStream(nats.url())).toStartWith("opened: ");
+    expect(await tryStream(`${nats.url()}?replicas=5`)).toContain(
+      "num_replicas is 3, required is 5",
+    );
     await nats.edit("daybook", { max_age: 3600 * 10 ** 9, num_replicas: 1 });
     expect(await tryStream(nats.url())).toBe(
       "JOURNAL_URL: stream daybook cannot hold the journal: max_age is 3600000000000, required is 0; " +

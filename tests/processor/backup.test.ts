@@ -178,7 +178,7 @@ test("a backup that is killed at any moment is whole, or is refused by --restore
       killed++;
       expect({ code, stderr }).toEqual({
         code: 2,
-        stderr: `${folder} holds no backup.json: it is no backup, or one that was interrupted\n`,
+        stderr: `${folder} has no backup.json: it is not a backup, or the backup was interrupted\n`,
       });
       expect(existsSync(restored.journal)).toBe(false);
       if (!existsSync(folder)) continue;
@@ -452,7 +452,7 @@ test("--backup and --restore name what they need, and what they do not read", as
   expect(await refusal(["--backup="])).toContain("--backup requires a folder");
   expect(await refusal(["--backup", "a", "--restore", "b"])).toContain("use only one of");
   expect(await refusal(["--backup", "a", "--yes"])).toContain("--yes requires");
-  expect(await refusal(["--restore", root])).toContain("holds no backup.json");
+  expect(await refusal(["--restore", root])).toContain("has no backup.json");
   for (const name of ["--backup", "--restore"])
     expect(await refusal([name, "a"], { JOURNAL_URL: "nats://127.0.0.1:1/daybook" })).toContain(
       "a stream has its own backup",

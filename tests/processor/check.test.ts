@@ -273,7 +273,7 @@ test("a server that starts on an older copy during a database outage exits with 
   expect(await server.exit()).toBe(1);
   expect(server.stderr.text()).toContain("but the ledger has posted it up to");
   expect(server.stderr.text()).toMatch(
-    /the events after position \d+ were accepted since this start/,
+    /events after position \d+ were accepted since this server started/,
   );
 });
 

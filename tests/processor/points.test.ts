@@ -137,7 +137,9 @@ test.each([
   await using app = await ledger.start({}, ["--no-processor"]);
   const response = await fetch(`${app.url}/revenue?${query}`);
   expect(response.status).toBe(422);
-  expect(((await response.json()) as { errors: { path: string }[] }).errors[0]?.path).toBe(path);
+  const { errors } = (await response.json()) as { errors: [{ path: string; message: string }] };
+  expect(errors[0].path).toBe(path);
+  if (query === "step=week") expect(errors[0].message).toBe("must be minute or hour or day");
 });
 
 test("a range at either end of the calendar is answered, and is not taken for an outage", async () => {

@@ -463,6 +463,28 @@ function quarantined(row: { position: number; line: string }) {
   return { source: "file:a.jsonl#1", reason: expect.stringMatching(/long/), ...row };
 }
 
+test("processor.ts FILE reports what it posted although the connection was lost during a slow COMMIT", async () => {
+  await using ledger = await openLedger();
+  await ledger.tool([ledger.write("first.jsonl", line("zoe", 1))]);
+  await ledger.select(
+    "create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(3); return null; end $$",
+  );
+  await ledger.select(
+    "create constraint trigger slow after update on checkpoints deferrable initially deferred for each row execute function slow()",
+  );
+  await using proxy = await openProxy(ledger.url);
+  const file = ledger.write("a.jsonl", `${line("ann", 1).repeat(3)}bad\n`);
+  await using processor = ledger.process([file], { DATABASE_URL: proxy.url });
+  const isCommitting = async () =>
+    (await ledger.select("select from pg_stat_activity where wait_event = 'PgSleep'")).length > 0;
+  await until(isCommitting);
+  proxy.cut();
+  proxy.mend();
+  expect(await processor.exit()).toBe(1);
+  expect(processor.stdout.text()).toStartWith("posted 3 events (1 line quarantined)");
+  expect(await ledger.balances()).toEqual({ ann: "3", zoe: "1" });
+});
+
 /** A ledger, and the processors that post files to it. */
 async function openPosting() {
   const ledger = await openLedger();
@@ -499,25 +521,3 @@ async function openPosting() {
     },
   };
 }
-
-test("processor.ts FILE reports what it posted although the connection was lost during a slow COMMIT", async () => {
-  await using ledger = await openLedger();
-  await ledger.tool([ledger.write("first.jsonl", line("zoe", 1))]);
-  await ledger.select(
-    "create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(3); return null; end $$",
-  );
-  await ledger.select(
-    "create constraint trigger slow after update on checkpoints deferrable initially deferred for each row execute function slow()",
-  );
-  await using proxy = await openProxy(ledger.url);
-  const file = ledger.write("a.jsonl", `${line("ann", 1).repeat(3)}bad\n`);
-  await using processor = ledger.process([file], { DATABASE_URL: proxy.url });
-  const isCommitting = async () =>
-    (await ledger.select("select from pg_stat_activity where wait_event = 'PgSleep'")).length > 0;
-  await until(isCommitting);
-  proxy.cut();
-  proxy.mend();
-  expect(await processor.exit()).toBe(1);
-  expect(processor.stdout.text()).toStartWith("posted 3 events (1 line quarantined)");
-  expect(await ledger.balances()).toEqual({ ann: "3", zoe: "1" });
-});

@@ -363,6 +363,12 @@ test("app.ts --token prints a token that the server accepts, and names what is m
   await expectRow(secretly, ["printed", `Bearer ${stdout.trim()}`, { other: 403 }]);
   const claims = JSON.parse(atob(stdout.split(".")[1]!)) as { exp: number; iat: number };
   expect(claims.exp - claims.iat).toBe(30 * 86_400);
+  const untold = await run("app.ts", { args: ["--scope", "events:write"] });
+  expect(untold).toMatchObject({
+    code: 2,
+    stdout: "",
+    stderr: expect.stringContaining("require --token"),
+  });
   const wrong = await run("app.ts", { args: ["--token", "--scope", "all"] });
   expect({ code: wrong.code, stdout: wrong.stdout }).toEqual({ code: 2, stdout: "" });
   expect(wrong.stderr.split("\n").map((line) => line.split(" ")[0])).toEqual([

@@ -60,6 +60,10 @@ test("a request through a proxy or for another host needs a credential, and not 
   expect((await fetch(`${app.url}/healthz`, { headers: { forwarded: "for=_x" } })).status).toBe(
     200,
   );
+  const refused = await fetch(`${app.url}/metrics`, {
+    headers: { authorization: "secret", forwarded: "for=_x" },
+  });
+  expect(await refused.text()).toContain("the default secret is valid only for direct requests");
   await until(() => app.stderr.text().includes("default secret"));
   expect(app.stderr.text().split("default secret was refused")).toHaveLength(2);
 });

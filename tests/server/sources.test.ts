@@ -51,6 +51,18 @@ test("an unknown source is answered 404", async () => {
   expect((await look(newName())).status).toBe(404);
 });
 
+test("a name that is not UTF-8, or holds what stands for that, is refused", async () => {
+  for (const [name, status] of [
+    ["%ff", 422],
+    ["%ef%bf%bd", 422],
+    ["%00", 422],
+  ] as const) {
+    const headers = { ...headersOf(0, lines(1, 1)) };
+    const init = { method: "PATCH", headers, body: lines(1, 1) };
+    expect((await fetch(`${app.url}/sources/${name}`, init)).status).toBe(status);
+  }
+});
+
 test("HEAD answers how much is stored, and the digest that the sender gave", async () => {
   const name = newName();
   const bytes = lines(1, 3);

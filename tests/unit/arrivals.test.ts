@@ -63,5 +63,5 @@ test("a small body that arrives, or whose sender is gone, is passed on", async (
   const bytes = new Uint8Array([1]);
   expect(await arrivals.small(Promise.resolve(bytes))).toBe(bytes);
   const ended = arrivals.small(Promise.reject(new Error("the sender is gone")));
-  expect(ended).rejects.toThrow("the sender is gone");
+  await expect(ended).rejects.toThrow("the sender is gone");
 });
