@@ -181,7 +181,8 @@ test("a backup that is killed at any moment is whole, or is refused by --restore
         stderr: `${folder} has no backup.json: it is not a backup, or the backup was interrupted\n`,
       });
       expect(existsSync(restored.journal)).toBe(false);
-      if (!existsSync(folder)) continue;
+      // Killed before anything was in it, the folder can still be used.
+      if (!existsSync(folder) || readdirSync(folder).length === 0) continue;
       const again = await ledger.tool(["--backup", folder]);
       expect([again.code, again.stderr]).toEqual([2, expect.stringContaining("is not empty")]);
     }
